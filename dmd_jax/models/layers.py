@@ -1,0 +1,105 @@
+"""What the networks share: layers of flax with this package's defaults, and a module as a function of its parameters."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from dmd_jax import rules
+
+
+class Network(NamedTuple):
+    """A module as pure functions.
+
+    Attributes:
+      apply: `(params, *inputs) -> output`.
+      abstract: the parameters' shapes and dtypes, a nested dict.
+      init: `seed -> params`, numpy arrays: the same on every machine, and made without compiling anything.
+    """
+
+    apply: Callable
+    abstract: dict
+    init: Callable
+
+
+def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tuple[str, Callable], ...]) -> Network:
+    """The `Network` of the module that `build` makes.
+
+    Args:
+      build: `rngs -> module`; only traced.
+      initializers: rules `(regex, (rng, shape) -> array)`, see `rules.assign`.
+    """
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    abstract = nnx.to_pure_dict(abstract)
+
+    def init(seed):
+        rng = np.random.default_rng(seed)
+        makers = traverse_util.flatten_dict(rules.assign(initializers, abstract))
+        leaves = {path: make(rng, a.shape) for (path, make), a in zip(makers.items(), jax.tree.leaves(abstract), strict=True)}
+        return traverse_util.unflatten_dict({path: leaf.astype(np.float32) for path, leaf in leaves.items()})
+
+    return Network(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), abstract, init)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of [B, H, W, C], statistics in float32.
+
+    Against flax's own: pixels are averaged before the channels of a group, which takes a tenth off a training step on a CPU, and the
+    variance is the mean of (x - mean)^2, which does not cancel on nearly constant feature maps.
+    """
+
+    def __init__(self, channels: int, *, num_groups: int, epsilon: float, dtype):
+        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        x = x - self._group_mean(x)
+        inverse = jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * self.scale[...]
+        return (x * inverse + self.bias[...]).astype(self.dtype)
+
+    def _group_mean(self, x):
+        """[B, 1, 1, C]"""
+        b, _, _, c = x.shape
+        mean = x.mean(axis=(1, 2)).reshape(b, self.num_groups, -1).mean(axis=-1)
+        return jnp.repeat(mean, c // self.num_groups, axis=-1)[:, None, None]
+
+
+def zeros(rng, shape):
+    return np.zeros(shape)
+
+
+def ones(rng, shape):
+    return np.ones(shape)
+
+
+def xavier_uniform(gain: float = 1.0) -> Callable:
+    """Glorot and Bengio's uniform initializer times `gain`, for kernels [..., in, out]."""
+
+    def make(rng, shape):
+        receptive = np.prod(shape[:-2])
+        return gain * np.sqrt(6 / (receptive * (shape[-2] + shape[-1]))) * rng.uniform(-1, 1, shape)
+
+    return make
+
+
+def positional_embedding(t: jax.Array, dim: int, max_period: float = 10000.0) -> jax.Array:
+    """Sine and cosine of `t` [B] at dim / 2 frequencies from 1 to 1 / max_period, both included: [B, dim], float32."""
+    freqs = max_period ** -jnp.linspace(0, 1, dim // 2)
+    angles = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour, [B, H, W, C] to [B, 2H, 2W, C]."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """The mean of each 2x2 pixels, [B, H, W, C] to [B, H/2, W/2, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))

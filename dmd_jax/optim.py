@@ -1,0 +1,51 @@
+"""Optimizers and the one way in which a network is updated."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dmd_jax import state
+
+
+def adamw(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    decay_steps: int = 0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.01,
+    clip: float = 10.0,
+) -> optax.GradientTransformation:
+    """AdamW on every parameter, after clipping the gradient's global norm; the defaults are DMD's (arXiv 2311.18828, Appendix B).
+
+    Args:
+      learning_rate: after the warm-up.
+      warmup_steps: of linear increase from 0.
+      decay_steps: the step at which a cosine decay ends in 0; with 0 the rate stays constant.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      weight_decay: decoupled, on biases and norms too.
+      clip: largest global norm of the gradient.
+    """
+    if decay_steps:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, decay_steps)
+    else:
+        schedule = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay))
+
+
+def apply_gradients(net: state.Net, grads: dict, tx: optax.GradientTransformation, *, ema_decay: float = 0.0):
+    """One update of parameters and running mean; all of it is skipped, and counted, when the gradient is not finite.
+
+    Returns:
+      The new `Net` and the gradient's global norm.
+    """
+    norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, net.opt_state, net.params)
+    params = optax.apply_updates(net.params, updates)
+    ema = net.ema and optax.incremental_update(params, net.ema, 1 - ema_decay)
+    finite = jnp.isfinite(norm)
+    updated = state.Net(params, opt_state, ema, net.skipped)
+    net = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, net)
+    return net.replace(skipped=net.skipped + ~finite), norm

@@ -1,0 +1,63 @@
+"""Trains a diffusion model from scratch: the denoising loss of EDM (Karras et al., arXiv 2206.00364, equation 8)."""
+
+import jax
+import jax.numpy as jnp
+
+from dmd_jax import denoiser as denoiser_lib
+from dmd_jax import losses, optim, recipes, samplers, sharding, state
+
+
+def make(
+    denoiser: denoiser_lib.Denoiser,
+    parallel: sharding.Parallel,
+    *,
+    seed: int,
+    null_cond,
+    optimizer: dict,
+    ema_decay: float,
+    cond_dropout: float,
+    sample_steps: int,
+) -> recipes.Recipe:
+    """Batches are {"images": {"image": [B, H, W, C], "cond": [B, ...]}}.
+
+    Args:
+      denoiser: the model to be trained.
+      parallel: the devices.
+      seed: of noise and times.
+      null_cond: the condition that stands for none.
+      optimizer: arguments of `optim.adamw`.
+      ema_decay: of the running mean of the parameters, per step.
+      cond_dropout: fraction of samples that see `null_cond`, so that the model can be guided.
+      sample_steps: Heun steps of the samples shown during training.
+    """
+    tx = optim.adamw(**optimizer)
+
+    def init(params):
+        return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=True))
+
+    def gradients(params, batch):
+        def loss(params):
+            output, target = denoiser.output_and_target(params, batch["image"], batch["eps"], batch["t"], batch["cond"])
+            return losses.denoising_loss(output, target)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return grads, {"loss": value}
+
+    def train_step(train_state, batch):
+        image, cond = batch["images"]["image"], batch["images"]["cond"]
+        k_t, k_eps, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step), 3)
+        t = denoiser.process.sample_t(k_t, image.shape[:1])
+        dropped = jax.random.bernoulli(k_drop, cond_dropout, image.shape[:1])
+        cond = jnp.where(dropped.reshape((-1,) + (1,) * (cond.ndim - 1)), jnp.asarray(null_cond, cond.dtype), cond)
+        batch = parallel.split({"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)})
+
+        grads, metrics = parallel.mean(gradients)(train_state.generator.params, batch)
+        generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=ema_decay)
+        metrics |= {"grad_norm": norm, "skipped": generator.skipped}
+        return train_state.replace(step=train_state.step + 1, generator=generator), metrics
+
+    def sample(params, z, cond):
+        process = denoiser.process
+        return samplers.heun(lambda x_t, t: denoiser(params, x_t, t, cond), process, process.grid(sample_steps), process.prior(z))
+
+    return recipes.Recipe(init, train_step, sample)
