@@ -96,4 +96,4 @@ def make(
         metrics |= {"grad_norm": norm, "fake_grad_norm": fake_norm, "skipped": generator.skipped + fake_score.skipped}
         return train_state.replace(step=train_state.step + 1, generator=generator, fake_score=fake_score), metrics
 
-    return recipes.Recipe(init, train_step, denoiser.generate)
+    return recipes.Recipe(init, train_step, denoiser.generate, nfe=1)

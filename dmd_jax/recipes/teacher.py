@@ -60,4 +60,4 @@ def make(
         process = denoiser.process
         return samplers.heun(lambda x_t, t: denoiser(params, x_t, t, cond), process, process.grid(sample_steps), process.prior(z))
 
-    return recipes.Recipe(init, train_step, sample)
+    return recipes.Recipe(init, train_step, sample, nfe=2 * sample_steps - 1)

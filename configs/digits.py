@@ -1,0 +1,136 @@
+"""Handwritten digits, 8x8 pixels: the whole of DMD in minutes on two CPU cores.
+
+    python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
+
+Hardware: 2 CPU cores, 6 minutes. Expected scores: docs/results.md.
+Variants: `:no_matching` and `:no_regression` leave out one of the losses (arXiv 2311.18828, Table 2); `:smoke` is for tests.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of everything
+    config.stages = ("teacher", "pairs", "dmd", "evaluate")  # in this order; each is a key below
+    config.mesh = dict(
+        data=-1,  # devices that split the batch only; -1 = all
+        fsdp=1,  # devices that split batch, parameters and optimizer state
+    )
+    config.images = dict(  # arguments of the functions in dmd_jax/data
+        train=dict(source="images.digits", split="train"),
+        held_out=dict(source="images.digits", split="held_out"),  # for the evaluation alone
+    )
+    config.conditions = dict(source="images.labels", num_classes=10)  # of images yet to be made
+    config.null_cond = 10  # the label that means no label
+    config.process = dict(name="EDM", sigma_data=0.5)
+    config.prediction = "edm"  # what the network predicts, see dmd_jax/denoiser.py
+    config.network = dict(  # arguments of dmd_jax/models/unet_edm.py
+        name="unet_edm",
+        size=8,  # pixels
+        channels=1,
+        num_classes=10,
+        width=16,  # channels of the first layer
+        multipliers=(1, 2),  # of the width, per level
+        num_blocks=1,  # per level
+        attention=(4,),  # resolutions
+        dtype="float32",
+        remat=False,
+    )
+
+    config.teacher = dict(
+        program="train",
+        recipe=dict(  # arguments of dmd_jax/recipes/teacher.py
+            name="teacher",
+            optimizer=dict(learning_rate=2e-3, warmup_steps=100, decay_steps=2500),  # steps
+            ema_decay=0.998,  # per step
+            cond_dropout=0.1,  # fraction of labels
+            sample_steps=18,  # Heun steps, 35 network calls; EDM's for CIFAR-10
+        ),
+        data=dict(images=config.images.train),
+        init_from="",  # directory of the stage to start from; "" = random
+        batch_size=64,  # images, over all devices
+        accumulation=1,  # pieces per device
+        num_steps=2500,
+        log_every=50,  # steps
+        preview_every=0,  # steps; 0 = never
+        preview_images=500,
+        preview_scores=False,  # measure the preview against the training images
+        checkpoint_every=500,  # steps
+        keep_checkpoints=2,  # the newest ones
+        best_metric="",  # also keep the checkpoint that has the lowest; "" = none
+        max_skipped_updates=20,  # gradients that are not finite
+    )
+
+    config.pairs = dict(
+        program="pairs",
+        teacher="teacher",  # stage
+        conditions=config.conditions,
+        count=5000,  # pairs
+        shard_size=1000,  # pairs
+        batch_size=500,  # pairs, over all devices of a process
+    )
+
+    optimizer = dict(learning_rate=5e-4, warmup_steps=50)  # the paper: 5e-5 for CIFAR-10, over 300 times as many steps
+    config.dmd = dict(
+        program="train",
+        recipe=dict(  # arguments of dmd_jax/recipes/dmd.py
+            name="dmd",
+            optimizer=optimizer,
+            fake_score_optimizer=optimizer,
+            ema_decay=0.99,  # per step
+            matching_weight=1.0,
+            regression_weight=0.25,  # of the L2 loss
+            guidance_scale=1.0,  # of the real score; 1 = none
+            matching_levels=(20, 980),  # of 1000 noise levels
+            fake_score_levels=(0, 999),
+        ),
+        data=dict(
+            fresh=config.conditions,
+            pairs=dict(source="pairs.read", directory="{workdir}/pairs"),
+        ),
+        init_from="{workdir}/teacher",
+        batch_size=64,  # of fresh images and of pairs, over all devices
+        accumulation=1,
+        num_steps=1000,
+        log_every=20,
+        preview_every=100,
+        preview_images=1000,
+        preview_scores=True,
+        checkpoint_every=250,
+        keep_checkpoints=2,
+        best_metric="FD-mlp",
+        max_skipped_updates=20,
+    )
+
+    config.evaluate = dict(
+        program="evaluate",
+        teacher="teacher",  # stage
+        student="dmd",  # stage
+        count=2000,  # images of each
+        batch_size=500,  # images, over all devices
+        timing_repeats=5,  # the median counts
+    )
+    return VARIANTS[variant](config)
+
+
+def _no_matching(config):
+    config.dmd.recipe.matching_weight = 0.0
+    return config
+
+
+def _no_regression(config):
+    config.dmd.recipe.regression_weight = 0.0
+    return config
+
+
+def _smoke(config):
+    config.network.update(width=8)
+    config.teacher.update(num_steps=30, checkpoint_every=10, log_every=10)
+    config.pairs.update(count=64, shard_size=16, batch_size=16)
+    config.dmd.update(num_steps=20, checkpoint_every=5, log_every=5, preview_every=10, preview_images=64, batch_size=16)
+    config.evaluate.update(count=64, batch_size=32, timing_repeats=1)
+    return config
+
+
+VARIANTS = {"": lambda config: config, "no_matching": _no_matching, "no_regression": _no_regression, "smoke": _smoke}

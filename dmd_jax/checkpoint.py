@@ -1,0 +1,119 @@
+"""Checkpoints by Orbax: asynchronous, atomic, the last few and the best, each with the fingerprint of the data it was trained on."""
+
+import hashlib
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from dmd_jax import state
+
+
+def open_manager(directory: str | os.PathLike, *, keep: int = 2, best: str = "") -> ocp.CheckpointManager:
+    """A manager of `directory`/checkpoints that keeps the last `keep` checkpoints and the one with the lowest metric `best`, if named."""
+    policies = [preservation_policy.LatestN(keep)]
+    if best:
+        policies.append(preservation_policy.BestN(get_metric_fn=lambda metrics: metrics.get(best, np.inf), reverse=True, n=1))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(pathlib.Path(directory).absolute() / "checkpoints", options=options)
+
+
+def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: int, *, fingerprint: str, metrics: dict[str, float]):
+    """Starts writing; the frozen teacher is left out.
+
+    Raises:
+      ValueError: the disk has no room for it, or an earlier write failed.
+    """
+    train_state = train_state.replace(real_score=None)
+    needed = sum(a.nbytes for a in jax.tree.leaves(train_state))
+    free = shutil.disk_usage(manager.directory).free
+    if free < 1.2 * needed:
+        raise ValueError(
+            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but {manager.directory} has {free / 1e6:.1f} MB free; "
+            "make room and run the same command again."
+        )
+    arguments = ocp.args.Composite(state=ocp.args.StandardSave(train_state), meta=ocp.args.JsonSave({"fingerprint": fingerprint}))
+    if not manager.save(step, args=arguments, metrics=metrics, force=True):
+        raise ValueError(f"{manager.directory} already holds step {step} or a later one; use another workdir.")
+
+
+def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, fingerprint: str) -> state.TrainState | None:
+    """The newest checkpoint that is whole, or None if there is none at all; unreadable ones are put aside, and said so.
+
+    Args:
+      manager: from `open_manager`.
+      abstract: the state's shapes, dtypes and shardings; `real_score` is returned as it is.
+      fingerprint: of the data that the run is about to use.
+
+    Raises:
+      ValueError: there are checkpoints, but none can be read, or it was trained on other data.
+    """
+    target = abstract.replace(real_score=None)
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+        try:
+            restored = manager.restore(step, args=arguments)
+        except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
+            logging.warning("checkpoint %d cannot be read (%s); trying the one before it.", step, str(error).split("\n")[0][:200])
+            continue
+        if restored["meta"]["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{manager.directory} was trained on other data, or in another order, than the config asks for "
+                f"(fingerprint {restored['meta']['fingerprint']}, expected {fingerprint}); use another workdir."
+            )
+        _put_aside(manager, [s for s in steps if s > step])
+        return restored["state"].replace(real_score=abstract.real_score)
+    if steps:
+        raise ValueError(f"no checkpoint in {manager.directory} can be read (steps {steps}); delete the directory to start again.")
+    return None
+
+
+def load_ema(directory: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
+    """The running mean of the generator's parameters in the newest (or the given) checkpoint of a stage.
+
+    Args:
+      directory: of the stage.
+      abstract: the parameters' shapes, dtypes and shardings.
+      step: of the checkpoint.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it holds another network.
+    """
+    manager = open_manager(directory)
+    step = manager.latest_step() if step is None else step
+    if step not in manager.all_steps():
+        raise ValueError(f"no checkpoint of step {step} in {manager.directory}; run the stage {pathlib.Path(directory).name!r} first.")
+    target = {"generator": {"ema": abstract}}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+    try:
+        restored = ocp.PyTreeCheckpointer().restore(manager.directory / str(step) / "state", args=arguments)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {step} in {manager.directory} does not hold the network of the config: {error}") from error
+    return restored["generator"]["ema"]
+
+
+def digest(params: dict) -> str:
+    """A fingerprint of parameters."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()[:16]
+
+
+def _put_aside(manager, steps):
+    for step in steps:
+        path = pathlib.Path(manager.directory)
+        path.joinpath(str(step)).rename(path.parent / f"unreadable_{step}")
+        logging.warning("checkpoint %d was moved to %s.", step, path.parent / f"unreadable_{step}")
+    if steps:
+        manager.reload()

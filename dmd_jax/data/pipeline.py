@@ -1,0 +1,44 @@
+"""From sources to the devices. Order is a function of (seed, step), so the position in the data is the step and nothing else."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+
+class Stream(NamedTuple):
+    """A source, anything with `__len__` and `__getitem__`, and how many of its items a global batch holds."""
+
+    source: object
+    batch_size: int
+
+
+def batches(streams: dict[str, Stream], *, seed: int, start: int, sharding: jax.sharding.Sharding) -> Iterator[dict]:
+    """Endless global batches {name of the stream: tree of arrays [batch_size, ...]}, from step `start` on, split as `sharding` says.
+
+    The global batch of a step is the same for any number of processes; each process reads its own rows.
+    """
+    iterators = {name: _local_batches(stream, seed, start) for name, stream in streams.items()}
+    while True:
+        local = {name: next(iterator) for name, iterator in iterators.items()}
+        yield jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)
+
+
+def fingerprint(streams: dict[str, Stream], *, seed: int) -> str:
+    """A digest of everything that the order and the content of the batches follow from; the content by a sample."""
+    digest = hashlib.sha256(str(seed).encode())
+    for name, (source, batch_size) in sorted(streams.items()):
+        rows = [source[i] for i in np.linspace(0, len(source) - 1, 16).astype(int)]
+        digest.update(f"{name} {batch_size} {len(source)}".encode())
+        digest.update(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(rows)))
+    return digest.hexdigest()[:16]
+
+
+def _local_batches(stream, seed, start):
+    processes, process = jax.process_count(), jax.process_index()
+    dataset = grain.MapDataset.source(stream.source).seed(seed).shuffle().repeat(None)
+    dataset = dataset.batch(stream.batch_size // processes, drop_remainder=True)[process + start * processes :: processes]
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,55 @@
+"""A small classifier of the training images, by scikit-learn: its last hidden layer is the feature space of datasets that have no other."""
+
+import os
+import pathlib
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+NAME = "mlp"
+
+
+class Classifier(NamedTuple):
+    """A multilayer perceptron with ReLU.
+
+    Attributes:
+      weights: of each layer, [in, out].
+      biases: of each layer, [out].
+    """
+
+    weights: tuple[np.ndarray, ...]
+    biases: tuple[np.ndarray, ...]
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """[N, H, W, C] to [N, D], the last hidden layer."""
+        h = np.asarray(images, np.float64).reshape(len(images), -1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            h = np.maximum(h @ weight + bias, 0)
+        return h
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """[N, H, W, C] to the most likely labels [N]."""
+        return (self.features(images) @ self.weights[-1] + self.biases[-1]).argmax(axis=-1)
+
+
+def fit(images: np.ndarray, labels: np.ndarray, hidden: tuple[int, ...] = (256, 64)) -> Classifier:
+    """Trained on images [N, H, W, C] with integer labels 0, 1, ... [N]; the same every time."""
+    from sklearn import exceptions, neural_network
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
+        mlp = neural_network.MLPClassifier(hidden, max_iter=60, random_state=0).fit(images.reshape(len(images), -1), labels)
+    return Classifier(tuple(mlp.coefs_), tuple(mlp.intercepts_))
+
+
+def cached(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> Classifier:
+    """As `fit`, or as a former call left it in the file `path`."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        classifier = fit(images, labels)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **{f"{kind}{i}": a for kind, arrays in classifier._asdict().items() for i, a in enumerate(arrays)})
+        partial.rename(path)
+    with np.load(path) as file:
+        return Classifier(*(tuple(file[f"{kind}{i}"] for i in range(len(file) // 2)) for kind in Classifier._fields))

@@ -1,0 +1,69 @@
+"""The picture and the table of an evaluation."""
+
+import os
+
+import matplotlib
+import numpy as np
+
+from dmd_jax import metrics
+from dmd_jax.evals import suite
+
+SCORES = (suite.FD, suite.KD, "precision", "recall", "coverage", "agreement")
+
+
+def table(result: dict, teacher: str, student: str) -> str:
+    """The scores as a table of text, a row a set of images."""
+    rows = [("", "NFE", "ms/image", *SCORES)]
+    for label, name in (("real, training split", "real_train"), (_describe(teacher, result), teacher), (_describe(student, result), student)):
+        cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
+        rows.append((label, *cost, *(f"{result[name][score]:.3f}" for score in SCORES)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return "\n".join(lines) + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
+
+
+def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, teacher: str, student: str):
+    """Grids of both models from the same noise and conditions, the scores, the losses and the scores over time.
+
+    Args:
+      path: of the PNG file.
+      result: what evaluation.json holds.
+      images: of each model, [N, H, W, C]; the first 100 are shown.
+      curves: rows of each model's metrics.jsonl.
+      teacher: name of a model.
+      student: name of a model.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(14, 12), layout="constrained")
+    axes = figure.subplot_mosaic([["a", "a", "b", "b"], ["c", "d", "e", "f"], ["t"] * 4], height_ratios=[5, 2.4, 1.2])
+    for key, name in (("a", teacher), ("b", student)):
+        axes[key].imshow(metrics.grid(images[name][:100]))
+        axes[key].set_title(f"{_describe(name, result)}, {1e3 * result['seconds_per_image'][name]:.3f} ms an image")
+        axes[key].axis("off")
+    _plot(axes["c"], curves[teacher], ("loss",), f"{teacher}: loss")
+    _plot(axes["d"], curves[student], ("matching", "regression", "fake_score"), f"{student}: losses")
+    _plot(axes["e"], curves[student], (suite.FD,), f"{student}: {suite.FD} to training images")
+    _plot(axes["f"], curves[student], ("precision", "recall", "agreement"), f"{student}: scores")
+    axes["e"].set_yscale("log")
+    axes["t"].axis("off")
+    axes["t"].text(0, 1, table(result, teacher, student), family="monospace", va="top", fontsize=11)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def _describe(name, result):
+    nfe = result["nfe"][name]
+    return f"{name}, {nfe} network call{'s' * (nfe > 1)}"
+
+
+def _plot(ax, rows, names, title):
+    for name in names:
+        points = np.array([(row["step"], row[name]) for row in rows if name in row])
+        if len(points):
+            ax.plot(*points.T, label=name)
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("step")
+    if len(names) > 1:
+        ax.legend(fontsize=8)

@@ -1,0 +1,99 @@
+"""Runs the stages of a config in order, or the one named by --stage. The same command again goes on where it stopped.
+
+python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dmd_jax import lookup
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
+STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
+
+EXTENDABLE = ("num_steps", "log_every", "preview_every", "checkpoint_every", "keep_checkpoints", "max_skipped_updates", "timing_repeats")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py.")
+    try:
+        run(CONFIG.value, pathlib.Path(WORKDIR.value).absolute(), STAGE.value, DRY_RUN.value)
+    except (ValueError, OSError, FloatingPointError) as error:
+        logging.debug("traceback", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = False):
+    """Runs the stages that have no result in `workdir` yet.
+
+    Raises:
+      ValueError: there is no stage `only`, the workdir belongs to another config, or a stage refuses.
+    """
+    stages = (only,) if only else config.stages
+    unknown = [stage for stage in stages if stage not in config.stages]
+    if unknown:
+        raise ValueError(f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}.")
+    if dry_run or jax.process_index() == 0:
+        print(config)
+    if dry_run:
+        print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
+        return
+    claim(config, workdir)
+    for stage in stages:
+        program = importlib.import_module(f"dmd_jax.{config[stage].program}")
+        if program.done(config, stage, workdir):
+            print(f"{stage}: done already")
+        else:
+            program.run(config, stage, workdir)
+
+
+def claim(config, workdir: pathlib.Path):
+    """Writes the config into `workdir`, or checks that it is the one found there.
+
+    Raises:
+      ValueError: the workdir belongs to a config that differs in more than lengths and intervals.
+    """
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if path.exists():
+        theirs, mine = _flat(json.loads(path.read_text())), _flat(ours)
+        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and k.split(".")[-1] not in EXTENDABLE]
+        if keys:
+            differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
+            raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours, indent=2))
+
+
+def _flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def cli():
+    flags.mark_flags_as_required(["config", "workdir"])
+    logging.set_verbosity(logging.WARNING)
+    app.run(main, flags_parser=parse)
+
+
+def parse(argv):
+    """Flags; a config that cannot be read or overridden gives one line instead of a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,91 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, a progress bar and grids of images. Only the first process tells anything."""
+
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from PIL import Image
+
+
+class Writer:
+    """Writes the metrics of one stage, and shows its progress."""
+
+    def __init__(self, directory: str | os.PathLike, *, name: str, start: int, num_steps: int):
+        self.directory, self._name, self._num_steps = pathlib.Path(directory), name, num_steps
+        self._active = jax.process_index() == 0
+        if self._active:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path = self.directory / "metrics.jsonl"
+            kept = [row for row in read(self.directory) if row["step"] <= start]  # those of steps about to be redone are dropped
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._file = path.open("a")
+            self._events = tensorboardX.SummaryWriter(str(self.directory), purge_step=start + 1)
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(desc=name, initial=start, total=num_steps, unit="step", disable=not (self._active and self._terminal))
+
+    def write(self, step: int, values: dict[str, float]):
+        """Records scalars under `step`."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._terminal:
+            self._bar.set_postfix_str(text)
+        else:
+            print(f"{self._name} {step}/{self._num_steps}: {text}", flush=True)
+
+    def write_images(self, step: int, images: np.ndarray):
+        """Writes samples/<step>.png from images [N, H, W, C]."""
+        if self._active:
+            path = self.directory / "samples" / f"{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture = grid(images)
+            Image.fromarray(picture).save(path)
+            self._events.add_image("samples", picture, step, dataformats="HWC")
+
+    def advance(self, step: int):
+        """Moves the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def note(self, text: str):
+        """Shows a line."""
+        if self._active:
+            tqdm.tqdm.write(f"{self._name}: {text}", file=sys.stderr)
+
+    def close(self):
+        self._bar.close()
+        if self._active:
+            self._file.close()
+            self._events.close()
+
+
+def read(directory: str | os.PathLike) -> list[dict]:
+    """The rows of a stage's metrics.jsonl; a last line cut short by a crash is left out."""
+    path = pathlib.Path(directory) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128)."""
+    return np.clip(127.5 * np.asarray(images, np.float32) + 128, 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int = 10, height: int = 32) -> np.ndarray:
+    """Images [N, H, W, C] side by side in rows of `columns`: [., ., 3] uint8. Small ones are enlarged to at least `height` pixels."""
+    images = to_uint8(images)
+    if images.shape[-1] == 1:
+        images = np.repeat(images, 3, axis=-1)
+    scale = -(-height // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    images = np.pad(images, ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    _, h, w, c = images.shape
+    return images.reshape(-1, columns, h, w, c).swapaxes(1, 2).reshape(-1, columns * w, c)

@@ -1,0 +1,134 @@
+"""The one training loop: it never asks which method it runs."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import ml_collections
+
+from dmd_jax import checkpoint, experiment, metrics, sampling, sharding
+from dmd_jax.data import pipeline
+from dmd_jax.evals import suite
+
+
+def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
+    """Whether the stage has its last checkpoint."""
+    directory = workdir / stage
+    return directory.exists() and (checkpoint.open_manager(directory).latest_step() or 0) >= config[stage].num_steps
+
+
+def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
+    """Trains `config[stage]` from its newest checkpoint, if any, to `num_steps`.
+
+    Raises:
+      ValueError: something in the config, the data or the workdir does not fit.
+      FloatingPointError: too many updates were not finite.
+    """
+    settings, directory = config[stage], workdir / stage
+    parallel = experiment.make_parallel(config, stage)
+    streams = experiment.make_streams(config, stage, workdir)
+    for name, stream in streams.items():
+        parallel.check_batch(f"{name} batch_size", stream.batch_size)
+    recipe = experiment.make_recipe(config, stage, parallel)
+    fingerprint = pipeline.fingerprint(streams, seed=config.seed)
+    manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
+
+    train_state, shardings = _first_state(config, stage, workdir, recipe, parallel)
+    train_state = checkpoint.restore(manager, _abstract(train_state), fingerprint=fingerprint) or train_state
+    start = int(train_state.step)
+    loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
+    previews = _previews(config, stage, workdir, recipe, parallel)
+    writer = metrics.Writer(directory, name=stage, start=start, num_steps=settings.num_steps)
+    with contextlib.closing(writer), contextlib.closing(manager):
+        batch = next(loader)
+        began = time.perf_counter()
+        step_fn = compile_step(recipe.train_step, train_state, batch, shardings)
+        writer.note(f"compiled in {time.perf_counter() - began:.1f} s, starts at step {start}")
+        watch, scores = _Watch(settings.max_skipped_updates, writer), {}
+        for step in range(start + 1, settings.num_steps + 1):
+            train_state, values = step_fn(train_state, batch)
+            batch = next(loader)
+            writer.advance(step)
+            last = step == settings.num_steps
+            if step % settings.log_every == 0 or last:
+                watch.log(step, values)
+            if previews and (step % settings.preview_every == 0 or last):
+                images, scores = previews(train_state.generator.ema)
+                writer.write(step, scores)
+                writer.write_images(step, images)
+            if step % settings.checkpoint_every == 0 or last:
+                checkpoint.save(manager, train_state, step, fingerprint=fingerprint, metrics=scores)
+        watch.flush()
+
+
+def compile_step(train_step: Callable, train_state, batch, shardings):
+    """The step as one program over the mesh, compiled once; its first argument is donated."""
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return step.lower(train_state, batch).compile()
+
+
+def _first_state(config, stage, workdir, recipe, parallel):
+    """The state at step 0 and its shardings; its network is that of the stage `init_from`, or random."""
+    if config[stage].init_from:
+        params = experiment.load_params(config, config[stage].init_from, workdir)
+    else:
+        params = experiment.make_network(config).init(config.seed)
+    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
+    return jax.jit(recipe.init, out_shardings=shardings)(params), shardings
+
+
+def _abstract(train_state):
+    """Shapes and shardings of what a checkpoint holds; the rest as it is."""
+    kept = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), train_state.replace(real_score=None))
+    return kept.replace(real_score=train_state.real_score)
+
+
+def _previews(config, stage, workdir, recipe, parallel):
+    """`params -> (images, scores)` from the same noise every time, or None if the stage wants none.
+
+    The scores are taken against the training images: the held-out ones are for the evaluation alone.
+    """
+    settings = config[stage]
+    if not settings.preview_every:
+        return None
+    z, cond = experiment.inputs(config, settings.preview_images, workdir)
+    sample = sampling.make_sampler(recipe, sharding.Parallel(parallel.mesh), settings.preview_images)
+    if settings.preview_scores:
+        classifier = experiment.make_classifier(config, workdir)
+        real = experiment.make_source(config.images.train, workdir).image
+
+    def preview(params):
+        images = sample(params, z, cond)
+        return images[:100], suite.compare(classifier, real, images, cond) if settings.preview_scores else {}
+
+    return preview
+
+
+class _Watch:
+    """Fetches metrics one interval late, so that the devices never wait for the host."""
+
+    def __init__(self, max_skipped, writer):
+        self._max_skipped, self._writer = max_skipped, writer
+        self._pending, self._clock = None, None
+
+    def log(self, step, values):
+        self.flush()
+        self._pending = step, values
+
+    def flush(self):
+        if self._pending is None:
+            return
+        step, values = self._pending
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        now = time.perf_counter()
+        if self._clock:
+            values["steps_per_second"] = (step - self._clock[0]) / (now - self._clock[1])
+        self._clock, self._pending = (step, now), None
+        self._writer.write(step, values)
+        if values["skipped"] > self._max_skipped:
+            raise FloatingPointError(
+                f"{values['skipped']:.0f} updates up to step {step} had gradients that were not finite, more than max_skipped_updates = "
+                f"{self._max_skipped}; lower the learning rate or use float32, and start again in another workdir."
+            )

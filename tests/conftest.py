@@ -1,0 +1,35 @@
+"""Eight CPU devices, strict numerics, and compiled programs kept from run to run."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+from dmd_jax.models import unet_edm  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()  # chex.variants asks it
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches():
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Settings of a network that has one of everything."""
+    return dict(size=8, channels=1, num_classes=10, width=8, multipliers=(1, 2), num_blocks=1, attention=(4,))
+
+
+@pytest.fixture(scope="session")
+def network(tiny):
+    return unet_edm.make(**tiny)
