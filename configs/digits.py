@@ -111,6 +111,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=500,  # images, over all devices
         timing_repeats=5,  # the median counts
     )
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/digits.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}.")
     return VARIANTS[variant](config)
 
 
@@ -125,7 +127,7 @@ def _no_regression(config):
 
 
 def _smoke(config):
-    config.network.update(width=8)
+    config.network.update(width=8, num_blocks=0)
     config.teacher.update(num_steps=30, checkpoint_every=10, log_every=10)
     config.pairs.update(count=64, shard_size=16, batch_size=16)
     config.dmd.update(num_steps=20, checkpoint_every=5, log_every=5, preview_every=10, preview_images=64, batch_size=16)

@@ -7,7 +7,6 @@ import time
 
 import jax
 import ml_collections
-import numpy as np
 
 from dmd_jax import checkpoint, experiment, metrics, sampling
 from dmd_jax.evals import report, suite

@@ -21,7 +21,9 @@ def find(package: str, name: str) -> Callable:
     function = function or "make"
     names = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if function not in names:
-        raise ValueError(f"dmd_jax/{package}/{module_name}.py has no {function!r}{nearest(function, names)}; there are: {', '.join(names)}.")
+        raise ValueError(
+            f"dmd_jax/{package}/{module_name}.py has no {function!r}{nearest(function, names)}; there are: {', '.join(names)}."
+        )
     return getattr(module, function)
 
 

@@ -6,6 +6,7 @@ python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
 import importlib
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -19,7 +20,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything
 STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
 
-EXTENDABLE = ("num_steps", "log_every", "preview_every", "checkpoint_every", "keep_checkpoints", "max_skipped_updates", "timing_repeats")
+# What may change between two runs in one workdir: lengths, intervals and where it runs.
+CHANGEABLE = r"^mesh\.|\.(accumulation|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints|max_skipped_updates|timing_repeats)$|remat$"
 
 
 def main(argv):
@@ -41,7 +43,9 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
     stages = (only,) if only else config.stages
     unknown = [stage for stage in stages if stage not in config.stages]
     if unknown:
-        raise ValueError(f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}.")
+        raise ValueError(
+            f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}."
+        )
     if dry_run or jax.process_index() == 0:
         print(config)
     if dry_run:
@@ -66,7 +70,7 @@ def claim(config, workdir: pathlib.Path):
     ours = json.loads(config.to_json())
     if path.exists():
         theirs, mine = _flat(json.loads(path.read_text())), _flat(ours)
-        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and k.split(".")[-1] not in EXTENDABLE]
+        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not re.search(CHANGEABLE, k)]
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
             raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")

@@ -41,7 +41,7 @@ def apply_gradients(net: state.Net, grads: dict, tx: optax.GradientTransformatio
     Returns:
       The new `Net` and the gradient's global norm.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, net.opt_state, net.params)
     params = optax.apply_updates(net.params, updates)
     ema = net.ema and optax.incremental_update(params, net.ema, 1 - ema_decay)

@@ -7,11 +7,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from absl import flags  # noqa: E402
+import jax
+import numpy as np
+import pytest
+from absl import flags
 
-from dmd_jax.models import unet_edm  # noqa: E402
+from dmd_jax.models import unet_edm
 
 flags.FLAGS.mark_as_parsed()  # chex.variants asks it
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,3 +34,10 @@ def tiny():
 @pytest.fixture(scope="session")
 def network(tiny):
     return unet_edm.make(**tiny)
+
+
+@pytest.fixture(scope="session")
+def params(network):
+    """Parameters of `network` under which every layer matters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: (p + 0.1 * rng.standard_normal(p.shape)).astype(np.float32), network.init(0))

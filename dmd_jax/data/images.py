@@ -30,6 +30,21 @@ class Labels(NamedTuple):
         return {"cond": np.int32(index)}
 
 
+def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:
+    """A source out of images [N, H, W, C] in [-1, 1] and labels [N]; `origin` names them in errors.
+
+    Raises:
+      ValueError: the arrays are something else.
+    """
+    image = np.asarray(image)
+    if image.ndim != 4 or image.dtype.kind != "f" or len(image) != len(cond) or not np.isfinite(image).all() or abs(image).max() > 1:
+        raise ValueError(
+            f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, got an array of shape {image.shape} and "
+            f"type {image.dtype} with {len(cond)} labels; convert the images first."
+        )
+    return Images(image.astype(np.float32), np.asarray(cond, np.int32))
+
+
 def digits(*, split: str, seed: int = 0, held_out: int = 500):
     """scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, 10 classes.
 
@@ -48,20 +63,9 @@ def digits(*, split: str, seed: int = 0, held_out: int = 500):
     if split not in splits:
         raise ValueError(f"digits have no split {split!r}; use one of {', '.join(splits)}.")
     chosen = splits[split]
-    return _checked(pixels[chosen].reshape(-1, 8, 8, 1) / 8 - 1, label[chosen], "scikit-learn's digits")
+    return from_arrays(pixels[chosen].reshape(-1, 8, 8, 1) / 8 - 1, label[chosen], origin="scikit-learn's digits")
 
 
 def labels(*, num_classes: int) -> Labels:
     """Conditions for images yet to be generated."""
     return Labels(num_classes)
-
-
-def _checked(image, cond, origin):
-    """Images that are what the rest relies on."""
-    image = np.asarray(image)
-    if image.ndim != 4 or image.dtype.kind != "f" or len(image) != len(cond) or not np.isfinite(image).all() or abs(image).max() > 1:
-        raise ValueError(
-            f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, got an array of shape {image.shape} and "
-            f"type {image.dtype} with {len(cond)} labels; convert the images first."
-        )
-    return Images(image.astype(np.float32), np.asarray(cond, np.int32))

@@ -51,7 +51,9 @@ class Pairs:
             _check_shard(path)
         self._records = sources.ArrayRecordDataSource([str(path) for path in paths])
         if len(self) != self.manifest["count"]:
-            raise ValueError(f"{directory} holds {len(self)} pairs, its manifest says {self.manifest['count']}; delete it and make them again.")
+            raise ValueError(
+                f"{directory} holds {len(self)} pairs, its manifest says {self.manifest['count']}; delete it and make them again."
+            )
 
     def __len__(self):
         return len(self._records)

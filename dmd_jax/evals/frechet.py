@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 
 class Statistics(NamedTuple):
@@ -26,8 +25,10 @@ def statistics(features: np.ndarray) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Raises ValueError when a set has fewer than two images."""
     (mu_a, cov_a), (mu_b, cov_b) = _mean_and_covariance(a), _mean_and_covariance(b)
-    root = scipy.linalg.sqrtm(cov_a @ cov_b)
-    return float(np.sum((mu_a - mu_b) ** 2) + np.trace(cov_a + cov_b - 2 * root.real))
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0)).sum()  # also where a covariance is singular
+    return float(np.sum((mu_a - mu_b) ** 2) + np.trace(cov_a + cov_b) - 2 * trace_of_root)
 
 
 def _mean_and_covariance(stats):

@@ -14,7 +14,11 @@ SCORES = (suite.FD, suite.KD, "precision", "recall", "coverage", "agreement")
 def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
     rows = [("", "NFE", "ms/image", *SCORES)]
-    for label, name in (("real, training split", "real_train"), (_describe(teacher, result), teacher), (_describe(student, result), student)):
+    for label, name in (
+        ("real, training split", "real_train"),
+        (_describe(teacher, result), teacher),
+        (_describe(student, result), student),
+    ):
         cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
         rows.append((label, *cost, *(f"{result[name][score]:.3f}" for score in SCORES)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

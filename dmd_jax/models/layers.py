@@ -59,8 +59,8 @@ class GroupNorm(nnx.Module):
     def __call__(self, x):
         x = x.astype(jnp.float32)
         x = x - self._group_mean(x)
-        inverse = jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * self.scale[...]
-        return (x * inverse + self.bias[...]).astype(self.dtype)
+        scale, bias = (p[...][None, None, None] for p in (self.scale, self.bias))
+        return (x * (jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * scale) + bias).astype(self.dtype)
 
     def _group_mean(self, x):
         """[B, 1, 1, C]"""
@@ -90,7 +90,7 @@ def xavier_uniform(gain: float = 1.0) -> Callable:
 def positional_embedding(t: jax.Array, dim: int, max_period: float = 10000.0) -> jax.Array:
     """Sine and cosine of `t` [B] at dim / 2 frequencies from 1 to 1 / max_period, both included: [B, dim], float32."""
     freqs = max_period ** -jnp.linspace(0, 1, dim // 2)
-    angles = t.astype(jnp.float32)[:, None] * freqs
+    angles = t.astype(jnp.float32)[:, None] * freqs[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

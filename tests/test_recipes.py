@@ -1,0 +1,231 @@
+"""Steps against the papers' algorithms in numpy, and against themselves on other meshes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmd_jax import denoiser as denoiser_lib
+from dmd_jax import process, sharding, train
+from dmd_jax.recipes import dmd, teacher
+
+OPTIMIZER = dict(learning_rate=1e-3, warmup_steps=2)
+SETTINGS = {
+    teacher: dict(optimizer=OPTIMIZER, ema_decay=0.9, cond_dropout=0.3, sample_steps=4),
+    dmd: dict(
+        optimizer=OPTIMIZER,
+        fake_score_optimizer=OPTIMIZER,
+        ema_decay=0.9,
+        matching_weight=1.0,
+        regression_weight=0.25,
+        guidance_scale=2.0,
+        matching_levels=(20, 980),
+        fake_score_levels=(0, 999),
+    ),
+}
+MESHES = {"one": (1, 1, 1), "data8": (8, 1, 1), "data2_fsdp4": (2, 4, 1), "accumulation2": (1, 1, 2)}
+NUM_STEPS = 5
+
+
+def make(recipe, network, *, mesh="one", null_cond=10, **changes):
+    data, fsdp, accumulation = MESHES[mesh]
+    parallel = sharding.Parallel(sharding.make_mesh(data, fsdp), accumulation)
+    denoiser = denoiser_lib.Denoiser(network, process.EDM())
+    return recipe.make(denoiser, parallel, seed=0, null_cond=null_cond, **SETTINGS[recipe] | changes), parallel
+
+
+def make_batch(recipe, seed, fresh=32, pairs=16):
+    rng = np.random.default_rng(seed)
+
+    def images(n):
+        return rng.standard_normal((n, 8, 8, 1), dtype=np.float32)
+
+    def labels(n):
+        return rng.integers(0, 10, n, dtype=np.int32)
+
+    if recipe is teacher:
+        return {"images": {"image": images(fresh), "cond": labels(fresh)}}
+    return {"fresh": {"cond": labels(fresh)}, "pairs": {"noise": images(pairs), "image": images(pairs), "cond": labels(pairs)}}
+
+
+@pytest.fixture(scope="module", params=[teacher, dmd], ids=["teacher", "dmd"])
+def recipe(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, network, params):
+    """On each mesh: the state and the metrics after every step, and the program's FLOPs per device."""
+
+    def run(mesh):
+        made, parallel = make(recipe, network.apply, mesh=mesh)
+        shardings = parallel.state_shardings(jax.eval_shape(made.init, params))
+        state = jax.device_put(made.init(params), shardings)
+        batches = [jax.device_put(make_batch(recipe, i), parallel.batch_sharding) for i in range(NUM_STEPS)]
+        step = train.compile_step(chex.assert_max_traces(made.train_step, n=1), state, batches[0], shardings)
+        metrics = []
+        for batch in batches:
+            state, values = step(state, batch)
+            metrics.append(jax.device_get(values))
+        return jax.device_get(state), metrics, step.cost_analysis()["flops"]
+
+    return {mesh: run(mesh) for mesh in MESHES}
+
+
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_a_run_does_not_depend_on_the_mesh(runs, mesh):
+    state, metrics, _ = runs[mesh]
+    expected_state, expected_metrics, _ = runs["one"]
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-4)
+    chex.assert_trees_all_close(state.generator.params, expected_state.generator.params, atol=2e-5)
+    chex.assert_trees_all_close(state.generator.ema, expected_state.generator.ema, atol=2e-5)
+    if state.fake_score:
+        chex.assert_trees_all_close(state.fake_score.params, expected_state.fake_score.params, atol=2e-5)
+
+
+def test_a_run_trains(runs, params):
+    state, metrics, _ = runs["one"]
+    assert state.step == NUM_STEPS
+    assert all(np.isfinite(jax.tree.leaves(metrics)))
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max() > 1e-4, state.generator.params, params)
+    assert all(jax.tree.leaves(moved)), moved
+
+
+def test_the_teacher_stays_as_it_was(runs, recipe, params):
+    if recipe is dmd:
+        for state, _, _ in runs.values():
+            chex.assert_trees_all_equal(state.real_score, params)
+
+
+def test_devices_share_the_work(runs):
+    assert runs["data8"][2] <= 1.2 / 8 * runs["one"][2]
+    assert runs["data2_fsdp4"][2] <= 1.2 / 8 * runs["one"][2]
+
+
+@pytest.mark.parametrize(("guidance_scale", "expected"), [(2.0, [12, 16, 8, 8]), (1.0, [12, 8, 8, 8])])
+def test_network_calls_of_a_dmd_step(network, params, guidance_scale, expected):
+    """Fresh images and pairs through the generator at once, the guided teacher at once, the fake score twice."""
+    sizes = []
+
+    def counting(params, x, noise, cond):
+        sizes.append(len(x))
+        return network.apply(params, x, noise, cond)
+
+    made, _ = make(dmd, counting, guidance_scale=guidance_scale)
+    jax.eval_shape(made.train_step, jax.eval_shape(made.init, params), make_batch(dmd, 0, fresh=8, pairs=4))
+    assert sizes == expected
+
+
+def linear(params, x, noise, cond):
+    return params["w"] * x * (1 + 0.1 * cond[:, None, None, None])
+
+
+def recorded_step(monkeypatch, recipe, step=0, **changes):
+    """One step of a linear network from w = 0.7 (fake score 0.5, teacher 0.9): state, metrics and what it drew."""
+    drawn = []
+
+    def split(self, tree):
+        drawn.append(tree)
+        return tree
+
+    monkeypatch.setattr(sharding.Parallel, "split", split)
+    made, _ = make(recipe, linear, null_cond=0, **changes)
+    state = made.init({"w": jnp.float32(0.7)})
+    state = state.replace(step=jnp.int32(step))
+    if recipe is dmd:
+        state = state.replace(fake_score=state.fake_score.replace(params={"w": jnp.float32(0.5)}), real_score={"w": jnp.float32(0.9)})
+    state, metrics = made.train_step(state, make_batch(recipe, 0, fresh=1000, pairs=40))
+    return state, metrics, jax.tree.map(lambda a: np.asarray(a, np.float64), drawn[0])
+
+
+def edm_parts(t):
+    """skip, out and in of EDM's Table 1, for sigma_data 0.5."""
+    t = np.reshape(t, (-1, 1, 1, 1))
+    return 0.25 / (t**2 + 0.25), 0.5 * t / np.sqrt(t**2 + 0.25), 1 / np.sqrt(t**2 + 0.25)
+
+
+def denoise(w, x_t, t, cond):
+    """The linear network's x_hat, and its derivative by w."""
+    skip, out, scale = edm_parts(t)
+    slope = out * scale * x_t * (1 + 0.1 * np.reshape(cond, (-1, 1, 1, 1)))
+    return skip * x_t + w * slope, slope
+
+
+def test_a_dmd_step_is_the_papers(monkeypatch):
+    state, metrics, drawn = recorded_step(monkeypatch, dmd)
+    fresh, pairs = drawn["fresh"], drawn["pairs"]
+    cond, t, fake_t = fresh["cond"], fresh["t"], fresh["fake_t"]
+
+    x, dx = denoise(0.7, 80 * fresh["z"], 80.0, cond)
+    x_pairs, dx_pairs = denoise(0.7, 80 * pairs["noise"], 80.0, pairs["cond"])
+    x_t = x + t.reshape(-1, 1, 1, 1) * fresh["eps"]
+    null, given, x_fake = (denoise(w, x_t, t, c)[0] for w, c in ((0.9, 0 * cond), (0.9, cond), (0.5, cond)))
+    x_real = null + 2 * (given - null)
+    g = (x_fake - x_real) / np.abs(x - x_real).mean(axis=(1, 2, 3), keepdims=True)
+    grad = np.mean(g * dx) + 0.25 * np.mean(2 * (x_pairs - pairs["image"]) * dx_pairs)
+
+    skip, out, scale = edm_parts(fake_t)
+    noisy = x + fake_t.reshape(-1, 1, 1, 1) * fresh["fake_eps"]  # of the images before the generator's update
+    slope = scale * noisy * (1 + 0.1 * cond.reshape(-1, 1, 1, 1))
+    error = 0.5 * slope - (x - skip * noisy) / out
+
+    expected = {
+        "matching": 0.5 * np.mean(g**2),
+        "regression": np.mean((x_pairs - pairs["image"]) ** 2),
+        "fake_score": np.mean(error**2),
+        "real_fake": np.mean(np.abs(x_real - x_fake)),
+        "grad_norm": abs(grad),
+        "fake_grad_norm": abs(np.mean(2 * error * slope)),
+        "skipped": 0,
+    }
+    assert metrics.keys() == expected.keys()
+    chex.assert_trees_all_close({k: float(v) for k, v in metrics.items()}, expected, rtol=1e-4)
+    moments = [net.opt_state[1][0].mu["w"] for net in (state.generator, state.fake_score)]
+    np.testing.assert_allclose(moments, [0.1 * grad, 0.1 * np.mean(2 * error * slope)], rtol=1e-4)  # with their signs
+
+
+def test_a_teacher_step_is_edms(monkeypatch):
+    state, metrics, drawn = recorded_step(monkeypatch, teacher)
+    image, t = drawn["image"], drawn["t"].reshape(-1, 1, 1, 1)
+    x_hat, slope = denoise(0.7, image + t * drawn["eps"], t, drawn["cond"])
+    weight = (t**2 + 0.25) / (0.5 * t) ** 2
+    np.testing.assert_allclose(metrics["loss"], np.mean(weight * (x_hat - image) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(state.generator.opt_state[1][0].mu["w"], 0.1 * np.mean(2 * weight * (x_hat - image) * slope), rtol=1e-4)
+
+    cond = make_batch(teacher, 0, fresh=1000)["images"]["cond"]
+    dropped = (cond != 0) & (drawn["cond"] == 0)
+    np.testing.assert_array_equal(np.where(dropped, 0, cond), drawn["cond"])
+    assert 0.26 < dropped.sum() / (cond != 0).sum() < 0.34
+
+
+def test_noises_are_independent_and_levels_are_the_papers(monkeypatch):
+    (first, second) = (recorded_step(monkeypatch, dmd, step=step)[2]["fresh"] for step in (0, 1))
+    names = ("z", "eps", "fake_eps")
+    noises = np.stack([draw[name].ravel() for draw in (first, second) for name in names])
+    np.testing.assert_allclose(np.corrcoef(noises), np.eye(6), atol=0.02)
+    np.testing.assert_allclose(noises.std(axis=1), 1, atol=0.02)
+
+    table = np.asarray(process.EDM().level(jnp.arange(1000)))
+    levels = np.stack([np.searchsorted(table, draw[name]) for draw in (first, second) for name in ("t", "fake_t")])
+    assert abs(np.corrcoef(levels) - np.eye(4)).max() < 0.1
+    for matching, fake in (levels[:2], levels[2:]):
+        assert 20 <= matching.min() < 25 and 975 < matching.max() <= 980
+        assert fake.min() < 10 and fake.max() > 990
+        np.testing.assert_allclose(np.histogram(fake, 4, (0, 1000))[0] / fake.size, 0.25, atol=0.05)  # even over levels
+
+
+def test_samples(network, params):
+    z, cond = jnp.asarray(make_batch(dmd, 0)["pairs"]["noise"]), make_batch(dmd, 0)["pairs"]["cond"]
+    denoiser = denoiser_lib.Denoiser(network.apply, process.EDM())
+    one_step = make(dmd, network.apply)[0].sample(params, z, cond)
+    np.testing.assert_array_equal(one_step, denoiser(params, 80 * z, jnp.full(16, 80.0), cond))
+
+    x, grid = 80 * z, process.EDM().grid(4)
+    for i, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):  # EDM's Algorithm 1
+        d = (x - denoiser(params, x, jnp.full(16, t), cond)) / t
+        ahead = x + (s - t) * d
+        if i < 3:
+            d = (d + (ahead - denoiser(params, ahead, jnp.full(16, s), cond)) / s) / 2
+        x = x + (s - t) * d
+    np.testing.assert_allclose(make(teacher, network.apply)[0].sample(params, z, cond), x, atol=1e-3)

@@ -1,0 +1,73 @@
+"""A run that is killed goes on to the very same result; bad flags give one line. These start processes."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+KILLS = int(os.environ.get("DMD_TEST_KILLS", "1"))  # per stage
+
+
+def command(workdir, *arguments):
+    return [sys.executable, "-m", "dmd_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *arguments]
+
+
+def environment():
+    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+def run(*arguments, workdir):
+    return subprocess.run(command(workdir, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+
+
+def content(workdir):
+    """Everything that has to come out the same: the parameters of all checkpoints, and the pairs."""
+    from dmd_jax import experiment
+    from dmd_jax.data import pairs
+    from tests.test_stages import params_of, smoke
+
+    config = smoke()
+    config.mesh.data = 1
+    del experiment
+    source = pairs.read(directory=workdir / "pairs")
+    return [params_of(config, workdir, stage) for stage in ("teacher", "dmd")], [source[i] for i in range(len(source))]
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_any_moment(tmp_path):
+    import chex
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(workdir=whole).returncode == 0
+    rng = random.Random(time.time_ns())
+    for stage, sign in (("teacher", "teacher/metrics.jsonl"), ("pairs", "pairs/manifest.json"), ("dmd", "dmd/metrics.jsonl")):
+        for _ in range(KILLS):
+            process = subprocess.Popen(command(broken, f"--stage={stage}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+            while process.poll() is None and not (broken / sign).exists():
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 6))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert run(f"--stage={stage}", workdir=broken).returncode == 0
+    chex.assert_trees_all_equal(content(broken), content(whole))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.dmd.batchsize=64", 'Did you mean "batch_size"'),
+        ("--config.dmd.batch_size=many", "invalid literal for int()"),
+        ("--config=configs/digits.py:fast", "configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, smoke."),
+    ],
+)
+def test_bad_flags(tmp_path, argument, message):
+    result = run(argument, workdir=tmp_path / "run")
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

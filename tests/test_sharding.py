@@ -1,0 +1,96 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dmd_jax import sharding
+
+RNG = np.random.default_rng(0)
+PARAMS = {"w": RNG.standard_normal((5, 3), dtype=np.float32), "b": RNG.standard_normal((1, 3), dtype=np.float32)}
+BATCH = {"x": RNG.standard_normal((16, 5), dtype=np.float32), "y": RNG.standard_normal((16, 3), dtype=np.float32)}
+
+
+def parallel(data, fsdp=1, accumulation=1):
+    return sharding.Parallel(sharding.make_mesh(data, fsdp), accumulation)
+
+
+def gradient(params, batch):
+    def loss(params):
+        return jnp.mean((jnp.tanh(batch["x"] @ params["w"] + params["b"]) - batch["y"]) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return grads, {"loss": value}
+
+
+@pytest.mark.parametrize(("data", "fsdp", "accumulation"), [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (4, 2, 2), (1, 1, 16)])
+def test_gradient_does_not_depend_on_the_mesh(data, fsdp, accumulation):
+    mean = parallel(data, fsdp, accumulation).mean(gradient)
+    chex.assert_trees_all_close(jax.jit(mean)(PARAMS, BATCH), gradient(PARAMS, BATCH), rtol=1e-5, atol=1e-7)
+
+
+def test_pieces_are_worked_off_one_after_another():
+    shapes = []
+
+    def record(params, batch):
+        shapes.append(batch["x"].shape)
+        return gradient(params, batch)
+
+    jax.eval_shape(parallel(2, 2, 2).mean(record), PARAMS, BATCH)
+    assert set(shapes) == {(2, 5)}
+
+
+def test_map_keeps_the_order():
+    double = jax.jit(parallel(4, 2).map(lambda params, batch: params["b"] * batch["y"]))
+    result = double(PARAMS, BATCH)
+    np.testing.assert_array_equal(result, PARAMS["b"] * BATCH["y"])
+    assert {shard.data.shape for shard in result.addressable_shards} == {(2, 3)}
+
+
+def test_random_arrays_are_the_same_on_every_mesh_and_split():
+    def draw(parallel):
+        return jax.jit(lambda: parallel.split(jax.random.normal(jax.random.key(0), (16, 3))))()
+
+    one, eight = draw(parallel(1)), draw(parallel(2, 4))
+    np.testing.assert_array_equal(one, eight)
+    assert {shard.data.shape for shard in eight.addressable_shards} == {(2, 3)}
+
+
+def test_state_shardings():
+    shapes = {"conv": (3, 3, 64, 128), "tall": (256, 6), "small": (4, 4), "odd": (7, 331), "scalar": (), "bias": (1024,)}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    specs = jax.tree.map(lambda s: s.spec, parallel(2, 4).state_shardings(tree))
+    split = {"conv": P(None, None, None, "fsdp"), "tall": P("fsdp", None), "bias": P("fsdp")}
+    assert specs == {"small": P(), "odd": P(), "scalar": P(), **split}
+    assert set(jax.tree.leaves(jax.tree.map(lambda s: s.spec, parallel(8).state_shardings(tree)))) == {P()}
+
+
+@pytest.mark.parametrize(
+    ("data", "accumulation", "batch_size", "message"),
+    [
+        (8, 1, 100, "batch_size 100 is not divisible by 8 devices; use 96 or 104."),
+        (8, 1, 5, "batch_size 5 is not divisible by 8 devices; use 8."),
+        (4, 2, 12, "batch_size 12 is not divisible by 4 devices x 2 accumulation steps; use 8 or 16."),
+    ],
+)
+def test_batches_that_cannot_be_split(data, accumulation, batch_size, message):
+    with pytest.raises(ValueError) as error:
+        parallel(data, 1, accumulation).check_batch("batch_size", batch_size)
+    assert str(error.value) == message
+
+
+def test_batches_that_can_be_split():
+    parallel(2, 4, accumulation=2).check_batch("batch_size", 32)
+
+
+def test_make_mesh():
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1}
+    assert dict(sharding.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
+    assert dict(sharding.make_mesh(data=3).shape) == {"data": 3, "fsdp": 1}
+
+
+@pytest.mark.parametrize(("data", "fsdp", "needed"), [(4, 4, 16), (9, 1, 9), (-1, 16, 0)])
+def test_make_mesh_with_too_many_devices(data, fsdp, needed):
+    with pytest.raises(ValueError, match=f"needs {needed} devices, but there are 8"):
+        sharding.make_mesh(data, fsdp)

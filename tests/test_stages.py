@@ -1,0 +1,245 @@
+"""The stages of configs/digits.py:smoke, run in this process."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmd_jax import checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sampling, sharding, train
+from dmd_jax.data import images as images_lib
+from dmd_jax.data import pairs as pairs_data
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def smoke():
+    spec = importlib.util.spec_from_file_location("digits", ROOT / "configs/digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config("smoke")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A workdir with all stages done."""
+    workdir = tmp_path_factory.mktemp("finished")
+    main.run(smoke(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of the finished workdir, to be damaged."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def params_of(config, workdir, stage, step=None):
+    return jax.device_get(experiment.load_params(config, f"{{workdir}}/{stage}", workdir, step))
+
+
+def test_a_finished_workdir_holds_everything(finished):
+    assert {"config.json", "classifier.npz", "teacher", "pairs", "dmd", "evaluation.json", "report.png"} <= {
+        p.name for p in finished.iterdir()
+    }
+    assert list((finished / "dmd").glob("events.out.tfevents.*"))
+    assert sorted(p.name for p in (finished / "dmd/samples").iterdir()) == ["0000010.png", "0000020.png"]
+    assert Image.open(finished / "report.png").size[0] > 1000
+    rows = metrics.read(finished / "dmd")
+    assert {"matching", "regression", "fake_score", "grad_norm", "skipped"} <= rows[0].keys()
+    result = json.loads((finished / "evaluation.json").read_text())
+    assert result["nfe"] == {"teacher": 35, "dmd": 1}
+    assert result["real_train"]["agreement"] > 0.99 and result["classifier_accuracy"] > 0.97
+    assert result["teacher"].keys() == result["dmd"].keys() == result["real_train"].keys()
+
+
+def test_finished_stages_are_skipped(finished, capsys):
+    before = {p: p.stat().st_mtime for p in finished.rglob("*") if p.is_file() and p.name != "config.json"}
+    main.run(smoke(), finished)
+    assert capsys.readouterr().out.count("done already") == 4
+    assert before == {p: p.stat().st_mtime for p in before}
+
+
+def test_dry_run_leaves_no_trace(tmp_path, capsys):
+    main.run(smoke(), tmp_path / "run", dry_run=True)
+    assert "would run" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_stage(workdir):
+    shutil.rmtree(workdir / "dmd")
+    (workdir / "evaluation.json").unlink()
+    main.run(smoke(), workdir, "dmd")
+    assert (workdir / "dmd/checkpoints/20").exists() and not (workdir / "evaluation.json").exists()
+
+
+def test_unknown_stage(tmp_path):
+    with pytest.raises(ValueError, match=r"no stage 'techer' \(did you mean 'teacher'\?\); there are: teacher, pairs, dmd, evaluate\."):
+        main.run(smoke(), tmp_path, "techer")
+
+
+def test_more_steps_go_on_from_the_last(workdir):
+    config = smoke()
+    config.teacher.num_steps = 35
+    train.run(config, "teacher", workdir)
+    assert [row["step"] for row in metrics.read(workdir / "teacher")] == [10, 20, 30, 35]
+    with pytest.raises(ValueError, match=r"the pairs in .* are others than the config asks for: teacher is .*use another workdir"):
+        pairs.run(config, "pairs", workdir)
+
+
+def test_another_config_is_refused(finished):
+    config = smoke()
+    config.teacher.batch_size = 32
+    with pytest.raises(ValueError, match=r"belongs to another config: teacher.batch_size is 32, there 64; use another --workdir"):
+        main.run(config, finished)
+
+
+def test_other_data_is_refused(workdir):
+    config = smoke()
+    config.teacher.update(num_steps=40, batch_size=32)
+    with pytest.raises(ValueError, match="was trained on other data.*use another workdir"):
+        train.run(config, "teacher", workdir)
+
+
+def test_batch_that_the_devices_cannot_share(tmp_path):
+    config = smoke()
+    config.teacher.batch_size = 100
+    with pytest.raises(ValueError, match=r"^images batch_size 100 is not divisible by 8 devices; use 96 or 104\.$"):
+        train.run(config, "teacher", tmp_path)
+
+
+def test_missing_dataset_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r'the digits need scikit-learn; run: pip install "dmd_jax\[digits\]"'):
+        images_lib.digits(split="train")
+
+
+def test_not_images():
+    with pytest.raises(
+        ValueError, match=r"photos: expected images \[N, H, W, C\].*got an array of shape \(3,\) and type <U1 with 3 labels"
+    ):
+        images_lib.from_arrays(np.array(["a", "b", "c"]), np.arange(3), origin="photos")
+
+
+def test_truncated_shard(workdir):
+    path = sorted((workdir / "pairs").glob("*.arrayrecord"))[1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"pair shard .*00001.* is truncated or corrupt; delete it"):
+        pairs_data.read(directory=workdir / "pairs")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"pair shard .*00001.* is missing"):
+        pairs_data.read(directory=workdir / "pairs")
+
+
+def test_missing_shards_are_made_again_the_same(workdir, finished):
+    path = sorted((workdir / "pairs").glob("*.arrayrecord"))[2]
+    path.unlink()
+    assert not pairs.done(smoke(), "pairs", workdir)
+    pairs.run(smoke(), "pairs", workdir)
+    ours, theirs = (pairs_data.read(directory=d / "pairs") for d in (workdir, finished))
+    assert len(ours) == len(theirs) == 64
+    chex.assert_trees_all_equal([ours[i] for i in range(64)], [theirs[i] for i in range(64)])
+
+
+def test_pairs_are_the_teachers_images_of_their_noise(finished):
+    config, source = smoke(), pairs_data.read(directory=finished / "pairs")
+    parallel = sharding.Parallel(sharding.make_mesh())
+    sample = sampling.make_sampler(experiment.make_recipe(config, "teacher", parallel), parallel, 8)
+    rows = [source[i] for i in (3, 17, 40)]
+    z, cond = np.stack([r["noise"] for r in rows]), np.stack([r["cond"] for r in rows])
+    np.testing.assert_array_equal(z, sampling.noise(config.seed, (3, 17, 40), (8, 8, 1)))
+    images = sample(params_of(config, finished, "teacher"), z, cond)
+    np.testing.assert_allclose(images, np.stack([r["image"] for r in rows]), atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_corrupt_checkpoint(workdir, finished, damage):
+    step = workdir / "dmd/checkpoints/20/state"
+    for path in [p for p in step.rglob("*") if p.is_file()]:
+        path.unlink() if damage == "remove" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    train.run(smoke(), "dmd", workdir)
+    assert (workdir / "dmd/unreadable_20").exists()
+    chex.assert_trees_all_equal(params_of(smoke(), workdir, "dmd"), params_of(smoke(), finished, "dmd"))
+
+
+def test_no_whole_checkpoint(workdir):
+    for state in (workdir / "teacher/checkpoints").glob("*/state"):
+        shutil.rmtree(state)
+    config = smoke()
+    config.teacher.num_steps = 40
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); delete the directory to start again"):
+        train.run(config, "teacher", workdir)
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="run the stage 'teacher' first"):
+        pairs.run(smoke(), "pairs", tmp_path)
+
+
+def test_disk_full(workdir, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    config = smoke()
+    config.teacher.num_steps = 40
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of step 40 needs .* MB, but .* has 0.0 MB free; make room and run the same command again"
+    ):
+        train.run(config, "teacher", workdir)
+
+
+def test_too_many_skipped_updates(tmp_path):
+    config = smoke()
+    config.teacher.max_skipped_updates = 5
+    config.teacher.recipe.optimizer.update(learning_rate=float("inf"), warmup_steps=1)
+    with pytest.raises(
+        FloatingPointError, match=r"updates up to step 10 had gradients that were not finite, more than max_skipped_updates = 5"
+    ):
+        train.run(config, "teacher", tmp_path)
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(finished, tmp_path):
+    """Ten teacher steps on 8 devices, the rest on others: the same parameters up to the order of float32 sums."""
+    reference = params_of(smoke(), finished, "teacher")
+    for data, fsdp in ((2, 4), (1, 1)):
+        workdir = pathlib.Path(shutil.copytree(finished, tmp_path / f"{data}x{fsdp}"))
+        for step in (20, 30):
+            shutil.rmtree(workdir / f"teacher/checkpoints/{step}", ignore_errors=True)
+        config = smoke()
+        config.teacher.keep_checkpoints = 3
+        config.teacher.num_steps = 10
+        shutil.rmtree(workdir / "teacher")
+        train.run(config, "teacher", workdir)
+        config.teacher.num_steps = 30
+        config.mesh.update(data=data, fsdp=fsdp)
+        train.run(config, "teacher", workdir)
+        chex.assert_trees_all_close(params_of(config, workdir, "teacher"), reference, rtol=1e-3, atol=1e-4)
+
+
+def test_images_do_not_depend_on_the_batch(finished):
+    config = smoke()
+    recipe_of = lambda parallel: experiment.make_recipe(config, "dmd", parallel)
+    params = params_of(config, finished, "dmd")
+    z, cond = experiment.inputs(config, 20, finished)
+    eight, one = sharding.Parallel(sharding.make_mesh()), sharding.Parallel(sharding.make_mesh(data=1))
+    images = sampling.make_sampler(recipe_of(eight), eight, 8)(params, z, cond)
+    assert images.shape == (20, 8, 8, 1)
+    np.testing.assert_allclose(images, sampling.make_sampler(recipe_of(one), one, 7)(params, z, cond), atol=1e-5)
+
+
+def test_lookup_names_what_exists():
+    with pytest.raises(ValueError, match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: dmd, teacher\."):
+        lookup.find("recipes", "dmb")
+    with pytest.raises(ValueError, match=r"dmd_jax/data/images.py has no 'digit' \(did you mean 'digits'\?\)"):
+        lookup.find("data", "images.digit")
+
+
+def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
+    assert evaluate.done(smoke(), "evaluate", workdir)
+    config = smoke()
+    config.dmd.num_steps = 25
+    train.run(config, "dmd", workdir)
+    assert not evaluate.done(config, "evaluate", workdir)
