@@ -97,7 +97,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         preview_every=100,
         preview_images=1000,
         preview_scores=True,
-        checkpoint_every=250,
+        checkpoint_every=200,
         keep_checkpoints=2,
         best_metric="FD-mlp",
         max_skipped_updates=20,
@@ -130,7 +130,7 @@ def _smoke(config):
     config.network.update(width=8, num_blocks=0)
     config.teacher.update(num_steps=30, checkpoint_every=10, log_every=10)
     config.pairs.update(count=64, shard_size=16, batch_size=16)
-    config.dmd.update(num_steps=20, checkpoint_every=5, log_every=5, preview_every=10, preview_images=64, batch_size=16)
+    config.dmd.update(num_steps=20, checkpoint_every=10, log_every=5, preview_every=10, preview_images=64, batch_size=16)
     config.evaluate.update(count=64, batch_size=32, timing_repeats=1)
     return config
 

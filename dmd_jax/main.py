@@ -21,7 +21,10 @@ STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
 
 # What may change between two runs in one workdir: lengths, intervals and where it runs.
-CHANGEABLE = r"^mesh\.|\.(accumulation|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints|max_skipped_updates|timing_repeats)$|remat$"
+CHANGEABLE = re.compile(
+    r"^mesh\.|\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints"
+    r"|max_skipped_updates|timing_repeats)$"
+)
 
 
 def main(argv):
@@ -70,7 +73,7 @@ def claim(config, workdir: pathlib.Path):
     ours = json.loads(config.to_json())
     if path.exists():
         theirs, mine = _flat(json.loads(path.read_text())), _flat(ours)
-        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not re.search(CHANGEABLE, k)]
+        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not CHANGEABLE.search(k)]
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
             raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")

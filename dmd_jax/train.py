@@ -31,6 +31,11 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     streams = experiment.make_streams(config, stage, workdir)
     for name, stream in streams.items():
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
+    if settings.best_metric and (not settings.preview_every or settings.checkpoint_every % settings.preview_every):
+        raise ValueError(
+            f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} is not "
+            f"a multiple of preview_every {settings.preview_every}; change one of them."
+        )
     recipe = experiment.make_recipe(config, stage, parallel)
     fingerprint = pipeline.fingerprint(streams, seed=config.seed)
     manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
@@ -46,12 +51,12 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         began = time.perf_counter()
         step_fn = compile_step(recipe.train_step, train_state, batch, shardings)
         writer.note(f"compiled in {time.perf_counter() - began:.1f} s, starts at step {start}")
-        watch, scores = _Watch(settings.max_skipped_updates, writer), {}
+        watch = _Watch(settings.max_skipped_updates, writer)
         for step in range(start + 1, settings.num_steps + 1):
             train_state, values = step_fn(train_state, batch)
             batch = next(loader)
             writer.advance(step)
-            last = step == settings.num_steps
+            last, scores = step == settings.num_steps, {}
             if step % settings.log_every == 0 or last:
                 watch.log(step, values)
             if previews and (step % settings.preview_every == 0 or last):

@@ -36,7 +36,7 @@ def network(tiny):
     return unet_edm.make(**tiny)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def params(network):
     """Parameters of `network` under which every layer matters."""
     rng = np.random.default_rng(0)

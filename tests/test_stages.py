@@ -102,7 +102,7 @@ def test_another_config_is_refused(finished):
 def test_other_data_is_refused(workdir):
     config = smoke()
     config.teacher.update(num_steps=40, batch_size=32)
-    with pytest.raises(ValueError, match="was trained on other data.*use another workdir"):
+    with pytest.raises(ValueError, match=r"was trained on other data.*use another workdir"):
         train.run(config, "teacher", workdir)
 
 

@@ -194,5 +194,5 @@ def test_initial_parameters(network):
 
 
 def test_a_size_that_cannot_be_halved():
-    with pytest.raises(ValueError, match="^size 10 cannot be halved 2 times; use fewer multipliers or another size.$"):
+    with pytest.raises(ValueError, match=r"^size 10 cannot be halved 2 times; use fewer multipliers or another size.$"):
         unet_edm.make(size=10, channels=1, multipliers=(1, 1, 1))
