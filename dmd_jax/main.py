@@ -50,7 +50,7 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
             f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}."
         )
     if dry_run or jax.process_index() == 0:
-        print(config)
+        print(json.dumps(config.to_dict(), indent=2))
     if dry_run:
         print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
         return

@@ -33,8 +33,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
     if settings.best_metric and (not settings.preview_every or settings.checkpoint_every % settings.preview_every):
         raise ValueError(
-            f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} is not "
-            f"a multiple of preview_every {settings.preview_every}; change one of them."
+            f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
+            f"is not a multiple of preview_every {settings.preview_every}; change one of them."
         )
     recipe = experiment.make_recipe(config, stage, parallel)
     fingerprint = pipeline.fingerprint(streams, seed=config.seed)

@@ -8,7 +8,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
-import numpy as np
 import pytest
 from absl import flags
 
@@ -34,10 +33,3 @@ def tiny():
 @pytest.fixture(scope="session")
 def network(tiny):
     return unet_edm.make(**tiny)
-
-
-@pytest.fixture(scope="module")
-def params(network):
-    """Parameters of `network` under which every layer matters."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda p: (p + 0.1 * rng.standard_normal(p.shape)).astype(np.float32), network.init(0))

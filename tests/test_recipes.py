@@ -50,59 +50,78 @@ def make_batch(recipe, seed, fresh=32, pairs=16):
     return {"fresh": {"cond": labels(fresh)}, "pairs": {"noise": images(pairs), "image": images(pairs), "cond": labels(pairs)}}
 
 
+def small(params, x, noise, cond):
+    """Three convolutions that know of noise and label: a program that compiles in no time."""
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    emb = params["label"][cond] + jnp.outer(noise, params["noise"])
+    return conv(jax.nn.silu(conv(jax.nn.silu(conv(x, params["in"]) + emb[:, None, None]), params["mid"])), params["out"])
+
+
+SHAPES = {"label": (11, 32), "noise": (32,), "in": (3, 3, 1, 32), "mid": (3, 3, 32, 32), "out": (3, 3, 32, 1)}
+PARAMS = {name: 0.1 * np.random.default_rng(0).standard_normal(shape, dtype=np.float32) for name, shape in SHAPES.items()}
+
+
+def run(recipe, network, params, mesh):
+    """The state and the metrics after every step, and the program's FLOPs per device."""
+    made, parallel = make(recipe, network, mesh=mesh)
+    state, shardings = start(made, parallel, params)
+    batches = [jax.device_put(make_batch(recipe, i), parallel.batch_sharding) for i in range(NUM_STEPS)]
+    step = train.compile_step(made.train_step, state, batches[0], shardings)
+    metrics = []
+    for batch in batches:
+        state, values = step(state, batch)
+        metrics.append(jax.device_get(values))
+    return jax.device_get(state), metrics, step.cost_analysis()["flops"]
+
+
+def start(made, parallel, params):
+    shardings = parallel.state_shardings(jax.eval_shape(made.init, params))
+    return jax.device_put(made.init(params), shardings), shardings
+
+
+def assert_same_run(one, other):
+    (state, metrics, _), (expected_state, expected_metrics, _) = one, other
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-4)
+    parts = [(s.generator.params, s.generator.ema, s.fake_score and s.fake_score.params) for s in (state, expected_state)]
+    chex.assert_trees_all_close(*parts, atol=2e-5)  # Adam makes much of small differences; a step is 1e-3
+
+
 @pytest.fixture(scope="module", params=[teacher, dmd], ids=["teacher", "dmd"])
 def recipe(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def network(tiny):
-    """One level of the tiny network: what it computes matters little here, and it compiles in half the time."""
-    return unet_edm.make(**tiny | dict(multipliers=(2,), attention=()))
-
-
-@pytest.fixture(scope="module")
-def runs(recipe, network, params):
-    """On each mesh: the state and the metrics after every step, and the program's FLOPs per device."""
-
-    def run(mesh):
-        made, parallel = make(recipe, network.apply, mesh=mesh)
-        shardings = parallel.state_shardings(jax.eval_shape(made.init, params))
-        state = jax.device_put(made.init(params), shardings)
-        batches = [jax.device_put(make_batch(recipe, i), parallel.batch_sharding) for i in range(NUM_STEPS)]
-        step = train.compile_step(made.train_step, state, batches[0], shardings)
-        metrics = []
-        for batch in batches:
-            state, values = step(state, batch)
-            metrics.append(jax.device_get(values))
-        return jax.device_get(state), metrics, step.cost_analysis()["flops"]
-
-    return {mesh: run(mesh) for mesh in MESHES}
+def runs(recipe):
+    return {mesh: run(recipe, small, PARAMS, mesh) for mesh in MESHES}
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 def test_a_run_does_not_depend_on_the_mesh(runs, mesh):
-    state, metrics, _ = runs[mesh]
-    expected_state, expected_metrics, _ = runs["one"]
-    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-4)
-    chex.assert_trees_all_close(state.generator.params, expected_state.generator.params, atol=2e-5)
-    chex.assert_trees_all_close(state.generator.ema, expected_state.generator.ema, atol=2e-5)
-    if state.fake_score:
-        chex.assert_trees_all_close(state.fake_score.params, expected_state.fake_score.params, atol=2e-5)
+    assert_same_run(runs[mesh], runs["one"])
 
 
-def test_a_run_trains(runs, params):
+def test_a_run_of_the_unet_does_not_depend_on_the_mesh(tiny):
+    network = unet_edm.make(**tiny | dict(multipliers=(2,)))  # one level compiles in half the time
+    params = jax.tree.map(lambda p: p + 0.01, network.init(0))  # no zeros
+    assert_same_run(*(run(teacher, network.apply, params, mesh) for mesh in ("data2_fsdp4", "one")))
+
+
+def test_a_run_trains(runs):
     state, metrics, _ = runs["one"]
     assert state.step == NUM_STEPS
     assert all(np.isfinite(jax.tree.leaves(metrics)))
-    moved = jax.tree.map(lambda new, old: np.abs(new - old).max() > 1e-4, state.generator.params, params)
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max() > 1e-4, state.generator.params, PARAMS)
     assert all(jax.tree.leaves(moved)), moved
 
 
-def test_the_teacher_stays_as_it_was(runs, recipe, params):
+def test_the_teacher_stays_as_it_was(runs, recipe):
     if recipe is dmd:
         for state, _, _ in runs.values():
-            chex.assert_trees_all_equal(state.real_score, params)
+            chex.assert_trees_all_equal(state.real_score, PARAMS)
 
 
 def test_devices_share_the_work(runs):
@@ -111,16 +130,16 @@ def test_devices_share_the_work(runs):
 
 
 @pytest.mark.parametrize(("guidance_scale", "expected"), [(2.0, [12, 16, 8, 8]), (1.0, [12, 8, 8, 8])])
-def test_network_calls_of_a_dmd_step(network, params, guidance_scale, expected):
+def test_network_calls_of_a_dmd_step(guidance_scale, expected):
     """Fresh images and pairs through the generator at once, the guided teacher at once, the fake score twice."""
     sizes = []
 
     def counting(params, x, noise, cond):
         sizes.append(len(x))
-        return network.apply(params, x, noise, cond)
+        return small(params, x, noise, cond)
 
     made, _ = make(dmd, counting, guidance_scale=guidance_scale)
-    jax.eval_shape(made.train_step, jax.eval_shape(made.init, params), make_batch(dmd, 0, fresh=8, pairs=4))
+    jax.eval_shape(made.train_step, jax.eval_shape(made.init, PARAMS), make_batch(dmd, 0, fresh=8, pairs=4))
     assert sizes == expected
 
 
@@ -160,10 +179,10 @@ def denoise(w, x_t, t, cond):
 
 
 def test_a_step_is_traced_once(recipe):
-    made, _ = make(recipe, linear, null_cond=0)
+    made, parallel = make(recipe, linear, null_cond=0)
+    state, shardings = start(made, parallel, {"w": jnp.float32(0.7)})
     chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(made.train_step, n=1), donate_argnums=0)
-    state = made.init({"w": jnp.float32(0.7)})
+    step = jax.jit(chex.assert_max_traces(made.train_step, n=1), donate_argnums=0, out_shardings=(shardings, None))
     for i in range(3):
         state, _ = step(state, make_batch(recipe, i))
 
@@ -231,18 +250,18 @@ def test_noises_are_independent_and_levels_are_the_papers(monkeypatch):
         np.testing.assert_allclose(np.histogram(fake, 4, (0, 1000))[0] / fake.size, 0.25, atol=0.05)  # even over levels
 
 
-def test_samples(network, params):
+def test_samples():
     pairs = make_batch(dmd, 0)["pairs"]
     z, cond = jnp.asarray(pairs["noise"]), pairs["cond"]
-    denoiser = jax.jit(denoiser_lib.Denoiser(network.apply, process.EDM()))
-    one_step = jax.jit(make(dmd, network.apply)[0].sample)(params, z, cond)
-    np.testing.assert_allclose(one_step, denoiser(params, 80 * z, jnp.full(16, 80.0), cond), atol=1e-6)
+    denoiser = jax.jit(denoiser_lib.Denoiser(small, process.EDM()))
+    one_step = jax.jit(make(dmd, small)[0].sample)(PARAMS, z, cond)
+    np.testing.assert_allclose(one_step, denoiser(PARAMS, 80 * z, jnp.full(16, 80.0), cond), atol=1e-6)
 
     x, grid = 80 * z, process.EDM().grid(4)
     for i, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):  # EDM's Algorithm 1
-        d = (x - denoiser(params, x, jnp.full(16, t), cond)) / t
+        d = (x - denoiser(PARAMS, x, jnp.full(16, t), cond)) / t
         ahead = x + (s - t) * d
         if i < 3:
-            d = (d + (ahead - denoiser(params, ahead, jnp.full(16, s), cond)) / s) / 2
+            d = (d + (ahead - denoiser(PARAMS, ahead, jnp.full(16, s), cond)) / s) / 2
         x = x + (s - t) * d
-    np.testing.assert_allclose(make(teacher, network.apply)[0].sample(params, z, cond), x, atol=1e-3)
+    np.testing.assert_allclose(make(teacher, small)[0].sample(PARAMS, z, cond), x, atol=1e-3)

@@ -1,0 +1,43 @@
+"""Means over several runs, as a Markdown table: python -m dmd_jax.evals.table "full method=/tmp/full-*" "without x=/tmp/without-*"
+
+One row for the teacher of the first group, and one for the student of each.
+"""
+
+import glob
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from dmd_jax.evals import report
+
+
+def main(arguments: list[str]):
+    groups = {name: [_read(path) for path in sorted(glob.glob(pattern))] for name, pattern in (a.split("=", 1) for a in arguments)}
+    empty = [name for name, results in groups.items() if not results]
+    if empty or not groups:
+        sys.exit(f'error: no finished run matches {empty or "nothing"}; give "name=pattern of workdirs".')
+    first = next(iter(groups.values()))
+    rows = {"real, training split": [r["real_train"] for r in first], "teacher, 35 calls": [r["teacher"] for r in first]}
+    rows |= {name: [r["student"] for r in results] for name, results in groups.items()}
+    print(f"| mean of {len(first)} seeds (standard deviation) | {' | '.join(report.SCORES)} |")
+    print("| --- |" + " --- |" * len(report.SCORES))
+    for name, results in rows.items():
+        cells = []
+        for score in report.SCORES:
+            values = [r[score] for r in results]
+            cells.append(f"{np.mean(values):.3f} ({np.std(values, ddof=1) if len(values) > 1 else 0:.3f})")
+        print(f"| {name} | {' | '.join(cells)} |")
+    speedup = [r["speedup"] for results in groups.values() for r in results]
+    print(f"\nOne step is {np.mean(speedup):.1f} times faster per image ({min(speedup):.1f} to {max(speedup):.1f}).")
+
+
+def _read(path):
+    result = json.loads((pathlib.Path(path) / "evaluation.json").read_text())
+    teacher, student = result["nfe"]
+    return {"real_train": result["real_train"], "teacher": result[teacher], "student": result[student], "speedup": result["speedup"]}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,120 @@
+"""DMD where everything is known: eight Gaussians on a ring, whose exact denoiser is the teacher."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmd_jax import denoiser as denoiser_lib
+from dmd_jax import process, samplers, sharding
+from dmd_jax.recipes import dmd
+
+ANGLES = 2 * np.pi * np.arange(8) / 8
+MODES = (0.7 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)).astype(np.float32)  # a standard deviation of about 0.5
+STD = 0.05
+WIDTH = 64
+PROCESS = process.EDM()
+
+
+def exact(x_t, sigma):
+    """E[x | x_t] for points x_t [B, 2] at noise sigma [B, 1]."""
+    variance = STD**2 + sigma**2
+    weights = jax.nn.softmax(x_t @ MODES.T / variance)  # all modes are equally far from 0
+    return (STD**2 * x_t + sigma**2 * (weights @ MODES)) / variance
+
+
+def network(params, x, noise, cond):
+    """The output that makes the denoiser exact, plus a correction that starts at zero and is all that is trained."""
+    x, noise = x.reshape(-1, 2), noise[:, None]
+    sigma = jnp.exp(4 * noise)
+    norm = jnp.sqrt(sigma**2 + 0.25)
+    x_t = norm * x
+    output = (exact(x_t, sigma) - 0.25 / norm**2 * x_t) * norm / (0.5 * sigma)
+    h = jnp.concatenate([x, noise, jnp.sin(4 * noise), jnp.cos(4 * noise)], axis=-1)
+    for name in ("first", "second"):
+        h = jax.nn.silu(h @ params[name]["kernel"] + params[name]["bias"][None])
+    return (output + h @ params["last"]).reshape(-1, 1, 1, 2)
+
+
+DENOISER = denoiser_lib.Denoiser(network, PROCESS)
+
+
+def teacher_params():
+    rng = np.random.default_rng(0)
+
+    def layer(n):
+        kernel = rng.standard_normal((n, WIDTH)) * np.sqrt(2 / n)
+        return {"kernel": kernel.astype(np.float32), "bias": rng.standard_normal(WIDTH).astype(np.float32)}
+
+    return {"first": layer(5), "second": layer(WIDTH), "last": np.zeros((WIDTH, 2), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Noise and where the teacher's ODE takes it."""
+    noise = jax.random.normal(jax.random.key(1), (2048, 1, 1, 2))
+    params = teacher_params()
+
+    def solve(z):
+        return samplers.heun(lambda x_t, t: DENOISER(params, x_t, t), PROCESS, PROCESS.grid(40), PROCESS.prior(z))
+
+    return {"noise": noise, "image": jax.jit(solve)(noise), "cond": jnp.zeros(2048)}
+
+
+def distil(pairs, *, regression_weight, num_steps=2000):
+    """4096 samples of the generator's running mean."""
+    optimizer = dict(learning_rate=2e-3, warmup_steps=50, decay_steps=num_steps)
+    recipe = dmd.make(
+        DENOISER,
+        sharding.Parallel(sharding.make_mesh(1)),
+        seed=0,
+        null_cond=0,
+        optimizer=optimizer,
+        fake_score_optimizer=optimizer,
+        ema_decay=0.99,
+        matching_weight=1.0,
+        regression_weight=regression_weight,
+        guidance_scale=1.0,
+        matching_levels=(20, 980),
+        fake_score_levels=(0, 999),
+    )
+
+    def step(state, i):
+        chosen = jax.random.randint(jax.random.fold_in(jax.random.key(2), i), (64,), 0, 2048)
+        batch = {"fresh": {"cond": jnp.zeros(128)}, "pairs": jax.tree.map(lambda a: a[chosen], pairs)}
+        return recipe.train_step(state, batch)
+
+    @jax.jit
+    def train(params):
+        state, _ = jax.lax.scan(step, recipe.init(params), jnp.arange(num_steps))
+        return recipe.sample(state.generator.ema, jax.random.normal(jax.random.key(3), (4096, 1, 1, 2)), jnp.zeros(4096))
+
+    return np.asarray(train(teacher_params())).reshape(-1, 2)
+
+
+def fractions_near_modes(x):
+    """Of the samples: the share within three standard deviations of each mode."""
+    distances = np.linalg.norm(x[:, None] - MODES[None], axis=-1)
+    return (distances < 3 * STD).mean(axis=0)
+
+
+def test_the_teacher_covers_the_ring(pairs):
+    fractions = fractions_near_modes(pairs["image"].reshape(-1, 2))
+    assert 0.1 < fractions.min() and fractions.max() < 0.15
+
+
+def test_the_start_is_poor():
+    x = DENOISER.generate(teacher_params(), jax.random.normal(jax.random.key(0), (512, 1, 1, 2)))
+    assert np.linalg.norm(x.reshape(-1, 2), axis=-1).max() < 0.1  # the middle of the ring
+
+
+def test_dmd_covers_all_modes_evenly(pairs):
+    fractions = fractions_near_modes(distil(pairs, regression_weight=0.25))
+    print(fractions, fractions.sum())
+    assert 0.06 < fractions.min() and fractions.max() < 0.2
+
+
+def test_matching_alone_does_not_diverge(pairs):
+    x = distil(pairs, regression_weight=0.0)
+    print(fractions_near_modes(x), fractions_near_modes(x).sum(), np.linalg.norm(x, axis=-1).max(), np.linalg.norm(x,axis=-1).mean())
+    assert np.linalg.norm(x, axis=-1).max() < 1.4  # twice the ring's radius
