@@ -77,6 +77,12 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
     return None
 
 
+def all_steps(directory: str | os.PathLike) -> list[int]:
+    """The steps of a stage's checkpoints that were written to the end."""
+    path = pathlib.Path(directory) / "checkpoints"
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
+
+
 def load_ema(directory: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
     """The running mean of the generator's parameters in the newest (or the given) checkpoint of a stage.
 
@@ -86,19 +92,23 @@ def load_ema(directory: str | os.PathLike, abstract: dict, step: int | None = No
       step: of the checkpoint.
 
     Raises:
-      ValueError: there is no such checkpoint, or it holds another network.
+      ValueError: there is no such checkpoint, it is damaged, or it holds another network.
     """
-    manager = open_manager(directory)
-    step = manager.latest_step() if step is None else step
-    if step not in manager.all_steps():
-        raise ValueError(f"no checkpoint of step {step} in {manager.directory}; run the stage {pathlib.Path(directory).name!r} first.")
+    steps = all_steps(directory)
+    path = pathlib.Path(directory).absolute() / "checkpoints"
+    step = max(steps, default=None) if step is None else step
+    if step not in steps:
+        raise ValueError(f"no checkpoint of step {step} in {path}; run the stage {pathlib.Path(directory).name!r} first.")
     target = {"generator": {"ema": abstract}}
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
     try:
-        restored = ocp.PyTreeCheckpointer().restore(manager.directory / str(step) / "state", args=arguments)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {step} in {manager.directory} does not hold the network of the config: {error}") from error
+        restored = ocp.PyTreeCheckpointer().restore(path / str(step) / "state", args=arguments)
+    except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"checkpoint {step} in {path} is damaged or of another network ({reason}); delete {path / str(step)} and run the stage again."
+        ) from error
     return restored["generator"]["ema"]
 
 

@@ -64,7 +64,7 @@ def _protocol(config, stage, workdir):
         "batch_size": settings.batch_size,
         "features": "last hidden layer of an MLP classifier of the training split",
         "reference": config.images.held_out.to_dict(),
-        "steps": {name: checkpoint.open_manager(workdir / name).latest_step() for name in (settings.teacher, settings.student)},
+        "steps": {name: max(checkpoint.all_steps(workdir / name), default=None) for name in (settings.teacher, settings.student)},
     }
 
 

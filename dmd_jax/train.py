@@ -15,8 +15,7 @@ from dmd_jax.evals import suite
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
     """Whether the stage has its last checkpoint."""
-    directory = workdir / stage
-    return directory.exists() and (checkpoint.open_manager(directory).latest_step() or 0) >= config[stage].num_steps
+    return max(checkpoint.all_steps(workdir / stage), default=0) >= config[stage].num_steps
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):

@@ -8,9 +8,19 @@ import subprocess
 import sys
 import time
 
+import chex
 import pytest
 
+from dmd_jax.data import pairs
+from tests.test_stages import params_of, smoke
+
 ROOT = pathlib.Path(__file__).parent.parent
+SIGNS = {  # a file that says that a stage has begun
+    "teacher": "teacher/metrics.jsonl",
+    "pairs": "pairs/manifest.json",
+    "dmd": "dmd/metrics.jsonl",
+    "evaluate": "config.json",
+}
 KILLS = int(os.environ.get("DMD_TEST_KILLS", "1"))  # per stage
 
 
@@ -28,25 +38,18 @@ def run(*arguments, workdir):
 
 def content(workdir):
     """Everything that has to come out the same: the parameters of all checkpoints, and the pairs."""
-    from dmd_jax import experiment
-    from dmd_jax.data import pairs
-    from tests.test_stages import params_of, smoke
-
     config = smoke()
     config.mesh.data = 1
-    del experiment
     source = pairs.read(directory=workdir / "pairs")
     return [params_of(config, workdir, stage) for stage in ("teacher", "dmd")], [source[i] for i in range(len(source))]
 
 
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment(tmp_path):
-    import chex
-
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(workdir=whole).returncode == 0
     rng = random.Random(time.time_ns())
-    for stage, sign in (("teacher", "teacher/metrics.jsonl"), ("pairs", "pairs/manifest.json"), ("dmd", "dmd/metrics.jsonl")):
+    for stage, sign in SIGNS.items():
         for _ in range(KILLS):
             process = subprocess.Popen(command(broken, f"--stage={stage}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
             while process.poll() is None and not (broken / sign).exists():

@@ -11,7 +11,7 @@ from dmd_jax.recipes import dmd
 
 ANGLES = 2 * np.pi * np.arange(8) / 8
 MODES = (0.7 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)).astype(np.float32)  # a standard deviation of about 0.5
-STD = 0.05
+STD = 0.08
 WIDTH = 64
 PROCESS = process.EDM()
 
@@ -61,16 +61,16 @@ def pairs():
     return {"noise": noise, "image": jax.jit(solve)(noise), "cond": jnp.zeros(2048)}
 
 
-def distil(pairs, *, regression_weight, num_steps=2000):
+def distil(pairs, *, regression_weight, num_steps=3000):
     """4096 samples of the generator's running mean."""
-    optimizer = dict(learning_rate=2e-3, warmup_steps=50, decay_steps=num_steps)
+    schedule = dict(warmup_steps=50, decay_steps=num_steps, beta1=0.5)
     recipe = dmd.make(
         DENOISER,
         sharding.Parallel(sharding.make_mesh(1)),
         seed=0,
         null_cond=0,
-        optimizer=optimizer,
-        fake_score_optimizer=optimizer,
+        optimizer=dict(learning_rate=2e-3, **schedule),
+        fake_score_optimizer=dict(learning_rate=4e-3, **schedule),
         ema_decay=0.99,
         matching_weight=1.0,
         regression_weight=regression_weight,
@@ -81,7 +81,7 @@ def distil(pairs, *, regression_weight, num_steps=2000):
 
     def step(state, i):
         chosen = jax.random.randint(jax.random.fold_in(jax.random.key(2), i), (64,), 0, 2048)
-        batch = {"fresh": {"cond": jnp.zeros(128)}, "pairs": jax.tree.map(lambda a: a[chosen], pairs)}
+        batch = {"fresh": {"cond": jnp.zeros(256)}, "pairs": jax.tree.map(lambda a: a[chosen], pairs)}
         return recipe.train_step(state, batch)
 
     @jax.jit
@@ -92,29 +92,24 @@ def distil(pairs, *, regression_weight, num_steps=2000):
     return np.asarray(train(teacher_params())).reshape(-1, 2)
 
 
-def fractions_near_modes(x):
-    """Of the samples: the share within three standard deviations of each mode."""
+def assert_covers_the_ring(x, *, share):
+    """Each mode has about an eighth of the samples `x` [N, 2], and `share` of them are within three standard deviations of one."""
     distances = np.linalg.norm(x[:, None] - MODES[None], axis=-1)
-    return (distances < 3 * STD).mean(axis=0)
+    fractions = np.bincount(distances.argmin(axis=1), minlength=8) / len(x)
+    assert fractions.min() > 0.09 and fractions.max() < 0.17, fractions
+    assert (distances.min(axis=1) < 3 * STD).mean() > share
+    assert np.quantile(np.linalg.norm(x, axis=1), 0.99) < 1  # the ring's radius is 0.7
 
 
 def test_the_teacher_covers_the_ring(pairs):
-    fractions = fractions_near_modes(pairs["image"].reshape(-1, 2))
-    assert 0.1 < fractions.min() and fractions.max() < 0.15
+    assert_covers_the_ring(np.reshape(pairs["image"], (-1, 2)), share=0.98)
 
 
 def test_the_start_is_poor():
     x = DENOISER.generate(teacher_params(), jax.random.normal(jax.random.key(0), (512, 1, 1, 2)))
-    assert np.linalg.norm(x.reshape(-1, 2), axis=-1).max() < 0.1  # the middle of the ring
+    assert np.linalg.norm(x.reshape(-1, 2), axis=1).max() < 0.1  # all in the middle of the ring
 
 
-def test_dmd_covers_all_modes_evenly(pairs):
-    fractions = fractions_near_modes(distil(pairs, regression_weight=0.25))
-    print(fractions, fractions.sum())
-    assert 0.06 < fractions.min() and fractions.max() < 0.2
-
-
-def test_matching_alone_does_not_diverge(pairs):
-    x = distil(pairs, regression_weight=0.0)
-    print(fractions_near_modes(x), fractions_near_modes(x).sum(), np.linalg.norm(x, axis=-1).max(), np.linalg.norm(x,axis=-1).mean())
-    assert np.linalg.norm(x, axis=-1).max() < 1.4  # twice the ring's radius
+@pytest.mark.parametrize("regression_weight", [0.25, 0.0])
+def test_dmd_covers_all_modes_evenly(pairs, regression_weight):
+    assert_covers_the_ring(distil(pairs, regression_weight=regression_weight), share=0.75)

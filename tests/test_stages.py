@@ -158,12 +158,14 @@ def test_pairs_are_the_teachers_images_of_their_noise(finished):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_corrupt_checkpoint(workdir, finished, damage):
+def test_corrupt_checkpoint(workdir, finished, damage, caplog):
     step = workdir / "dmd/checkpoints/20/state"
     for path in [p for p in step.rglob("*") if p.is_file()]:
         path.unlink() if damage == "remove" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"checkpoint 20 in .* is damaged .*delete .*checkpoints/20 and run the stage again"):
+        params_of(smoke(), workdir, "dmd")
     train.run(smoke(), "dmd", workdir)
-    assert (workdir / "dmd/unreadable_20").exists()
+    assert "checkpoint 20 cannot be read" in caplog.text and (workdir / "dmd/unreadable_20").exists()
     chex.assert_trees_all_equal(params_of(smoke(), workdir, "dmd"), params_of(smoke(), finished, "dmd"))
 
 
