@@ -33,9 +33,9 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
       ValueError: the disk has no room for it, or an earlier write failed.
     """
     train_state = train_state.replace(real_score=None)
-    needed = sum(a.nbytes for a in jax.tree.leaves(train_state))
+    needed = sum(a.nbytes for a in jax.tree.leaves(train_state)) + 2**20  # the arrays, and what Orbax writes about them
     free = shutil.disk_usage(manager.directory).free
-    if free < 1.2 * needed:
+    if free < needed:
         raise ValueError(
             f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but {manager.directory} has {free / 1e6:.1f} MB free; "
             "make room and run the same command again."

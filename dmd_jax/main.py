@@ -32,8 +32,11 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py.")
     try:
         run(CONFIG.value, pathlib.Path(WORKDIR.value).absolute(), STAGE.value, DRY_RUN.value)
-    except (ValueError, OSError, FloatingPointError) as error:
-        logging.debug("traceback", exc_info=True)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if "No space left on device" in str(error):
+            sys.exit(f"error: the disk of {WORKDIR.value} is full; make room and run the same command again: what is whole is kept.")
+        if isinstance(error, RuntimeError):
+            raise
         sys.exit(f"error: {error}")
 
 

@@ -28,10 +28,8 @@ def adamw(
       weight_decay: decoupled, on biases and norms too.
       clip: largest global norm of the gradient.
     """
-    if decay_steps:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, decay_steps)
-    else:
-        schedule = optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+    rest = optax.cosine_decay_schedule(learning_rate, decay_steps - warmup_steps) if decay_steps else optax.constant_schedule(learning_rate)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), rest], [warmup_steps])
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay))
 
 

@@ -89,6 +89,16 @@ def test_network_sees_scaled_input_noise_condition_and_params():
     np.testing.assert_allclose(np.ravel(x), 1 / np.sqrt([1.25, 6400.25]), rtol=1e-6)
     np.testing.assert_allclose(noise, [0, 1.0955067], rtol=1e-6)
     assert (params, cond) == ("params", "cond")
+    assert denoiser.output_and_target("params", x_t, x_t, t)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("name", "scale"), [("vp-eps", 1), ("vp-v", 1), ("flow", 1000)])
+def test_time_as_the_network_is_told_it(name, scale):
+    process, prediction, _ = PAIRS[name]
+    t = process.level(jnp.asarray(LEVELS))
+    _, _, in_, noise = prediction(process, t)
+    np.testing.assert_allclose(noise, scale * t)
+    np.testing.assert_array_equal(in_, np.ones(len(t)))
 
 
 @pytest.mark.parametrize(("name", "prior", "t"), [("edm", 80, 80), ("vp-eps", 1, 999), ("flow", 1, 1)])

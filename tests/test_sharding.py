@@ -90,7 +90,7 @@ def test_make_mesh():
     assert dict(sharding.make_mesh(data=3).shape) == {"data": 3, "fsdp": 1}
 
 
-@pytest.mark.parametrize(("data", "fsdp", "needed"), [(4, 4, 16), (9, 1, 9), (-1, 16, 0)])
+@pytest.mark.parametrize(("data", "fsdp", "needed"), [(4, 4, "16"), (9, 1, "9"), (-1, 16, ".*")])
 def test_make_mesh_with_too_many_devices(data, fsdp, needed):
     with pytest.raises(ValueError, match=f"needs {needed} devices, but there are 8"):
         sharding.make_mesh(data, fsdp)

@@ -165,13 +165,16 @@ def test_bfloat16_is_close_and_its_embedding_is_float32(monkeypatch, tiny, netwo
     assert difference.max() > 1e-4 and difference.mean() < 2e-2 * np.abs(expected).mean()
 
 
-def test_remat_changes_no_gradient(tiny, network, params, inputs):
-    def gradient(apply):
-        return jax.jit(jax.grad(lambda p: jnp.mean(apply(p, *inputs) ** 2)))(params)
+def test_remat_changes_no_gradient(tiny, inputs):
+    settings = tiny | dict(multipliers=(1,), attention=())
+    plain, remat = unet_edm.make(**settings), unet_edm.make(**settings, remat=True)
+    params = random_params(plain.abstract)
 
-    remat = unet_edm.make(**tiny, remat=True)
-    assert str(jax.make_jaxpr(remat.apply)(params, *inputs)).count("= remat") == 10  # one per block
-    chex.assert_trees_all_close(gradient(remat.apply), gradient(network.apply), rtol=1e-4, atol=1e-6)
+    def gradient(network):
+        return jax.jit(jax.grad(lambda p: jnp.mean(network.apply(p, *inputs) ** 2)))(params)
+
+    assert str(jax.make_jaxpr(remat.apply)(params, *inputs)).count("= remat") == 5  # one per block
+    chex.assert_trees_all_close(gradient(remat), gradient(plain), rtol=1e-4, atol=1e-6)
 
 
 def test_no_label_is_null_label(network, params, inputs):

@@ -1,11 +1,12 @@
 """Labelled images, as random-access sources of {"image": [H, W, C] float32 in [-1, 1], "cond": int32}, and labels alone."""
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
 
-class Images(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Images:
     """A source held in memory."""
 
     image: np.ndarray
@@ -18,7 +19,8 @@ class Images(NamedTuple):
         return {"image": self.image[index], "cond": self.cond[index]}
 
 
-class Labels(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Labels:
     """A source of {"cond": int32}, every class once."""
 
     num_classes: int
