@@ -15,7 +15,7 @@ from dmd_jax.models import layers
 
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
 EVALUATION_SEED = 2**32  # far from the seeds of runs
-PREDICTIONS = {f.__name__: f for f in (denoiser_lib.edm, denoiser_lib.eps, denoiser_lib.v, denoiser_lib.flow)}
+PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow",)}  # those that are defined for each process
 
 
 def make_network(config: ml_collections.ConfigDict) -> layers.Network:
@@ -27,8 +27,10 @@ def make_network(config: ml_collections.ConfigDict) -> layers.Network:
 def make_denoiser(config: ml_collections.ConfigDict) -> denoiser_lib.Denoiser:
     """The network with `config.process` and `config.prediction`."""
     settings = dict(config.process)
-    process = _choose("process", PROCESSES, settings.pop("name"))(**settings)
-    return denoiser_lib.Denoiser(make_network(config).apply, process, _choose("prediction", PREDICTIONS, config.prediction))
+    name = settings.pop("name")
+    process = _choose("process", PROCESSES, name)(**settings)
+    predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
+    return denoiser_lib.Denoiser(make_network(config).apply, process, _choose(f"prediction for {name}", predictions, config.prediction))
 
 
 def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Parallel:

@@ -85,7 +85,7 @@ class VP:
 
     @property
     def t_max(self) -> float:
-        return NUM_LEVELS - 1
+        return float(NUM_LEVELS - 1)
 
     def alpha(self, t):
         return jnp.sqrt(self._abar(t))

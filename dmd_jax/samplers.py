@@ -25,7 +25,7 @@ def euler(denoise: Callable, process: process_lib.Process, grid: np.ndarray, x: 
 
 def heun(denoise: Callable, process: process_lib.Process, grid: np.ndarray, x: jax.Array) -> jax.Array:
     """As `euler`, to second order: each step is redone with the mean of the predictions at its two ends, except one that
-    ends in no noise, where there is no second prediction (EDM, arXiv 2206.00364, Algorithm 1). 2 (len(grid) - 1) - 1 network calls."""
+    ends in no noise, where there is no second prediction (EDM, arXiv 2206.00364, Algorithm 1). See `heun_calls` for the cost."""
 
     def step(x, times):
         t, s = times
@@ -39,6 +39,11 @@ def heun(denoise: Callable, process: process_lib.Process, grid: np.ndarray, x: j
         return jax.lax.cond(process.sigma(s) > 0, correct, lambda: ahead), None
 
     return jax.lax.scan(step, x, _intervals(grid))[0]
+
+
+def heun_calls(process: process_lib.Process, grid: np.ndarray) -> int:
+    """How often `heun` calls the network for an image."""
+    return 2 * (len(grid) - 1) - int(process.sigma(jnp.asarray(grid[-1])) == 0)
 
 
 def _intervals(grid):

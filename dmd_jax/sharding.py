@@ -20,8 +20,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
       ValueError: the devices are not that many.
     """
     devices = devices or jax.devices()
-    data = len(devices) // fsdp if data == -1 else data
-    if data * fsdp > len(devices) or data < 1:
+    data = max(len(devices) // fsdp, 1) if data == -1 else data
+    if data * fsdp > len(devices):
         raise ValueError(f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, but there are {len(devices)}.")
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp])
 

@@ -29,6 +29,7 @@ def test_every_misfit_is_listed_at_once(network):
     tensors["model_ema.decay"] = tensors.pop("map_layer0.bias")
     tensors["another"] = tensors.pop("enc.8x8_conv.weight")
     tensors["map_label.weight"] = tensors["map_label.weight"].T
+    tensors["map_layer1.weight"] = tensors["map_layer1.weight"][:, :, None]
     with pytest.raises(ValueError) as error:
         convert.from_torch(tensors, network.abstract)
     for problem in (
@@ -36,6 +37,7 @@ def test_every_misfit_is_listed_at_once(network):
         "missing enc.8x8_conv.weight",
         "unused model_ema.decay",
         "unused another",
-        "map_label.weight has shape (8, 10), expected (10, 8)",
+        "map_label.weight has shape (10, 8), expected (8, 10)",
+        "map_layer1.weight has shape (32, 32, 1), expected (32, 32)",
     ):
         assert problem in str(error.value)

@@ -31,6 +31,8 @@ def make(
       sample_steps: Heun steps of the samples shown during training.
     """
     tx = optim.adamw(**optimizer)
+    process = denoiser.process
+    grid = process.grid(sample_steps)
 
     def init(params):
         return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=True))
@@ -46,7 +48,7 @@ def make(
     def train_step(train_state, batch):
         image, cond = batch["images"]["image"], batch["images"]["cond"]
         k_t, k_eps, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step), 3)
-        t = denoiser.process.sample_t(k_t, image.shape[:1])
+        t = process.sample_t(k_t, image.shape[:1])
         dropped = jax.random.bernoulli(k_drop, cond_dropout, image.shape[:1])
         cond = jnp.where(dropped.reshape((-1,) + (1,) * (cond.ndim - 1)), jnp.asarray(null_cond, cond.dtype), cond)
         batch = parallel.split({"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)})
@@ -57,7 +59,6 @@ def make(
         return train_state.replace(step=train_state.step + 1, generator=generator), metrics
 
     def sample(params, z, cond):
-        process = denoiser.process
-        return samplers.heun(lambda x_t, t: denoiser(params, x_t, t, cond), process, process.grid(sample_steps), process.prior(z))
+        return samplers.heun(lambda x_t, t: denoiser(params, x_t, t, cond), process, grid, process.prior(z))
 
-    return recipes.Recipe(init, train_step, sample, nfe=2 * sample_steps - 1)
+    return recipes.Recipe(init, train_step, sample, nfe=samplers.heun_calls(process, grid))

@@ -19,10 +19,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
         if name not in left:
             problems.append(f"missing {name}")
             continue
-        array = np.transpose(np.asarray(left.pop(name)), np.argsort(axes))
-        if array.shape != leaf.shape:
-            problems.append(f"{name} has shape {array.shape}, expected {leaf.shape}")
-        flat[path] = array.astype(leaf.dtype)
+        array, expected = np.asarray(left.pop(name)), tuple(leaf.shape[axis] for axis in axes)
+        if array.shape != expected:
+            problems.append(f"{name} has shape {array.shape}, expected {expected}")
+            continue
+        flat[path] = np.transpose(array, np.argsort(axes)).astype(leaf.dtype)
     problems += [f"unused {name}" for name in left]
     if problems:
         raise ValueError("the checkpoint does not fit the network: " + "; ".join(problems))
