@@ -31,8 +31,9 @@ def test_heun_goldens(num_steps, golden):
     np.testing.assert_allclose(x.item(), golden, rtol=3e-6)
 
 
-def test_heun_calls_the_network_twice_a_step_but_once_in_the_last():
-    assert len(count_calls(samplers.heun, process_lib.EDM(), 18)) == 35
+@pytest.mark.parametrize(("process", "expected"), [(process_lib.EDM(), 35), (process_lib.VP(), 36)])
+def test_heun_calls_the_network_twice_a_step_but_once_where_no_noise_is_left(process, expected):
+    assert len(count_calls(samplers.heun, process, 18)) == samplers.heun_calls(process, process.grid(18)) == expected
 
 
 def test_euler_calls_the_network_once_a_step():

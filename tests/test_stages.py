@@ -106,6 +106,13 @@ def test_other_data_is_refused(workdir):
         train.run(config, "teacher", workdir)
 
 
+def test_a_prediction_that_the_process_does_not_define():
+    config = smoke()
+    config.prediction = "eps"
+    with pytest.raises(ValueError, match=r"^no prediction for EDM 'eps'; there are: edm\.$"):
+        experiment.make_denoiser(config)
+
+
 def test_batch_that_the_devices_cannot_share(tmp_path):
     config = smoke()
     config.teacher.batch_size = 100
