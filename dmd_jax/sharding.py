@@ -41,9 +41,9 @@ class Parallel:
     def check_batch(self, name: str, batch_size: int):
         """Raises ValueError if a batch cannot be split evenly."""
         n = self.mesh.size * self.accumulation
-        if batch_size % n:
+        if batch_size % n or batch_size < 1:
             below = batch_size // n * n
-            choices = f"{below} or {below + n}" if below else f"{n}"
+            choices = f"{below} or {below + n}" if below > 0 else f"{n}"
             parts = f"{self.mesh.size} devices" + f" x {self.accumulation} accumulation steps" * (self.accumulation > 1)
             raise ValueError(f"{name} {batch_size} is not divisible by {parts}; use {choices}.")
 

@@ -44,7 +44,7 @@ def content(workdir):
     return [params_of(config, workdir, stage) for stage in ("teacher", "dmd")], [source[i] for i in range(len(source))]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * KILLS)
 def test_killed_at_any_moment(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(workdir=whole).returncode == 0
