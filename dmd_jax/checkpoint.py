@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: asynchronous, atomic, the last few and the best, each with the fingerprint of the data it was trained on."""
+"""Checkpoints by Orbax: asynchronous, atomic, the last few and the best, each with the fingerprint of what it was trained on."""
 
 import hashlib
 import os
@@ -51,10 +51,10 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
     Args:
       manager: from `open_manager`.
       abstract: the state's shapes, dtypes and shardings; `real_score` is returned as it is.
-      fingerprint: of the data that the run is about to use.
+      fingerprint: of the data and the teacher that the run is about to use.
 
     Raises:
-      ValueError: there are checkpoints, but none can be read, or it was trained on other data.
+      ValueError: there are checkpoints, but none can be read, or it was trained on other data or from another teacher.
     """
     target = abstract.replace(real_score=None)
     steps = sorted(manager.all_steps(), reverse=True)
@@ -67,7 +67,7 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
             continue
         if restored["meta"]["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{manager.directory} was trained on other data, or in another order, than the config asks for "
+                f"{manager.directory} was trained on other data, in another order or from another teacher than now "
                 f"(fingerprint {restored['meta']['fingerprint']}, expected {fingerprint}); use another workdir."
             )
         _put_aside(manager, [s for s in steps if s > step])
@@ -96,9 +96,9 @@ def load_ema(directory: str | os.PathLike, abstract: dict, step: int | None = No
     """
     steps = all_steps(directory)
     path = pathlib.Path(directory).absolute() / "checkpoints"
-    step = max(steps, default=None) if step is None else step
-    if step not in steps:
-        raise ValueError(f"no checkpoint of step {step} in {path}; run the stage {pathlib.Path(directory).name!r} first.")
+    if not steps or step not in (None, *steps):
+        raise ValueError(f"no checkpoint{f' of step {step}' if steps else ''} in {path}; run the stage {path.parent.name!r} first.")
+    step = max(steps) if step is None else step
     target = {"generator": {"ema": abstract}}
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)

@@ -1,6 +1,5 @@
 """The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir."""
 
-import json
 import pathlib
 import statistics
 import time
@@ -15,7 +14,7 @@ from dmd_jax.evals import report, suite
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
     """Whether evaluation.json is about the checkpoints that are there now."""
     path = workdir / "evaluation.json"
-    return path.exists() and json.loads(path.read_text())["protocol"] == _protocol(config, stage, workdir)
+    return path.exists() and metrics.read_json(path).get("protocol") == _protocol(config, stage, workdir)
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
@@ -52,7 +51,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in images}
         report.draw(workdir / "report.png", result, images, curves, teacher=settings.teacher, student=settings.student)
-        (workdir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        metrics.write_json(workdir / "evaluation.json", result)
         print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
 
 

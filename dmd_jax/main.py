@@ -13,13 +13,17 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import lookup
+from dmd_jax import experiment, lookup, metrics
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
 STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
 
+PROGRAMS = ("train", "pairs", "evaluate")
+POSITIVE = re.compile(
+    r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|shard_size|timing_repeats|sample_steps)$"
+)
 # What may change between two runs in one workdir: lengths, intervals and where it runs.
 CHANGEABLE = re.compile(
     r"^mesh\.|\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints"
@@ -28,6 +32,8 @@ CHANGEABLE = re.compile(
 
 
 def main(argv):
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir is empty; name a directory.")
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py.")
     try:
@@ -52,6 +58,7 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
         raise ValueError(
             f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}."
         )
+    check(config)
     if dry_run or jax.process_index() == 0:
         print(json.dumps(config.to_dict(), indent=2))
     if dry_run:
@@ -66,6 +73,21 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
             program.run(config, stage, workdir)
 
 
+def check(config):
+    """Raises ValueError for a config that cannot work whatever the workdir."""
+    for key, value in _flat(config.to_dict()).items():
+        if POSITIVE.search(key) and value < 1:
+            raise ValueError(f"{key} is {value}; expected at least 1.")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; expected at least 0.")
+    for stage in config.stages:
+        if stage not in config or config[stage].get("program") not in PROGRAMS:
+            raise ValueError(f"stage {stage!r} needs a key of that name with a program, one of {', '.join(PROGRAMS)}.")
+        if config[stage].program == "train":
+            lookup.find("recipes", config[stage].recipe.name)
+    experiment.make_denoiser(config)
+
+
 def claim(config, workdir: pathlib.Path):
     """Writes the config into `workdir`, or checks that it is the one found there.
 
@@ -74,15 +96,15 @@ def claim(config, workdir: pathlib.Path):
     """
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
-    if path.exists():
-        theirs, mine = _flat(json.loads(path.read_text())), _flat(ours)
+    if path.exists() and any((workdir / stage).exists() for stage in config.stages):
+        theirs, mine = _flat(metrics.read_json(path)), _flat(ours)
         keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not CHANGEABLE.search(k)]
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
             raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=2))
+        metrics.write_json(path, ours)
 
 
 def _flat(tree, prefix=""):
@@ -100,9 +122,11 @@ def cli():
 def parse(argv):
     """Flags; a config that cannot be read or overridden gives one line instead of a traceback."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = str(error.args[0]) if error.args else str(error)
+        line = " ".join(text.split()) if isinstance(error, AttributeError | KeyError) else text.strip().splitlines()[-1].strip()
+        sys.exit(f"error: {line}")
 
 
 if __name__ == "__main__":

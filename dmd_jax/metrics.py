@@ -74,6 +74,23 @@ def read(directory: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def read_json(path: pathlib.Path) -> dict:
+    """Raises ValueError if the file is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        assert isinstance(content, dict)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{path} is damaged; expected a JSON object. Restore it, or delete it and run again.") from error
+    return content
+
+
+def write_json(path: pathlib.Path, content: dict):
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128)."""
     return np.clip(127.5 * np.asarray(images, np.float32) + 128, 0, 255).astype(np.uint8)

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, experiment, sampling, sharding
+from dmd_jax import checkpoint, experiment, metrics, sampling, sharding
 from dmd_jax.data import pairs
 
 
@@ -76,6 +76,4 @@ def _check_manifest(directory, manifest):
             raise ValueError(f"the pairs in {directory} are others than the config asks for: {'; '.join(differing)}; use another workdir.")
     elif jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(manifest, indent=2))
-        partial.rename(path)
+        metrics.write_json(path, manifest)

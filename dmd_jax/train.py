@@ -30,16 +30,20 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     streams = experiment.make_streams(config, stage, workdir)
     for name, stream in streams.items():
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
+    if settings.best_metric not in ("", *suite.SCORES):
+        raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.SCORES)}.")
     if settings.best_metric and (not settings.preview_every or settings.checkpoint_every % settings.preview_every):
         raise ValueError(
             f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
             f"is not a multiple of preview_every {settings.preview_every}; change one of them."
         )
     recipe = experiment.make_recipe(config, stage, parallel)
-    fingerprint = pipeline.fingerprint(streams, seed=config.seed)
+    params = _first_params(config, stage, workdir)
+    fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest(params)}"
     manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
 
-    train_state, shardings = _first_state(config, stage, workdir, recipe, parallel)
+    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
+    train_state = jax.jit(recipe.init, out_shardings=shardings)(params)
     train_state = checkpoint.restore(manager, _abstract(train_state), fingerprint=fingerprint) or train_state
     start = int(train_state.step)
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
@@ -73,14 +77,11 @@ def compile_step(train_step: Callable, train_state, batch, shardings):
     return step.lower(train_state, batch).compile()
 
 
-def _first_state(config, stage, workdir, recipe, parallel):
-    """The state at step 0 and its shardings; its network is that of the stage `init_from`, or random."""
+def _first_params(config, stage, workdir):
+    """Those of the stage `init_from`, or random."""
     if config[stage].init_from:
-        params = experiment.load_params(config, config[stage].init_from, workdir)
-    else:
-        params = experiment.make_network(config).init(config.seed)
-    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
-    return jax.jit(recipe.init, out_shardings=shardings)(params), shardings
+        return experiment.load_params(config, config[stage].init_from, workdir)
+    return experiment.make_network(config).init(config.seed)
 
 
 def _abstract(train_state):

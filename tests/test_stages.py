@@ -252,3 +252,40 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
     config.dmd.num_steps = 25
     train.run(config, "dmd", workdir)
     assert not evaluate.done(config, "evaluate", workdir)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("teacher.keep_checkpoints", 0, r"^teacher\.keep_checkpoints is 0; expected at least 1\.$"),
+        ("mesh.fsdp", 0, r"^mesh\.fsdp is 0; expected at least 1\.$"),
+        ("seed", -1, r"^seed is -1; expected at least 0\.$"),
+        ("dmd.program", "trian", r"^stage 'dmd' needs a key of that name with a program, one of train, pairs, evaluate\.$"),
+        ("network.name", "unet", r"^dmd_jax/models has no file 'unet'"),
+    ],
+)
+def test_a_config_that_cannot_work_claims_no_workdir(tmp_path, key, value, message):
+    config = smoke()
+    config.update_from_flattened_dict({key: value})
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=message):
+            main.run(config, tmp_path / "run", dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_teacher_is_refused(workdir):
+    config = smoke()
+    config.teacher.num_steps = 35
+    train.run(config, "teacher", workdir)
+    config.dmd.num_steps = 30
+    with pytest.raises(ValueError, match=r"was trained on other data, in another order or from another teacher than now"):
+        train.run(config, "dmd", workdir)
+
+
+@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "classifier.npz", "pairs/manifest.json"])
+def test_damaged_files_are_named(workdir, name):
+    (workdir / name).write_text("{")
+    if name == "classifier.npz":
+        (workdir / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*delete"):
+        main.run(smoke(), workdir)

@@ -37,7 +37,13 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     path = pathlib.Path(directory) / MANIFEST
     if not path.exists():
         raise ValueError(f"no pairs in {directory}: {path} does not exist; run the stage that makes them first.")
-    return json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest, dict):
+            return manifest
+    except ValueError:
+        pass
+    raise ValueError(f"{path} is damaged; delete {directory} and run the stage that makes the pairs again.")
 
 
 class Pairs:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import warnings
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -51,5 +52,8 @@ def cached(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> C
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, **{f"{kind}{i}": a for kind, arrays in classifier._asdict().items() for i, a in enumerate(arrays)})
         partial.rename(path)
-    with np.load(path) as file:
-        return Classifier(*(tuple(file[f"{kind}{i}"] for i in range(len(file) // 2)) for kind in Classifier._fields))
+    try:
+        with np.load(path) as file:
+            return Classifier(*(tuple(file[f"{kind}{i}"] for i in range(len(file) // 2)) for kind in Classifier._fields))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged; delete it and run again.") from error

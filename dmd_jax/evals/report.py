@@ -8,19 +8,17 @@ import numpy as np
 from dmd_jax import metrics
 from dmd_jax.evals import suite
 
-SCORES = (suite.FD, suite.KD, "precision", "recall", "coverage", "agreement")
-
 
 def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
-    rows = [("", "NFE", "ms/image", *SCORES)]
+    rows = [("", "NFE", "ms/image", *suite.SCORES)]
     for label, name in (
         ("real, training split", "real_train"),
         (_describe(teacher, result), teacher),
         (_describe(student, result), student),
     ):
         cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
-        rows.append((label, *cost, *(f"{result[name][score]:.3f}" for score in SCORES)))
+        rows.append((label, *cost, *(f"{result[name][score]:.3f}" for score in suite.SCORES)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
     return "\n".join(lines) + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"

@@ -7,6 +7,7 @@ from dmd_jax.evals import frechet, kid, precision_recall
 
 FD = f"FD-{classifier_lib.NAME}"  # not "FID", which is the distance in the features of the Inception network of 2015
 KD = f"KD-{classifier_lib.NAME}"
+SCORES = (FD, KD, "precision", "recall", "coverage", "agreement")
 
 
 def compare(classifier: classifier_lib.Classifier, real: np.ndarray, fake: np.ndarray, cond: np.ndarray) -> dict[str, float]:

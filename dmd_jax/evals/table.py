@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from dmd_jax.evals import report
+from dmd_jax.evals import suite
 
 
 def main(arguments: list[str]):
@@ -21,11 +21,11 @@ def main(arguments: list[str]):
     first = next(iter(groups.values()))
     rows = {"real, training split": [r["real_train"] for r in first], "teacher, 35 calls": [r["teacher"] for r in first]}
     rows |= {name: [r["student"] for r in results] for name, results in groups.items()}
-    print(f"| mean of {len(first)} seeds (standard deviation) | {' | '.join(report.SCORES)} |")
-    print("| --- |" + " --- |" * len(report.SCORES))
+    print(f"| mean of {len(first)} seeds (standard deviation) | {' | '.join(suite.SCORES)} |")
+    print("| --- |" + " --- |" * len(suite.SCORES))
     for name, results in rows.items():
         cells = []
-        for score in report.SCORES:
+        for score in suite.SCORES:
             values = [r[score] for r in results]
             cells.append(f"{np.mean(values):.3f} ({np.std(values, ddof=1) if len(values) > 1 else 0:.3f})")
         print(f"| {name} | {' | '.join(cells)} |")
