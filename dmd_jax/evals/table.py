@@ -14,7 +14,10 @@ from dmd_jax.evals import suite
 
 
 def main(arguments: list[str]):
-    groups = {name: [_read(path) for path in sorted(glob.glob(pattern))] for name, pattern in (a.split("=", 1) for a in arguments)}
+    groups = {
+        name: [_read(path) for path in sorted(glob.glob(f"{pattern}/evaluation.json"))]
+        for name, pattern in (a.split("=", 1) for a in arguments)
+    }
     empty = [name for name, results in groups.items() if not results]
     if empty or not groups:
         sys.exit(f'error: no finished run matches {empty or "nothing"}; give "name=pattern of workdirs".')
@@ -34,7 +37,7 @@ def main(arguments: list[str]):
 
 
 def _read(path):
-    result = json.loads((pathlib.Path(path) / "evaluation.json").read_text())
+    result = json.loads(pathlib.Path(path).read_text())
     teacher, student = result["nfe"]
     return {"real_train": result["real_train"], "teacher": result[teacher], "student": result[student], "speedup": result["speedup"]}
 
