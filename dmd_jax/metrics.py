@@ -78,9 +78,10 @@ def read_json(path: pathlib.Path) -> dict:
     """Raises ValueError if the file is damaged."""
     try:
         content = json.loads(path.read_text())
-        assert isinstance(content, dict)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{path} is damaged; expected a JSON object. Restore it, or delete it and run again.") from error
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged; expected a JSON object. Restore it, or delete it and run again.")
     return content
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from array_record.python import array_record_module
 from grain import sources
 
+from dmd_jax import metrics
+
 MANIFEST = "manifest.json"
 
 
@@ -33,17 +35,11 @@ def write_shard(path: pathlib.Path, arrays: dict[str, np.ndarray]):
 
 
 def read_manifest(directory: str | os.PathLike) -> dict:
-    """Raises ValueError if there are no pairs."""
+    """Raises ValueError if there are no pairs, or the manifest is damaged."""
     path = pathlib.Path(directory) / MANIFEST
     if not path.exists():
         raise ValueError(f"no pairs in {directory}: {path} does not exist; run the stage that makes them first.")
-    try:
-        manifest = json.loads(path.read_text())
-        if isinstance(manifest, dict):
-            return manifest
-    except ValueError:
-        pass
-    raise ValueError(f"{path} is damaged; delete {directory} and run the stage that makes the pairs again.")
+    return metrics.read_json(path)
 
 
 class Pairs:
