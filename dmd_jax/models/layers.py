@@ -18,11 +18,13 @@ class Network(NamedTuple):
       apply: `(params, *inputs) -> output`.
       abstract: the parameters' shapes and dtypes, a nested dict.
       init: `seed -> params`, numpy arrays: the same on every machine, and made without compiling anything.
+      bind: `params -> module`, for what else the module can do.
     """
 
     apply: Callable
     abstract: dict
     init: Callable
+    bind: Callable
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tuple[str, Callable], ...]) -> Network:
@@ -41,7 +43,10 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tupl
         leaves = {path: make(rng, a.shape) for (path, make), a in zip(makers.items(), jax.tree.leaves(abstract), strict=True)}
         return traverse_util.unflatten_dict({path: leaf.astype(np.float32) for path, leaf in leaves.items()})
 
-    return Network(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), abstract, init)
+    def bind(params):
+        return nnx.merge(graphdef, params)
+
+    return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind)
 
 
 class GroupNorm(nnx.Module):

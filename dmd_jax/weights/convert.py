@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from flax import traverse_util
 
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}  # flax's name: PyTorch's
+
 
 def from_torch(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
     """Parameters with the structure of `abstract` out of a PyTorch state dict.
@@ -43,4 +45,4 @@ def _torch_leaf(path, ndim):
     """PyTorch's name of a leaf, and the axes that transpose it to PyTorch's order."""
     *module, leaf = path
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}[ndim] if leaf == "kernel" else tuple(range(ndim))  # HWIO -> OIHW, [in, out] -> [out, in]
-    return ".".join([*module, "bias" if leaf == "bias" else "weight"]), axes
+    return ".".join([*module, LEAVES.get(leaf, leaf)]), axes
