@@ -82,6 +82,16 @@ def ones(rng, shape):
     return np.ones(shape)
 
 
+def normal(scale: float) -> Callable:
+    """Gaussian of standard deviation `scale`."""
+    return lambda rng, shape: scale * rng.standard_normal(shape)
+
+
+def kaiming_uniform(rng, shape):
+    """PyTorch's default for kernels [..., in, out]: uniform within 1 / sqrt(fan_in)."""
+    return rng.uniform(-1, 1, shape) / np.sqrt(np.prod(shape[:-1]))
+
+
 def xavier_uniform(gain: float = 1.0) -> Callable:
     """Glorot and Bengio's uniform initializer times `gain`, for kernels [..., in, out]."""
 
@@ -92,11 +102,15 @@ def xavier_uniform(gain: float = 1.0) -> Callable:
     return make
 
 
-def positional_embedding(t: jax.Array, dim: int, max_period: float = 10000.0) -> jax.Array:
-    """Sine and cosine of `t` [B] at dim / 2 frequencies from 1 to 1 / max_period, both included: [B, dim], float32."""
-    freqs = max_period ** -jnp.linspace(0, 1, dim // 2)
+def positional_frequencies(n: int, *, endpoint: bool, max_period: float = 10000.0) -> jax.Array:
+    """`n` frequencies falling geometrically from 1, to 1 / max_period if that `endpoint` is included."""
+    return max_period ** -(jnp.arange(n) / (n - endpoint))
+
+
+def cos_sin(t: jax.Array, freqs: jax.Array) -> jax.Array:
+    """Cosine and sine of `t` [B] at angular frequencies `freqs` [D / 2]: [B, D], float32."""
     angles = t.astype(jnp.float32)[:, None] * freqs[None]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def upsample(x: jax.Array) -> jax.Array:
@@ -108,3 +122,10 @@ def downsample(x: jax.Array) -> jax.Array:
     """The mean of each 2x2 pixels, [B, H, W, C] to [B, H/2, W/2, C]."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def smooth(x: jax.Array, padding: int = 1) -> jax.Array:
+    """The filter (1, 2, 1) / 4 along height and width of [B, H, W, C], after `padding` zeros on each side."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
+    return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4

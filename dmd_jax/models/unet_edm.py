@@ -1,9 +1,12 @@
-"""DDPM++, the UNet of EDM's CIFAR-10, FFHQ and AFHQv2 "vp" checkpoints (Song et al., arXiv 2011.13456; Karras et al., arXiv 2206.00364).
+"""The UNets of EDM's checkpoints: DDPM++ and NCSN++ (Song et al., arXiv 2011.13456) and ADM (Dhariwal and Nichol, arXiv 2105.05233).
 
-Attribute names are the keys of those checkpoints. The time and label embedding is float32 whatever the dtype of the trunk.
+All as in Karras et al., arXiv 2206.00364, Table 7; `ddpmpp`, `ncsnpp` and `adm` make them. Attribute names are the keys of the
+checkpoints. The time and label embedding is float32 whatever the dtype of the trunk; so are attention logits and norm statistics.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +16,80 @@ from dmd_jax.models import layers
 
 SQRT_HALF = 0.5**0.5
 
+
+class Family(NamedTuple):
+    """What tells the three networks apart; the defaults are DDPM++.
+
+    Attributes:
+      down: halves the resolution; so that `up` doubles it.
+      up: see `down`.
+      fourier: the noise level is embedded at random frequencies, which are part of the checkpoint.
+      residual_input: the input image, resampled, is added to the encoder at every level.
+      adaptive_scale: the embedding scales what it shifts, and residual blocks that resample have no convolution around them.
+      skip_scale: of every residual sum.
+      epsilon: of the group normalisations.
+      head_width: channels of an attention head; None for one head.
+      attention_everywhere: in every decoder block of an attention resolution, not the last one alone.
+    """
+
+    down: Callable = layers.downsample
+    up: Callable = layers.upsample
+    fourier: bool = False
+    residual_input: bool = False
+    adaptive_scale: bool = False
+    skip_scale: float = SQRT_HALF
+    epsilon: float = 1e-6
+    head_width: int | None = None
+    attention_everywhere: bool = False
+
+
+def smooth_down(x):
+    """[1, 3, 3, 1] / 8 at every other pixel."""
+    return layers.downsample(layers.smooth(x))
+
+
+def smooth_up(x):
+    """The transpose of `smooth_down`, times 4."""
+    return layers.smooth(layers.upsample(x))
+
+
+DDPMPP = Family()
+NCSNPP = Family(smooth_down, smooth_up, fourier=True, residual_input=True)
+ADM = Family(adaptive_scale=True, skip_scale=1.0, epsilon=1e-5, head_width=64, attention_everywhere=True)
+
 INITIALIZERS = (
     (r"norm\d?\.scale$", layers.ones),
+    (r"freqs$", layers.normal(16.0)),
     (r"bias$", layers.zeros),
     (r"(conv1|proj|aux_conv)\.kernel$", layers.xavier_uniform(1e-5)),
     (r"kernel$", layers.xavier_uniform()),
 )
 ATTENTION_INITIALIZERS = ((r"qkv\.kernel$", layers.xavier_uniform(0.2**0.5)), *INITIALIZERS)
+ADM_INITIALIZERS = (
+    (r"norm\d?\.scale$", layers.ones),
+    (r"bias$", layers.zeros),  # EDM: uniform, like the kernels
+    (r"(conv1|proj|out_conv)\.kernel$", layers.zeros),
+    (r"map_label\.kernel$", layers.normal(1.0)),
+    (r"kernel$", layers.kaiming_uniform),
+)
 
 
 class Block(nnx.Module):
     """Residual block with optional 2x resampling, before the first convolution, and self-attention."""
 
-    def __init__(self, c_in, c_out, c_emb, *, rngs, dtype, resample=None, heads=0):
+    def __init__(self, c_in, c_out, c_emb, *, family, rngs, dtype, resample=None, attention=False):
         conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
-        norm = functools.partial(_group_norm, dtype=dtype)
-        self.resample = resample
-        self.heads = heads
+        norm = functools.partial(_group_norm, family=family, dtype=dtype)
+        self.family, self.resample = family, resample
+        self.heads = attention and c_out // (family.head_width or c_out)
         self.norm0 = norm(c_in)
         self.conv0 = conv(c_in, c_out, (3, 3))
-        self.affine = nnx.Linear(c_emb, c_out, rngs=rngs)
+        self.affine = nnx.Linear(c_emb, c_out * (1 + family.adaptive_scale), rngs=rngs)
         self.norm1 = norm(c_out)
         self.conv1 = conv(c_out, c_out, (3, 3))
-        if c_in != c_out or resample:
+        if c_in != c_out or (resample and not family.adaptive_scale):
             self.skip = conv(c_in, c_out, (1, 1))
-        if heads:
+        if attention:
             self.norm2 = norm(c_out)
             self.qkv = conv(c_out, 3 * c_out, (1, 1))
             self.proj = conv(c_out, c_out, (1, 1))
@@ -45,14 +97,21 @@ class Block(nnx.Module):
     def __call__(self, x, emb):
         resample = self.resample or (lambda a: a)
         h = self.conv0(resample(nnx.silu(self.norm0(x))))
-        h = h + self.affine(emb)[:, None, None].astype(h.dtype)
-        h = self.conv1(nnx.silu(self.norm1(h)))
+        h = self.conv1(nnx.silu(self._modulate(h, self.affine(emb)[:, None, None].astype(h.dtype))))
+        x = resample(x)
         if hasattr(self, "skip"):
-            x = self.skip(resample(x))
-        x = (x + h) * SQRT_HALF
+            x = self.skip(x)
+        x = (x + h) * self.family.skip_scale
         if self.heads:
-            x = (x + self.proj(self._attention(self.qkv(self.norm2(x))))) * SQRT_HALF
+            x = (x + self.proj(self._attention(self.qkv(self.norm2(x))))) * self.family.skip_scale
         return x
+
+    def _modulate(self, h, emb):
+        """The second normalisation, with the embedding."""
+        if not self.family.adaptive_scale:
+            return self.norm1(h + emb)
+        scale, shift = jnp.split(emb, 2, axis=-1)
+        return self.norm1(h) * (scale + 1) + shift
 
     def _attention(self, qkv):
         """Softmax attention; q, k and v are interleaved in the channels of `qkv` [B, H, W, 3C]."""
@@ -63,74 +122,133 @@ class Block(nnx.Module):
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, h, w, c3 // 3)
 
 
+class Fourier(nnx.Module):
+    """Random frequencies, which training leaves alone."""
+
+    def __init__(self, n):
+        self.freqs = nnx.Param(jnp.ones(n))
+
+    def __call__(self, noise):
+        return layers.cos_sin(noise, 2 * jnp.pi * jax.lax.stop_gradient(self.freqs[...]))
+
+
 class UNet(nnx.Module):
-    """See `make` for the arguments."""
+    """See `ddpmpp` for the arguments."""
 
-    def __init__(self, *, rngs, size, channels, num_classes, width, multipliers, num_blocks, attention, dtype, remat):
-        block = functools.partial(Block, c_emb=4 * width, dtype=dtype, rngs=rngs)
+    def __init__(self, *, family, rngs, size, channels, num_classes, width, multipliers, num_blocks, attention, augment_dim, dtype, remat):
+        block = functools.partial(Block, c_emb=4 * width, family=family, dtype=dtype, rngs=rngs)
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), dtype=dtype, rngs=rngs)
-        self.width, self.num_classes, self.remat = width, num_classes, remat
+        linear = functools.partial(nnx.Linear, rngs=rngs)
+        self.family, self.width, self.num_classes, self.remat = family, width, num_classes, remat
+        c_noise = width * (1 + family.fourier)
+        if family.fourier:
+            self.map_noise = Fourier(width)
         if num_classes:
-            self.map_label = nnx.Linear(num_classes, width, rngs=rngs)
-        self.map_layer0 = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.map_layer1 = nnx.Linear(4 * width, 4 * width, rngs=rngs)
+            self.map_label = linear(num_classes, 4 * width, use_bias=False) if family.adaptive_scale else linear(num_classes, c_noise)
+        if augment_dim:
+            self.map_augment = linear(augment_dim, c_noise, use_bias=False)
+        self.map_layer0 = linear(c_noise, 4 * width)
+        self.map_layer1 = linear(4 * width, 4 * width)
 
-        enc, dec, skips, c = {}, {}, [], channels
+        enc, dec, skips, c, c_input = {}, {}, [], channels, channels
         for level, multiplier in enumerate(multipliers):
             res = size >> level
             if level == 0:
                 enc[f"{res}x{res}_conv"], c = conv(c, width), width
             else:
-                enc[f"{res}x{res}_down"] = block(c, c, resample=layers.downsample)
+                enc[f"{res}x{res}_down"] = block(c, c, resample=family.down)
+                if family.residual_input:
+                    enc[f"{res}x{res}_aux_residual"], c_input = conv(c_input, c, padding=2), c
             skips.append(c)
             for i in range(num_blocks):
-                enc[f"{res}x{res}_block{i}"] = block(c, multiplier * width, heads=int(res in attention))
+                enc[f"{res}x{res}_block{i}"] = block(c, multiplier * width, attention=res in attention)
                 c = multiplier * width
                 skips.append(c)
         for level, multiplier in reversed(list(enumerate(multipliers))):
             res = size >> level
             if level == len(multipliers) - 1:
-                dec[f"{res}x{res}_in0"] = block(c, c, heads=1)
+                dec[f"{res}x{res}_in0"] = block(c, c, attention=True)
                 dec[f"{res}x{res}_in1"] = block(c, c)
             else:
-                dec[f"{res}x{res}_up"] = block(c, c, resample=layers.upsample)
+                dec[f"{res}x{res}_up"] = block(c, c, resample=family.up)
             for i in range(num_blocks + 1):
-                heads = int(i == num_blocks and res in attention)
-                dec[f"{res}x{res}_block{i}"] = block(c + skips.pop(), multiplier * width, heads=heads)
+                attend = res in attention and (i == num_blocks or family.attention_everywhere)
+                dec[f"{res}x{res}_block{i}"] = block(c + skips.pop(), multiplier * width, attention=attend)
                 c = multiplier * width
-        dec[f"{size}x{size}_aux_norm"] = _group_norm(c, dtype=dtype)
-        dec[f"{size}x{size}_aux_conv"] = conv(c, channels)
         self.enc_names, self.dec_names = tuple(enc), tuple(dec)
+        norm, out = _group_norm(c, family=family, dtype=dtype), conv(c, channels)
+        if family.adaptive_scale:
+            self.out_norm, self.out_conv = norm, out
+        else:
+            dec |= {f"{size}x{size}_aux_norm": norm, f"{size}x{size}_aux_conv": out}
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
 
-    def __call__(self, x, noise, label=None):
+    def __call__(self, x, noise, label=None, augment=None):
         run = nnx.remat(_run) if self.remat else _run
-        emb = layers.positional_embedding(noise, self.width)
-        if self.num_classes and label is not None:
-            emb += self.map_label(jax.nn.one_hot(label, self.num_classes) * self.num_classes**0.5)
-        emb = nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
-
-        skips = []
-        for name in self.enc_names:
-            x = self.enc[name](x) if name.endswith("_conv") else run(self.enc[name], x, emb)
-            skips.append(x)
-        *blocks, aux_norm, aux_conv = self.dec_names
-        for name in blocks:
+        emb = self.embed(noise, label, augment)
+        x, skips = self.encode(x, emb)
+        for name in self.dec_names:
             if "block" in name:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = run(self.dec[name], x, emb)
-        return self.dec[aux_conv](nnx.silu(self.dec[aux_norm](x)))
+        if self.family.adaptive_scale:
+            return self.out_conv(nnx.silu(self.out_norm(x)))
+        top = self.enc_names[0].removesuffix("_conv")
+        return self.dec[f"{top}_aux_conv"](nnx.silu(self.dec[f"{top}_aux_norm"](x)))
+
+    def embed(self, noise, label=None, augment=None):
+        """The embedding of noise level [B], labels [B] and augmentations [B, augment_dim] that every block sees: [B, 4 width]."""
+        n = self.num_classes
+        label = jnp.zeros((len(noise), n)) if label is None else jax.nn.one_hot(label, n)
+        augment = 0 if augment is None else self.map_augment(augment)
+        if self.family.adaptive_scale:
+            emb = layers.cos_sin(noise, layers.positional_frequencies(self.width // 2, endpoint=False))
+            emb = self.map_layer1(nnx.silu(self.map_layer0(emb + augment)))
+            return nnx.silu(emb + self.map_label(label) if n else emb)
+        if self.family.fourier:
+            emb = self.map_noise(noise)
+        else:
+            emb = layers.cos_sin(noise, layers.positional_frequencies(self.width // 2, endpoint=True))
+        emb = jnp.roll(emb, emb.shape[-1] // 2, axis=-1) + augment  # sine before cosine
+        if n:
+            emb += self.map_label(label * n**0.5)
+        return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
+
+    def encode(self, x, emb):
+        """What the decoder starts from, [B, h, w, C] at the lowest resolution, and the skip connections."""
+        run = nnx.remat(_run) if self.remat else _run
+        skips, image = [], x
+        for name in self.enc_names:
+            if name.endswith("_conv"):
+                x = self.enc[name](x)
+            elif name.endswith("_aux_residual"):
+                skips.pop()
+                image = layers.downsample(layers.smooth(self.enc[name](image), padding=0))
+                x = image = (x + image) * SQRT_HALF
+            else:
+                x = run(self.enc[name], x, emb)
+            skips.append(x)
+        return x, skips
 
 
 def _run(block, x, emb):
     return block(x, emb)
 
 
-def _group_norm(channels, *, dtype):
-    return layers.GroupNorm(channels, num_groups=min(32, channels // 4), epsilon=1e-6, dtype=dtype)
+def _group_norm(channels, *, family, dtype):
+    return layers.GroupNorm(channels, num_groups=min(32, channels // 4), epsilon=family.epsilon, dtype=dtype)
 
 
-def make(
+def _make(family, initializers, settings):
+    if settings["size"] % 2 ** (len(settings["multipliers"]) - 1):
+        raise ValueError(
+            f"size {settings['size']} cannot be halved {len(settings['multipliers']) - 1} times; use fewer multipliers or another size."
+        )
+    settings["dtype"] = jnp.dtype(settings["dtype"])
+    return layers.functional(lambda rngs: UNet(family=family, rngs=rngs, **settings), initializers)
+
+
+def ddpmpp(
     *,
     size: int,
     channels: int,
@@ -139,10 +257,13 @@ def make(
     multipliers: tuple[int, ...] = (2, 2, 2),
     num_blocks: int = 4,
     attention: tuple[int, ...] = (16,),
+    augment_dim: int = 0,
     dtype: str = "float32",
     remat: bool = False,
 ) -> layers.Network:
     """The network `(params, x [B, size, size, channels], noise [B], label [B] or None) -> [B, size, size, channels]`.
+
+    The defaults are those of the CIFAR-10 "vp" checkpoints; FFHQ and AFHQv2 have size 64 and multipliers (1, 2, 2, 2).
 
     Args:
       size: height and width of the images, divisible by 2 at every level but the last.
@@ -152,11 +273,45 @@ def make(
       multipliers: of the width, one per level; each level halves the resolution.
       num_blocks: residual blocks per level in the encoder; the decoder has one more.
       attention: resolutions with self-attention.
+      augment_dim: length of the augmentation vector that EDM's own training feeds, 9 in its checkpoints; nothing here feeds one.
       dtype: of the convolutions.
       remat: recompute activations in the backward pass instead of storing them, block by block.
+
+    Raises:
+      ValueError: the size cannot be halved that often.
     """
-    if size % 2 ** (len(multipliers) - 1):
-        raise ValueError(f"size {size} cannot be halved {len(multipliers) - 1} times; use fewer multipliers or another size.")
-    settings = dict(size=size, channels=channels, num_classes=num_classes, width=width, multipliers=multipliers)
-    settings |= dict(num_blocks=num_blocks, attention=attention, dtype=jnp.dtype(dtype), remat=remat)
-    return layers.functional(lambda rngs: UNet(rngs=rngs, **settings), ATTENTION_INITIALIZERS)
+    return _make(DDPMPP, ATTENTION_INITIALIZERS, locals())
+
+
+def ncsnpp(
+    *,
+    size: int,
+    channels: int,
+    num_classes: int = 0,
+    width: int = 128,
+    multipliers: tuple[int, ...] = (2, 2, 2),
+    num_blocks: int = 4,
+    attention: tuple[int, ...] = (16,),
+    augment_dim: int = 0,
+    dtype: str = "float32",
+    remat: bool = False,
+) -> layers.Network:
+    """As `ddpmpp`, with the architecture of the "ve" checkpoints. Its `map_noise.freqs` are no weights: optimizers leave them alone."""
+    return _make(NCSNPP, ATTENTION_INITIALIZERS, locals())
+
+
+def adm(
+    *,
+    size: int,
+    channels: int,
+    num_classes: int = 0,
+    width: int = 192,
+    multipliers: tuple[int, ...] = (1, 2, 3, 4),
+    num_blocks: int = 3,
+    attention: tuple[int, ...] = (32, 16, 8),
+    augment_dim: int = 0,
+    dtype: str = "float32",
+    remat: bool = False,
+) -> layers.Network:
+    """As `ddpmpp`, with the architecture, and the defaults, of the ImageNet-64 checkpoint. Channels are multiples of 64 where it attends."""
+    return _make(ADM, ADM_INITIALIZERS, locals())
