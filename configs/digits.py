@@ -17,10 +17,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         data=-1,  # devices that split the batch only; -1 = all
         fsdp=1,  # devices that split batch, parameters and optimizer state
     )
-    config.images = dict(  # arguments of the functions in dmd_jax/data
-        train=dict(source="images.digits", split="train"),
-        held_out=dict(source="images.digits", split="held_out"),  # for the evaluation alone
-    )
+    config.images = dict(source="images.digits", split="train")  # arguments of a function in dmd_jax/data
     config.conditions = dict(source="images.labels", num_classes=10)  # of images yet to be made
     config.null_cond = 10  # the label that means no label
     config.process = dict(
@@ -30,8 +27,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         p_std=1.2,  # EDM's
     )
     config.prediction = "edm"  # what the network predicts, see dmd_jax/denoiser.py
-    config.network = dict(  # arguments of dmd_jax/models/unet_edm.py
-        name="unet_edm",
+    config.features = dict(  # arguments of dmd_jax/evals/classifier.py; the space in which images are compared
+        name="classifier",
+        images=config.images,
+        path="{workdir}/classifier.npz",
+    )
+    config.network = dict(  # arguments of a function in dmd_jax/models/unet_edm.py
+        name="unet_edm.ddpmpp",
         size=8,  # pixels
         channels=1,
         num_classes=10,
@@ -50,9 +52,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             optimizer=dict(learning_rate=2e-3, warmup_steps=100, decay_steps=3000),  # steps
             ema_decay=0.998,  # per step
             cond_dropout=0.0,  # fraction of labels; above 0 for a teacher that is to be guided
-            sample_steps=18,  # Heun steps, 35 network calls; EDM's for CIFAR-10
         ),
-        data=dict(images=config.images.train),
+        sampler=dict(name="heun", num_steps=18),  # of dmd_jax/samplers.py: 35 network calls; EDM's for CIFAR-10
+        data=dict(images=config.images),
         init_from="",  # directory of the stage to start from; "" = random
         batch_size=64,  # images, over all devices
         accumulation=1,  # pieces per device
@@ -89,7 +91,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             guidance_scale=1.0,  # of the real score; 1 = none
             matching_levels=(20, 980),  # of 1000 noise levels
             fake_score_levels=(0, 999),
+            distance=dict(name="squared_error"),  # of the regression loss
         ),
+        sampler=dict(name="one_step"),
         data=dict(
             fresh=config.conditions,
             pairs=dict(source="pairs.read", directory="{workdir}/pairs"),
@@ -104,7 +108,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         preview_scores=True,
         checkpoint_every=200,
         keep_checkpoints=2,
-        best_metric="FD-mlp",
+        best_metric="FD-mlp@8",
         max_skipped_updates=20,
     )
 
@@ -112,7 +116,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="evaluate",
         teacher="teacher",  # stage
         student="dmd",  # stage
-        count=2000,  # images of each
+        reference=dict(source="images.digits", split="held_out"),  # the real images
+        statistics="",  # a file instead of them
+        floor=config.images,  # real images that are measured as if they were generated
+        conditions=config.conditions,
+        count=2000,  # images of each model
+        seed_ranges=1,  # times `count` images; the lowest Frechet distance counts, as in EDM
+        neighbours=2000,  # images of each set that all but the Frechet distance look at
         batch_size=500,  # images, over all devices
         timing_repeats=3,  # the median counts
     )

@@ -32,7 +32,7 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
     Raises:
       ValueError: the disk has no room for it, or an earlier write failed.
     """
-    train_state = train_state.replace(real_score=None)
+    train_state = train_state.replace(frozen=None)
     needed = sum(a.nbytes for a in jax.tree.leaves(train_state)) + 2**20  # the arrays, and what Orbax writes about them
     free = shutil.disk_usage(manager.directory).free
     if free < needed:
@@ -50,13 +50,13 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
 
     Args:
       manager: from `open_manager`.
-      abstract: the state's shapes, dtypes and shardings; `real_score` is returned as it is.
+      abstract: the state's shapes, dtypes and shardings; `frozen` is returned as it is.
       fingerprint: of the data and the teacher that the run is about to use.
 
     Raises:
       ValueError: there are checkpoints, but none can be read, or it was trained on other data or from another teacher.
     """
-    target = abstract.replace(real_score=None)
+    target = abstract.replace(frozen=None)
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
@@ -71,7 +71,7 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
                 f"(fingerprint {restored['meta']['fingerprint']}, expected {fingerprint}); use another workdir."
             )
         _put_aside(manager, [s for s in steps if s > step])
-        return restored["state"].replace(real_score=abstract.real_score)
+        return restored["state"].replace(frozen=abstract.frozen)
     if steps:
         raise ValueError(f"no checkpoint in {manager.directory} can be read (steps {steps}); delete the directory to start again.")
     return None

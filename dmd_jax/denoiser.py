@@ -73,10 +73,6 @@ class Denoiser:
         skip, out, in_, noise = self._coefficients(x_t, t)
         return self._network(params, in_ * x_t, noise, cond), (x - skip * x_t) / out
 
-    def generate(self, params, z: jax.Array, cond=None) -> jax.Array:
-        """The one-step generator: images [B, H, W, C] from unit Gaussian noise `z` of the same shape."""
-        return self(params, self.process.prior(z), jnp.full(z.shape[:1], self.process.t_max), cond)
-
     def _coefficients(self, x, t):
         skip, out, in_, noise = self.prediction(self.process, t)
         return *(process_lib.expand(c, x) for c in (skip, out, in_)), noise

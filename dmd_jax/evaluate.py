@@ -6,9 +6,13 @@ import time
 
 import jax
 import ml_collections
+import numpy as np
 
 from dmd_jax import checkpoint, experiment, metrics, sampling
 from dmd_jax.evals import report, suite
+from dmd_jax.weights import files
+
+SHOWN = 100  # images in the report
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
@@ -18,36 +22,46 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
-    """Samples both models from the same noise and measures the images against the held-out real ones.
+    """Samples both models from the same seeds and measures the images against real ones.
 
     Raises:
-      ValueError: a checkpoint is missing, or the batch does not fit the devices.
+      ValueError: a checkpoint or a file is missing, or the batch does not fit the devices.
     """
     settings = config[stage]
-    z, cond = experiment.inputs(config, settings.count, workdir)
-    classifier = experiment.make_classifier(config, workdir)
-    train, held_out = (experiment.make_source(config.images[split], workdir) for split in ("train", "held_out"))
+    parallel = experiment.make_parallel(config, stage)
+    features = experiment.make_features(config, workdir, parallel)
+    real = _reference(settings, features, workdir)
+    conditions = experiment.make_source(settings.conditions, workdir)
+    if settings.count < 2 or settings.batch_size > settings.count:
+        raise ValueError(f"an evaluation of {settings.count} images in batches of {settings.batch_size}: use at least 2 and one batch.")
 
-    images, seconds, nfe = {}, {}, {}
+    scores, images, seconds, nfe = {}, {}, {}, {}
     for name in (settings.teacher, settings.student):
-        parallel = experiment.make_parallel(config, stage)
-        recipe = experiment.make_recipe(config, name, parallel)
-        sample = sampling.make_sampler(recipe, parallel, settings.batch_size)
+        sampler = experiment.make_sampler(config, name)
+        sample = sampling.make_sample(sampler, parallel, settings.batch_size)
         params = experiment.load_params(config, f"{{workdir}}/{name}", workdir)
-        images[name] = sample(params, z, cond)
-        seconds[name] = _seconds_per_image(sample, params, z[: settings.batch_size], cond[: settings.batch_size], settings.timing_repeats)
-        nfe[name] = recipe.nfe
+        first = experiment.inputs(config, range(settings.batch_size), conditions)
+        images[name] = sample(params, first)[:SHOWN]
+        seconds[name], nfe[name] = _seconds_per_image(sample, params, first, settings.timing_repeats), sampler.nfe
+        scores[name] = []
+        for r in range(settings.seed_ranges):
+            batches = _batches(config, settings, range(r * settings.count, (r + 1) * settings.count), sample, params, conditions)
+            scores[name].append(suite.compare(features, real, suite.collect(features, batches, settings.neighbours)))
 
     result = {
         "protocol": _protocol(config, stage, workdir),
-        "real_train": suite.compare(classifier, held_out.image, train.image, train.cond),
-        **{name: suite.compare(classifier, held_out.image, images[name], cond) for name in images},
-        "classifier_accuracy": float((classifier.predict(held_out.image) == held_out.cond).mean()),
+        "features": {"name": features.name, "digest": features.digest},
+        "reference": {"count": real.count, "agreement": real.agreement, "digest": checkpoint.digest({"mu": real.moments.mean, "sigma": real.moments.covariance})},
+        **{name: _over_ranges(scores[name], features.frechet) for name in scores},
+        "seed_ranges": scores,
         "nfe": nfe,
         "seconds_per_image": seconds,
         "speedup": seconds[settings.teacher] / seconds[settings.student],
         "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
     }
+    if settings.floor:
+        floor = suite.collect_source(features, experiment.make_source(settings.floor, workdir), settings.neighbours, workdir)
+        result["real"] = suite.compare(features, real, floor)
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in images}
         report.draw(workdir / "report.png", result, images, curves, teacher=settings.teacher, student=settings.student)
@@ -55,23 +69,44 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
 
 
+def _reference(settings, features, workdir):
+    """The real images, or the statistics that stand for them."""
+    if settings.statistics:
+        return suite.read(files.find(settings.statistics), features)
+    return suite.collect_source(features, experiment.make_source(settings.reference, workdir), settings.neighbours, workdir)
+
+
+def _batches(config, settings, indices, sample, params, conditions):
+    for start in range(0, len(indices), settings.batch_size):
+        inputs = experiment.inputs(config, indices[start : start + settings.batch_size], conditions)
+        yield sample(params, inputs), inputs["cond"]
+
+
+def _over_ranges(scores, frechet):
+    """EDM reports the minimum of the Frechet distance; its mean stands beside it, and of the other scores there is the mean."""
+    means = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
+    return means if len(scores) == 1 else means | {frechet: min(s[frechet] for s in scores), f"{frechet} mean": means[frechet]}
+
+
 def _protocol(config, stage, workdir):
     """Everything that the scores depend on."""
     settings = config[stage]
+    keys = ("count", "seed_ranges", "neighbours", "batch_size", "conditions", "reference", "statistics")
     return {
-        "count": settings.count,
-        "batch_size": settings.batch_size,
-        "features": "last hidden layer of an MLP classifier of the training split",
-        "reference": config.images.held_out.to_dict(),
+        **{key: value for key, value in settings.to_dict().items() if key in keys},
+        "seed": experiment.EVALUATION_SEED,
+        "features": config.features.to_dict(),
+        "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
+        "samplers": {name: config[name].sampler.to_dict() for name in (settings.teacher, settings.student)},
         "steps": {name: max(checkpoint.all_steps(workdir / name), default=None) for name in (settings.teacher, settings.student)},
     }
 
 
-def _seconds_per_image(sample, params, z, cond, repeats):
+def _seconds_per_image(sample, params, inputs, repeats):
     """The median of `repeats` runs of one batch that is already compiled."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        sample(params, z, cond)
+        sample(params, inputs)
         times.append(time.perf_counter() - began)
-    return statistics.median(times) / len(z)
+    return statistics.median(times) / len(inputs["z"])

@@ -1,32 +1,35 @@
 """What a config describes, as objects; the stages share this, and nothing below them sees a config."""
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 import ml_collections
-import numpy as np
 
-from dmd_jax import checkpoint, lookup, recipes, sampling, sharding
+from dmd_jax import checkpoint, lookup, losses, recipes, samplers, sampling, sharding
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import pipeline
-from dmd_jax.evals import classifier as classifier_lib
-from dmd_jax.models import layers
+from dmd_jax.evals import features as features_lib
+from dmd_jax.models import layers, vgg
+from dmd_jax.weights import convert, edm, lpips
 
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
-EVALUATION_SEED = 2**32  # far from the seeds of runs
 PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow",)}  # those that are defined for each process
+SAMPLERS = {f.__name__: f for f in (samplers.one_step, samplers.euler, samplers.heun, samplers.stochastic_heun)}
+EVALUATION_SEED = 2**32  # far from the seeds of runs
+WEIGHTS = "weights.safetensors"  # of a stage that imports them
 
 
 def make_network(config: ml_collections.ConfigDict) -> layers.Network:
     """The network of `config.network`."""
-    settings = dict(config.network)
+    settings = config.network.to_dict()
     return lookup.find("models", settings.pop("name"))(**settings)
 
 
 def make_denoiser(config: ml_collections.ConfigDict) -> denoiser_lib.Denoiser:
     """The network with `config.process` and `config.prediction`."""
-    settings = dict(config.process)
+    settings = config.process.to_dict()
     name = settings.pop("name")
     process = _choose("process", PROCESSES, name)(**settings)
     predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
@@ -42,7 +45,25 @@ def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: shardin
     """The recipe of a training stage."""
     settings = config[stage].recipe.to_dict()
     make = lookup.find("recipes", settings.pop("name"))
+    if "distance" in settings:
+        settings["distance"], settings["distance_params"] = make_distance(**settings["distance"])
     return make(make_denoiser(config), parallel, seed=config.seed, null_cond=config.null_cond, **settings)
+
+
+def make_distance(name: str, *, weights: str = "", **settings) -> tuple[Callable, dict | None]:
+    """A distance of images `(params, x, y) -> [B]` and its parameters: "squared_error", or "lpips" with its `weights` file."""
+    if _choose("distance", {"squared_error": 0, "lpips": 1}, name) == 0:
+        return losses.squared_error, None
+    network = vgg.make(**settings)
+    return network.apply, convert.from_torch(lpips.read(weights), network.abstract)
+
+
+def make_sampler(config: ml_collections.ConfigDict, stage: str) -> samplers.Sampler:
+    """How images are made with what a stage has trained."""
+    settings = config[stage].sampler.to_dict()
+    denoiser = make_denoiser(config)
+    denoise = denoiser_lib.guided(denoiser, settings.pop("guidance_scale", 1.0), config.null_cond)
+    return _choose("sampler", SAMPLERS, settings.pop("name"))(denoise, denoiser.process, **settings)
 
 
 def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> dict[str, pipeline.Stream]:
@@ -57,15 +78,28 @@ def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib
 
 def make_source(settings: dict, workdir: pathlib.Path):
     """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
-    settings = {key: value.format(workdir=workdir) if isinstance(value, str) else value for key, value in dict(settings).items()}
+    settings = _fill(settings, workdir)
     return lookup.find("data", settings.pop("source"))(**settings)
 
 
+def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, parallel: sharding.Parallel) -> features_lib.Features:
+    """The feature network `config.features`; its `images` are a data source."""
+    settings = _fill(config.features, workdir)
+    if "images" in settings:
+        settings["images"] = make_source(settings["images"], workdir)
+    return lookup.find("evals", settings.pop("name"))(parallel, **settings)
+
+
 def load_params(config: ml_collections.ConfigDict, directory: str, workdir: pathlib.Path, step: int | None = None) -> dict:
-    """The running mean that a stage has trained, on all devices; `directory` may contain {workdir}."""
+    """The running mean that a stage has trained, or what it has imported, on all devices; `directory` may contain {workdir}."""
+    directory = pathlib.Path(directory.format(workdir=workdir))
     replicated = jax.sharding.NamedSharding(sharding.make_mesh(**config.mesh), jax.P())
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), make_network(config).abstract)
-    return checkpoint.load_ema(directory.format(workdir=workdir), abstract, step)
+    abstract = make_network(config).abstract
+    if (directory / WEIGHTS).exists():
+        tensors, _ = edm.read(directory / WEIGHTS)
+        return jax.device_put(edm.to_params(tensors, abstract), replicated)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
+    return checkpoint.load_ema(directory, abstract, step)
 
 
 def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
@@ -73,17 +107,16 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     return config.network.size, config.network.size, config.network.channels
 
 
-def inputs(config: ml_collections.ConfigDict, count: int, workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Noise and conditions of `count` images to look at or to measure: the same ones for every model, unlike those of any pair."""
-    conditions = make_source(config.conditions, workdir)
-    cond = np.stack([conditions[i % len(conditions)]["cond"] for i in range(count)])
-    return sampling.noise(EVALUATION_SEED, range(count), image_shape(config)), cond
+def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
+    """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
+    return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
 
 
-def make_classifier(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> classifier_lib.Classifier:
-    """The classifier of the training split, kept in the workdir."""
-    train = make_source(config.images.train, workdir)
-    return classifier_lib.cached(workdir / "classifier.npz", train.image, train.cond)
+def _fill(settings, workdir):
+    """A copy as plain dicts, with the run's directory in place of {workdir}."""
+    if hasattr(settings, "items"):
+        return {key: _fill(value, workdir) for key, value in settings.items()}
+    return settings.format(workdir=workdir) if isinstance(settings, str) else settings
 
 
 def _choose(what, choices, name):

@@ -30,21 +30,22 @@ def distribution_matching_loss(x: jax.Array, x_real: jax.Array, x_fake: jax.Arra
     return 0.5 * jnp.mean(g**2) + jnp.mean(g * (x - x_const))
 
 
-def squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean squared difference of each image, [B]."""
+def squared_error(params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean squared difference of each image, [B]; a distance without parameters."""
     return jnp.mean((x - y) ** 2, axis=tuple(range(1, x.ndim)))
 
 
 @functools.partial(jax.jit, static_argnames="distance")
-def regression_loss(x: jax.Array, y: jax.Array, *, distance: Callable = squared_error) -> jax.Array:
+def regression_loss(x: jax.Array, y: jax.Array, params=None, *, distance: Callable = squared_error) -> jax.Array:
     """The mean distance between generated images `x` and the images `y` that the teacher's ODE made of the same noise (equation 9).
 
     Args:
       x: generated images.
       y: the teacher's images; no gradient reaches them.
-      distance: `(x, y) -> [B]`; the paper uses LPIPS.
+      params: of the distance.
+      distance: `(params, x, y) -> [B]`; the paper uses LPIPS, see dmd_jax/models/vgg.py.
     """
-    return jnp.mean(distance(x, jax.lax.stop_gradient(y)))
+    return jnp.mean(distance(params, x, jax.lax.stop_gradient(y)))
 
 
 def denoising_loss(output: jax.Array, target: jax.Array) -> jax.Array:

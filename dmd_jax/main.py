@@ -14,16 +14,19 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dmd_jax import experiment, lookup, metrics
+from dmd_jax.weights import files
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
 STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
 
-PROGRAMS = ("train", "pairs", "evaluate")
+PROGRAMS = ("train", "convert", "pairs", "evaluate")
 POSITIVE = re.compile(
-    r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|shard_size|timing_repeats|sample_steps)$"
+    r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|seed_ranges|neighbours|shard_size"
+    r"|timing_repeats)$"
 )
+FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics)$")  # of others, wanted from the start even if used at the end
 # What may change between two runs in one workdir: lengths, intervals and where it runs.
 CHANGEABLE = re.compile(
     r"^mesh\.|\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints"
@@ -64,6 +67,9 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
     if dry_run:
         print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
         return
+    for key, value in _flat(config.to_dict()).items():
+        if FILES.search(key) and value and "{workdir}" not in value:
+            files.find(value)
     claim(config, workdir)
     for stage in stages:
         program = importlib.import_module(f"dmd_jax.{config[stage].program}")

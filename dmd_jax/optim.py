@@ -1,5 +1,8 @@
 """Optimizers and the one way in which a network is updated."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,6 +19,7 @@ def adamw(
     beta2: float = 0.999,
     weight_decay: float = 0.01,
     clip: float = 10.0,
+    frozen: str = r"\bfreqs$",
 ) -> optax.GradientTransformation:
     """AdamW on every parameter, after clipping the gradient's global norm; the defaults are DMD's (arXiv 2311.18828, Appendix B).
 
@@ -27,10 +31,13 @@ def adamw(
       beta2: decay of the second moment.
       weight_decay: decoupled, on biases and norms too.
       clip: largest global norm of the gradient.
+      frozen: regex of the parameters that stay as they are; the default are the random frequencies of NCSN++.
     """
     rest = optax.cosine_decay_schedule(learning_rate, decay_steps - warmup_steps) if decay_steps else optax.constant_schedule(learning_rate)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), rest], [warmup_steps])
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay))
+    adam = optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay)
+    is_frozen = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: bool(re.search(frozen, jax.tree_util.keystr(path, simple=True, separator="."))))
+    return optax.chain(optax.clip_by_global_norm(clip), adam, optax.masked(optax.set_to_zero(), is_frozen))
 
 
 def apply_gradients(net: state.Net, grads: dict, tx: optax.GradientTransformation, *, ema_decay: float = 0.0):

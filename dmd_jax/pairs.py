@@ -33,8 +33,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     manifest = _manifest(config, stage, workdir, params)
     _check_manifest(directory, manifest)
     parallel = sharding.Parallel(sharding.make_mesh(devices=jax.local_devices()))
-    recipe = experiment.make_recipe(config, settings.teacher, parallel)
-    sample = sampling.make_sampler(recipe, parallel, settings.batch_size)
+    sample = sampling.make_sample(experiment.make_sampler(config, settings.teacher), parallel, settings.batch_size)
     conditions = experiment.make_source(settings.conditions, workdir)
 
     paths = list(enumerate(pairs.shard_paths(directory, manifest)))[jax.process_index() :: jax.process_count()]
@@ -42,9 +41,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         if path.exists():
             continue
         indices = range(i * settings.shard_size, min((i + 1) * settings.shard_size, settings.count))
-        z = sampling.noise(config.seed, indices, experiment.image_shape(config))
-        cond = np.stack([conditions[k % len(conditions)]["cond"] for k in indices])
-        pairs.write_shard(path, {"noise": z, "image": sample(params, z, cond), "cond": cond})
+        inputs = sampling.inputs(config.seed, indices, experiment.image_shape(config), conditions)
+        pairs.write_shard(path, {"noise": inputs["z"], "image": sample(params, inputs), "cond": inputs["cond"]})
 
 
 def _teacher(config, stage, workdir):
@@ -60,7 +58,7 @@ def _manifest(config, stage, workdir, params):
         "shard_size": settings.shard_size,
         "seed": config.seed,
         "teacher": checkpoint.digest(params),
-        "sampler": config[settings.teacher].recipe.to_dict(),
+        "sampler": config[settings.teacher].sampler.to_dict(),
         "features": {"noise": image, "image": image, "cond": {"shape": list(cond.shape), "dtype": str(cond.dtype)}},
     }
 

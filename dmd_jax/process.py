@@ -31,7 +31,7 @@ class Process(Protocol):
         """Times for the training of a teacher."""
 
     def grid(self, num_steps: int) -> np.ndarray:
-        """Times of a sampler, [num_steps + 1], descending; the last one is the time of the result."""
+        """Times of a sampler, float64 [num_steps + 1], descending; the last one is the time of the result."""
 
     def prior(self, z: jax.Array) -> jax.Array:
         """The state from which sampling starts, for unit Gaussian noise `z`."""
@@ -59,13 +59,13 @@ class EDM:
         return t
 
     def level(self, index):
-        return jnp.asarray(self._ramp(NUM_LEVELS)[::-1].copy())[index]
+        return jnp.asarray(self._ramp(NUM_LEVELS)[::-1].astype(np.float32))[index]
 
     def sample_t(self, key, shape):
         return jnp.exp(self.p_mean + self.p_std * jax.random.normal(key, shape))
 
     def grid(self, num_steps):
-        return np.append(self._ramp(num_steps), np.float32(0))
+        return np.append(self._ramp(num_steps), 0.0)
 
     def prior(self, z):
         return self.sigma_max * z
@@ -73,7 +73,7 @@ class EDM:
     def _ramp(self, n):
         """Equation 5: n values from sigma_max down to sigma_min."""
         top, bottom = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return ((top + np.linspace(0, 1, n) * (bottom - top)) ** self.rho).astype(np.float32)
+        return (top + np.linspace(0, 1, n) * (bottom - top)) ** self.rho
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class VP:
         return jax.random.randint(key, shape, 0, NUM_LEVELS).astype(jnp.float32)
 
     def grid(self, num_steps):
-        return np.round(np.linspace(NUM_LEVELS - 1, 0, num_steps + 1)).astype(np.float32)
+        return np.round(np.linspace(NUM_LEVELS - 1, 0, num_steps + 1))
 
     def prior(self, z):
         return z  # not sigma(t_max) z: Stable Diffusion is sampled from unit noise
@@ -136,7 +136,7 @@ class RectifiedFlow:
         return jax.random.uniform(key, shape, minval=1 / NUM_LEVELS)
 
     def grid(self, num_steps):
-        return np.linspace(1, 0, num_steps + 1, dtype=np.float32)
+        return np.linspace(1, 0, num_steps + 1)
 
     def prior(self, z):
         return z

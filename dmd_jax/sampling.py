@@ -1,32 +1,54 @@
-"""Images from a trained stage, each from noise of its own seed: image i is the same in any batch and on any number of devices."""
+"""Images from a trained stage, each from randomness of its own seed: image i is the same in any batch and on any number of devices."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import recipes, sharding
+from dmd_jax import samplers, sharding
 
 
-def noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Unit Gaussian noise [N, *shape]; row k depends on `seed` and indices[k] alone."""
-    return np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape, np.float32) for i in indices])
+def inputs(seed: int, indices: Iterable[int], shape: tuple[int, ...], conditions) -> dict[str, np.ndarray]:
+    """What images are made of; row k depends on `seed`, `conditions` and indices[k] alone.
+
+    Args:
+      seed: of all of them.
+      indices: of the images, N of them.
+      shape: of an image.
+      conditions: a source of {"cond": ...}, gone through again and again.
+
+    Returns:
+      {"z": [N, *shape] unit Gaussian, "key": [N, 2] uint32 for noise added on the way, "cond": [N, ...]}.
+    """
+    rows = []
+    for i in indices:
+        rng = np.random.Generator(np.random.Philox(key=[seed, i]))
+        z = rng.standard_normal(shape, np.float32)
+        rows.append((z, rng.integers(2**32, size=2, dtype=np.uint32), conditions[i % len(conditions)]["cond"]))
+    return {name: np.stack(column) for name, column in zip(("z", "key", "cond"), zip(*rows, strict=True), strict=True)}
 
 
-def make_sampler(recipe: recipes.Recipe, parallel: sharding.Parallel, batch_size: int):
-    """`(params, z [N, H, W, C], cond [N, ...]) -> images` as numpy, for any N: one program, run on batches of `batch_size`.
+def make_sample(sampler: samplers.Sampler, parallel: sharding.Parallel, batch_size: int) -> Callable:
+    """`(params, inputs) -> images` as numpy, for any number of images; the sampler's state is float64, as in EDM.
 
     Raises:
       ValueError: the devices cannot share a batch of that size.
     """
-    parallel.check_batch("sampling batch_size", batch_size)
-    program = jax.jit(parallel.map(lambda params, batch: recipe.sample(params, *batch)))
 
-    def sample(params, z, cond):
-        images = []
-        for start in range(0, len(z), batch_size):
-            rows = np.arange(start, start + batch_size) % len(z)  # the last batch is filled up from the beginning
-            images.append(np.asarray(program(params, (z[rows], cond[rows]))))
-        return np.concatenate(images)[: len(z)]
+    def sample(params, batch):
+        shape = batch["z"].shape[1:]
 
-    return sample
+        def noise(i):
+            keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.wrap_key_data(key), i))(batch["key"])
+            return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+        return sampler.sample(params, batch["z"], batch["cond"], noise)
+
+    run = parallel.in_batches("sampling batch_size", sample, batch_size)
+
+    def run_with_float64(params, inputs):
+        with jax.enable_x64(True):
+            return run(params, inputs)
+
+    return run_with_float64

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,6 +75,25 @@ class Parallel:
     def map(self, function: Callable) -> Callable:
         """`function(params, batch) -> batch`, each device working on its share of the batch."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=(P(), P(AXES)), out_specs=P(AXES))
+
+    def in_batches(self, name: str, function: Callable, batch_size: int) -> Callable:
+        """`function(params, batch) -> batch` as `(params, arrays [N, ...]) -> arrays [N, ...]`, numpy, for any N.
+
+        It is one program, run on batches of `batch_size`; the last one is filled up from the beginning.
+
+        Raises:
+          ValueError: the devices cannot share such a batch, which the message calls `name`.
+        """
+        self.check_batch(name, batch_size)
+        program = jax.jit(self.map(function))
+
+        def run(params, arrays):
+            count = len(jax.tree.leaves(arrays)[0])
+            rows = [np.arange(start, start + batch_size) % count for start in range(0, count, batch_size)]
+            done = [jax.device_get(program(params, jax.tree.map(lambda a, r=r: a[r], arrays))) for r in rows]
+            return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *done)
+
+        return run
 
     def mean(self, function: Callable) -> Callable:
         """`function(params, batch) -> tree`, the mean over all pieces of the batch; gradients taken inside it come out right."""

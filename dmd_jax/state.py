@@ -32,13 +32,13 @@ class TrainState:
       step: int32, the number of steps done.
       generator: the network that a run is about.
       fake_score: the denoiser of generated images (DMD).
-      real_score: the frozen teacher's parameters; a checkpoint leaves them out.
+      frozen: parameters that no step changes, such as the teacher's; a checkpoint leaves them out.
     """
 
     step: jax.Array
     generator: Net
     fake_score: Net | None = None
-    real_score: dict | None = None
+    frozen: dict | None = None
 
 
 def create(params: dict, tx, *, ema: bool) -> Net:

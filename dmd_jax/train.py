@@ -30,9 +30,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     streams = experiment.make_streams(config, stage, workdir)
     for name, stream in streams.items():
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
-    if settings.best_metric not in ("", *suite.SCORES):
-        raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.SCORES)}.")
-    if settings.best_metric and (not settings.preview_every or settings.checkpoint_every % settings.preview_every):
+    unscored = not (settings.preview_scores and settings.preview_every) or settings.checkpoint_every % settings.preview_every
+    if settings.best_metric and unscored:
         raise ValueError(
             f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
             f"is not a multiple of preview_every {settings.preview_every}; change one of them."
@@ -47,7 +46,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     train_state = checkpoint.restore(manager, _abstract(train_state), fingerprint=fingerprint) or train_state
     start = int(train_state.step)
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
-    previews = _previews(config, stage, workdir, recipe, parallel)
+    previews = _previews(config, stage, workdir, parallel)
     writer = metrics.Writer(directory, name=stage, start=start, num_steps=settings.num_steps)
     with contextlib.closing(writer), contextlib.closing(manager):
         batch = next(loader)
@@ -86,11 +85,11 @@ def _first_params(config, stage, workdir):
 
 def _abstract(train_state):
     """Shapes and shardings of what a checkpoint holds; the rest as it is."""
-    kept = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), train_state.replace(real_score=None))
-    return kept.replace(real_score=train_state.real_score)
+    kept = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), train_state.replace(frozen=None))
+    return kept.replace(frozen=train_state.frozen)
 
 
-def _previews(config, stage, workdir, recipe, parallel):
+def _previews(config, stage, workdir, parallel):
     """`params -> (images, scores)` from the same noise every time, or None if the stage wants none.
 
     The scores are taken against the training images: the held-out ones are for the evaluation alone.
@@ -98,15 +97,20 @@ def _previews(config, stage, workdir, recipe, parallel):
     settings = config[stage]
     if not settings.preview_every:
         return None
-    z, cond = experiment.inputs(config, settings.preview_images, workdir)
-    sample = sampling.make_sampler(recipe, sharding.Parallel(parallel.mesh), settings.preview_images)
-    if settings.preview_scores:
-        classifier = experiment.make_classifier(config, workdir)
-        real = experiment.make_source(config.images.train, workdir).image
+    parallel = sharding.Parallel(parallel.mesh)
+    conditions = experiment.make_source(config.evaluate.conditions, workdir)
+    inputs = experiment.inputs(config, range(settings.preview_images), conditions)
+    sample = sampling.make_sample(experiment.make_sampler(config, stage), parallel, settings.preview_images)
+    if not settings.preview_scores:
+        return lambda params: (sample(params, inputs)[:100], {})
+    features = experiment.make_features(config, workdir, parallel)
+    if settings.best_metric not in ("", *suite.scores(features)):
+        raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.scores(features))}.")
+    real = suite.collect_source(features, experiment.make_source(config.images, workdir), settings.preview_images, workdir)
 
     def preview(params):
-        images = sample(params, z, cond)
-        return images[:100], suite.compare(classifier, real, images, cond) if settings.preview_scores else {}
+        images = sample(params, inputs)
+        return images[:100], suite.compare(features, real, suite.collect(features, [(images, inputs["cond"])], settings.preview_images))
 
     return preview
 

@@ -32,4 +32,4 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def network(tiny):
-    return unet_edm.make(**tiny)
+    return unet_edm.ddpmpp(**tiny)

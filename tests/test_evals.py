@@ -8,29 +8,33 @@ A = RNG.standard_normal((40, 5)).astype(np.float32)
 B = (RNG.standard_normal((30, 5)) * 1.5 + 0.5).astype(np.float32)
 
 
+def moments(features):
+    return frechet.moments(frechet.sums(features))
+
+
 def test_frechet_distance():
     cov_a, cov_b = np.cov(A.T.astype(np.float64)), np.cov(B.T.astype(np.float64))
     root_trace = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real).sum()
     mean = A.mean(0, dtype=np.float64) - B.mean(0, dtype=np.float64)
     expected = mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace
-    assert frechet.frechet_distance(frechet.statistics(A), frechet.statistics(B)) == pytest.approx(expected, rel=1e-9)
+    assert frechet.frechet_distance(moments(A), moments(B)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_to_itself_is_zero():
-    a = frechet.statistics(A)
+    a = moments(A)
     assert frechet.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
 
 
 def test_frechet_distance_with_fewer_images_than_features():
     few = RNG.standard_normal((4, 16)).astype(np.float32)
-    stats = frechet.statistics(few)
+    stats = moments(few)
     assert frechet.frechet_distance(stats, stats) == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
-        frechet.frechet_distance(frechet.statistics(few[:1]), stats)
+        moments(few[:1])
 
 
-def test_statistics_add_up():
-    whole, parts = frechet.statistics(A), frechet.statistics(A[:7]) + frechet.statistics(A[7:])
+def test_sums_add_up():
+    whole, parts = frechet.sums(A), frechet.sums(A[:7]) + frechet.sums(A[7:])
     assert whole.count == parts.count == 40
     np.testing.assert_allclose(parts.sum, whole.sum, rtol=1e-12)
     np.testing.assert_allclose(parts.outer, whole.outer, rtol=1e-12)

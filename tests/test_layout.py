@@ -8,13 +8,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 CHAIN = (  # a module imports none of its own line, nor of those above it
     {"main"},
-    {"train", "pairs", "evaluate"},
+    {"train", "convert", "pairs", "evaluate", "export"},
     {"recipes"},
     {"losses", "samplers"},
     {"denoiser"},
     {"process"},
 )
-STAGES = {"main", "train", "pairs", "evaluate", "experiment"}
+STAGES = {"main", "train", "convert", "pairs", "evaluate", "export", "experiment"}
 MATHEMATICS = {"process", "denoiser", "samplers", "losses"}
 
 

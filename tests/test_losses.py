@@ -68,11 +68,11 @@ class LossesTest(chex.TestCase):  # a class because chex.variants needs one
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_regression_with_another_distance(self):
-        def largest(x, y):
-            return jnp.max(jnp.abs(x - y), axis=(1, 2, 3))
+        def largest(scale, x, y):
+            return scale * jnp.max(jnp.abs(x - y), axis=(1, 2, 3))
 
-        value = self.variant(lambda x, y: losses.regression_loss(x, y, distance=largest))(X, X_REAL)
-        np.testing.assert_allclose(value, np.abs(X - X_REAL).max(axis=(1, 2, 3)).mean(), rtol=1e-6)
+        value = self.variant(lambda x, y: losses.regression_loss(x, y, 2.0, distance=largest))(X, X_REAL)
+        np.testing.assert_allclose(value, 2 * np.abs(X - X_REAL).max(axis=(1, 2, 3)).mean(), rtol=1e-6)
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_denoising_is_the_mean_over_everything(self):

@@ -84,3 +84,10 @@ def test_a_new_network_has_buffers_of_its_own():
     net = state.create(params, optim.adamw(learning_rate=0.1, warmup_steps=0), ema=True)
     jax.tree.map(lambda a: a.delete(), net)
     chex.assert_trees_all_equal(params, PARAMS)
+
+
+def test_frequencies_are_not_trained():
+    params = {"map_noise": {"freqs": jnp.ones(3)}, "map_layer0": {"bias": jnp.ones(3)}}
+    tx = optim.adamw(learning_rate=0.1, warmup_steps=0, weight_decay=0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not np.any(updates["map_noise"]["freqs"]) and np.all(updates["map_layer0"]["bias"])

@@ -74,7 +74,7 @@ def test_training_times():
 def test_edm_grid():
     grid = process_lib.EDM().grid(18)
     np.testing.assert_allclose(grid, EDM_GRID, rtol=5e-5)
-    assert grid.dtype == np.float32
+    assert grid.dtype == np.float64
 
 
 @pytest.mark.parametrize("process", PROCESSES)

@@ -1,8 +1,11 @@
 """Labelled images, as random-access sources of {"image": [H, W, C] float32 in [-1, 1], "cond": int32}, and labels alone."""
 
 import dataclasses
+import io
+from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,111 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A source held in memory as bytes: images [N, H, W, C] uint8, labels [N] int32."""
+
+    image: np.ndarray
+    cond: np.ndarray
+
+    def __len__(self):
+        return len(self.cond)
+
+    def __getitem__(self, index):
+        return {"image": to_float(self.image[index]), "cond": self.cond[index]}
+
+
+class Records(Protocol):
+    """Image files with labels, to be read one at a time; at least one."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What errors call the image."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The file and the label."""
+
+
+class Files:
+    """A source of image files, read and decoded when asked for. All must be like the first, which is read at once."""
+
+    def __init__(self, records: Records, *, origin: str, size: int | None = None):
+        """`origin` names the source in errors; images of another `size` are refused, None = that of the first."""
+        self._records, self._origin, self._size, self._first = records, origin, size, None
+        height, width, _ = self._decode(0)[0].shape
+        if size is None and height != width:
+            raise ValueError(f"{origin}: image {records.name(0)}: expected a square, got {height}x{width}; crop the images first.")
+        self._size = size or height
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self._origin}: no image {index} of {len(self)}")
+        pixels, cond = self._decode(int(index))
+        return {"image": to_float(pixels), "cond": np.int32(cond)}
+
+    def __repr__(self):
+        return f"Files({self._origin}, {len(self)} images)"
+
+    def _decode(self, index):
+        where = f"{self._origin}: image {self._records.name(index)}"
+        try:
+            data, cond = self._records.read(index)
+            with Image.open(io.BytesIO(data)) as picture:
+                picture.load()
+                pixels, mode = np.asarray(picture), picture.mode
+        except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
+            raise ValueError(f"{where} cannot be read ({error}); replace it, or remove it and its label.") from error
+        if mode not in ("L", "RGB"):
+            raise ValueError(f"{where}: expected mode RGB or L (8 bit grey), got {mode}; convert the images first.")
+        self._first = self._first or mode
+        if mode != self._first:
+            first = self._records.name(0)
+            raise ValueError(f"{where}: mixed modes: expected {self._first} as in {first}, got {mode}; convert the images first.")
+        if self._size and pixels.shape[:2] != (self._size, self._size):
+            height, width = pixels.shape[:2]
+            raise ValueError(f"{where}: expected {self._size}x{self._size} pixels, got {height}x{width} (HxW); resize the images first.")
+        if cond < 0:
+            raise ValueError(f"{where}: expected a label of 0 or more, got {cond}; use a split that has labels.")
+        return pixels.reshape(*pixels.shape[:2], -1), cond
+
+
+@dataclasses.dataclass(frozen=True)
+class Flipped:
+    """A source twice as long: item i + N is item i with its image mirrored, as in EDM."""
+
+    source: object
+
+    def __len__(self):
+        return 2 * len(self.source)
+
+    def __getitem__(self, index):
+        n = len(self.source)
+        if index < n:
+            return self.source[index]
+        item = self.source[index - n]
+        return {**item, "image": np.ascontiguousarray(item["image"][:, ::-1])}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomLabels:
+    """A source of {"cond": int32}; item i is a function of (seed, i) alone."""
+
+    num_classes: int
+    count: int
+    seed: int
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        bits = np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, 1])  # noise of the same seed and index begins at 0
+        return {"cond": np.int32(np.random.Generator(bits).integers(self.num_classes))}
+
+
+@dataclasses.dataclass(frozen=True)
 class Labels:
     """A source of {"cond": int32}, every class once."""
 
@@ -30,6 +138,11 @@ class Labels:
 
     def __getitem__(self, index):
         return {"cond": np.int32(index)}
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """0..255 to float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / np.float32(127.5) - 1
 
 
 def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:
@@ -71,3 +184,14 @@ def digits(*, split: str, seed: int = 0, held_out: int = 500):
 def labels(*, num_classes: int) -> Labels:
     """Conditions for images yet to be generated."""
     return Labels(num_classes)
+
+
+def random_labels(*, num_classes: int, count: int, seed: int) -> RandomLabels:
+    """Conditions drawn uniformly for each image, as in EDM's evaluation.
+
+    Args:
+      num_classes: labels are 0 to num_classes - 1.
+      count: how many.
+      seed: item i follows from (seed, i) alone.
+    """
+    return RandomLabels(num_classes, count, seed)

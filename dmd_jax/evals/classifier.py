@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-NAME = "mlp"
+from dmd_jax import checkpoint
+from dmd_jax.evals import features as features_lib
 
 
 class Classifier(NamedTuple):
@@ -32,6 +33,14 @@ class Classifier(NamedTuple):
     def predict(self, images: np.ndarray) -> np.ndarray:
         """[N, H, W, C] to the most likely labels [N]."""
         return (self.features(images) @ self.weights[-1] + self.biases[-1]).argmax(axis=-1)
+
+
+def make(parallel, *, images, path: str) -> features_lib.Features:
+    """The features of a classifier of the data source `images`, kept in the file `path`; runs on the host."""
+    rows = [images[i] for i in range(len(images))]
+    classifier = cached(path, np.stack([row["image"] for row in rows]), np.stack([row["cond"] for row in rows]))
+    arrays = {f"{kind}{i}": a for kind, values in classifier._asdict().items() for i, a in enumerate(values)}
+    return features_lib.Features(f"mlp@{len(rows[0]['image'])}", checkpoint.digest(arrays), classifier.features, classifier.predict)
 
 
 def fit(images: np.ndarray, labels: np.ndarray, hidden: tuple[int, ...] = (256, 64)) -> Classifier:

@@ -5,34 +5,41 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Statistics(NamedTuple):
-    """Sums from which mean and covariance follow, in float64; those of two sets of images add up."""
+class Sums(NamedTuple):
+    """Sums over a set of images from which its moments follow, in float64; those of two sets add up."""
 
     count: int
     sum: np.ndarray  # [D]
     outer: np.ndarray  # [D, D]
 
     def __add__(self, other):
-        return Statistics(*(a + b for a, b in zip(self, other, strict=True)))
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def statistics(features: np.ndarray) -> Statistics:
+class Moments(NamedTuple):
+    """What a set of images is to the distance."""
+
+    mean: np.ndarray  # [D]
+    covariance: np.ndarray  # [D, D]
+
+
+def sums(features: np.ndarray) -> Sums:
     """Of features [N, D]."""
     features = features.astype(np.float64)
-    return Statistics(len(features), features.sum(0), features.T @ features)
+    return Sums(len(features), features.sum(0), features.T @ features)
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Raises ValueError when a set has fewer than two images."""
-    (mu_a, cov_a), (mu_b, cov_b) = _mean_and_covariance(a), _mean_and_covariance(b)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0)).sum()  # also where a covariance is singular
-    return float(np.sum((mu_a - mu_b) ** 2) + np.trace(cov_a + cov_b) - 2 * trace_of_root)
+def moments(sums: Sums) -> Moments:
+    """Raises ValueError for fewer than two images."""
+    if sums.count < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {sums.count}.")
+    mean = sums.sum / sums.count
+    return Moments(mean, (sums.outer - sums.count * np.outer(mean, mean)) / (sums.count - 1))
 
 
-def _mean_and_covariance(stats):
-    if stats.count < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {stats.count}.")
-    mean = stats.sum / stats.count
-    return mean, (stats.outer - stats.count * np.outer(mean, mean)) / (stats.count - 1)
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Zero for equal moments, up to rounding; also where a covariance is singular."""
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.covariance @ root), 0)).sum()
+    return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance) - 2 * trace_of_root)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+ROWS = 1000  # at a time
+
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str, float]:
     """Fractions in [0, 1].
@@ -15,20 +17,24 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str
       precision: generated images within the real manifold; recall: real images within the generated manifold;
       coverage: real images whose own ball holds a generated image.
     """
-    across = _distances(real, fake)
+    real, fake = real.astype(np.float64), fake.astype(np.float64)
     radius_real, radius_fake = _radii(real, k), _radii(fake, k)
-    return {
-        "precision": float((across <= radius_real[:, None]).any(0).mean()),
-        "recall": float((across <= radius_fake[None]).any(1).mean()),
-        "coverage": float((across.min(1) <= radius_real).mean()),
-    }
+    within_real, within_fake, covered = np.zeros(len(fake), bool), [], []
+    for start, across in _distances(real, fake):
+        radius = radius_real[start : start + len(across)]
+        within_real |= (across <= radius[:, None]).any(0)
+        within_fake.append((across <= radius_fake[None]).any(1))
+        covered.append(across.min(1) <= radius)
+    means = (within_real, np.concatenate(within_fake), np.concatenate(covered))
+    return {name: float(mean.mean()) for name, mean in zip(("precision", "recall", "coverage"), means, strict=True)}
 
 
 def _radii(x, k):
-    return np.partition(_distances(x, x), k, axis=1)[:, k]  # the 0-th neighbour is the point itself
+    return np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _distances(x, x)])  # the 0-th neighbour is the point itself
 
 
 def _distances(a, b):
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.sqrt(np.maximum(squared, 0))
+    """(first row, squared distances of ROWS rows of `a` to all of `b`)."""
+    for start in range(0, len(a), ROWS):
+        rows = a[start : start + ROWS]
+        yield start, np.maximum((rows**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * rows @ b.T, 0)

@@ -6,19 +6,16 @@ import matplotlib
 import numpy as np
 
 from dmd_jax import metrics
-from dmd_jax.evals import suite
 
 
 def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
-    rows = [("", "NFE", "ms/image", *suite.SCORES)]
-    for label, name in (
-        ("real, training split", "real_train"),
-        (_describe(teacher, result), teacher),
-        (_describe(student, result), student),
-    ):
-        cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
-        rows.append((label, *cost, *(f"{result[name][score]:.3f}" for score in suite.SCORES)))
+    names = list(result[student])
+    rows = [("", "NFE", "ms/image", *names)]
+    for label, name in (("real images", "real"), (_describe(teacher, result), teacher), (_describe(student, result), student)):
+        if name in result:
+            cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
+            rows.append((label, *cost, *(f"{result[name][score]:.3f}" if score in result[name] else "" for score in names)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
     return "\n".join(lines) + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
@@ -46,7 +43,8 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
         axes[key].axis("off")
     _plot(axes["c"], curves[teacher], ("loss",), f"{teacher}: loss")
     _plot(axes["d"], curves[student], ("matching", "regression", "fake_score"), f"{student}: losses")
-    _plot(axes["e"], curves[student], (suite.FD,), f"{student}: {suite.FD} to training images")
+    frechet = next(iter(result[student]))
+    _plot(axes["e"], curves[student], (frechet,), f"{student}: {frechet} to training images")
     _plot(axes["f"], curves[student], ("precision", "recall", "agreement"), f"{student}: scores")
     axes["e"].set_yscale("log")
     axes["t"].axis("off")

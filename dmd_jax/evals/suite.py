@@ -1,26 +1,110 @@
-"""The measurements of a set of generated images against a set of real ones, in the features of one classifier."""
+"""The measurements of a set of generated images against a set of real ones, in one pass over each."""
+
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-from dmd_jax.evals import classifier as classifier_lib
+from dmd_jax.data import pipeline
+from dmd_jax.evals import features as features_lib
 from dmd_jax.evals import frechet, kid, precision_recall
 
-FD = f"FD-{classifier_lib.NAME}"  # not "FID", which is the distance in the features of the Inception network of 2015
-KD = f"KD-{classifier_lib.NAME}"
-SCORES = (FD, KD, "precision", "recall", "coverage", "agreement")
+DAMAGED = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)
 
 
-def compare(classifier: classifier_lib.Classifier, real: np.ndarray, fake: np.ndarray, cond: np.ndarray) -> dict[str, float]:
-    """Scores of images `fake` [M, H, W, C], made for the labels `cond` [M], against `real` [N, H, W, C].
+class Collected(NamedTuple):
+    """What is kept of a set of images.
+
+    Attributes:
+      count: of the images.
+      moments: of all their features.
+      features: of the first ones, [M, D], for what needs single images; None for statistics that came as a file.
+      agreement: the fraction that the features' classifier gives the label they were made for; None without a classifier.
+    """
+
+    count: int
+    moments: frechet.Moments
+    features: np.ndarray | None
+    agreement: float | None = None
+
+
+def scores(features: features_lib.Features) -> tuple[str, ...]:
+    """Names of what `compare` returns, lower is better for the first two."""
+    names = (features.frechet, features.kernel, "precision", "recall", "coverage")
+    return (*names, "agreement") if features.predict else names
+
+
+def collect(features: features_lib.Features, batches: Iterable[tuple[np.ndarray, np.ndarray]], neighbours: int) -> Collected:
+    """Goes through batches of (images [N, H, W, C], labels [N]) and keeps the features of the first `neighbours` images."""
+    sums, kept, agreeing = None, [], 0
+    for images, cond in batches:
+        extracted = features.extract(images)
+        kept.append(extracted[: max(neighbours - sum(map(len, kept)), 0)])
+        sums = frechet.sums(extracted) if sums is None else sums + frechet.sums(extracted)
+        agreeing += (features.predict(images) == cond).sum() if features.predict else 0
+    return Collected(sums.count, frechet.moments(sums), np.concatenate(kept), agreeing / sums.count if features.predict else None)
+
+
+def collect_source(features: features_lib.Features, source, neighbours: int, directory: str | os.PathLike) -> Collected:
+    """As `collect`, for a whole data source; kept in a file of `directory`, by the features' and the content's digests."""
+    content = pipeline.fingerprint({"": pipeline.Stream(source, 1)}, seed=neighbours)
+    path = pathlib.Path(directory) / f"reference-{features.digest}-{content}.npz"
+    if not path.exists():
+        rows = (range(start, min(start + 500, len(source))) for start in range(0, len(source), 500))
+        items = ([source[i] for i in r] for r in rows)
+        real = collect(features, ((np.stack([i["image"] for i in b]), np.stack([i["cond"] for i in b])) for b in items), neighbours)
+        partial = path.with_suffix(".partial.npz")
+        agreement = np.nan if real.agreement is None else real.agreement
+        np.savez(partial, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,
+                 agreement=agreement, features=features.digest)  # fmt: skip
+        partial.rename(path)
+    return read(path, features)
+
+
+def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
+    """Statistics from an `.npz` of "mu" [D] and "sigma" [D, D], as EDM and pytorch-fid have them, or one of our own.
+
+    Raises:
+      ValueError: the file is damaged, or of another feature network.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+        if covariance.shape != 2 * mean.shape:
+            raise ValueError(f"mu has shape {mean.shape} and sigma {covariance.shape}")
+    except DAMAGED as error:
+        raise ValueError(f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. Make or get it again.") from error
+    digest = str(arrays.get("features", features.digest))
+    if digest != features.digest:
+        raise ValueError(f"{path} was made with other features ({digest}) than {features.name} ({features.digest}); make it again.")
+    agreement = float(arrays.get("agreement", np.nan))
+    real = Collected(
+        int(arrays.get("count", 0)), frechet.Moments(mean, covariance), arrays.get("kept"), None if np.isnan(agreement) else agreement
+    )
+    return real
+
+
+def compare(features: features_lib.Features, real: Collected, fake: Collected) -> dict[str, float]:
+    """Scores of generated images.
 
     Returns:
-      FD-mlp and KD-mlp (lower is better), precision, recall, coverage, and agreement: the fraction of `fake` that the classifier
-      gives the label it was made for.
+      The Frechet and the kernel distance (lower is better), precision, recall, coverage, and the agreement with the labels. Those that
+      need single real images are left out where there are none.
+
+    Raises:
+      ValueError: `real` has features of another size.
     """
-    a, b = classifier.features(real), classifier.features(fake)
-    return {
-        FD: frechet.frechet_distance(frechet.statistics(a), frechet.statistics(b)),
-        KD: kid.kernel_distance(a, b),
-        **precision_recall.precision_recall(a, b),
-        "agreement": float((classifier.predict(fake) == cond).mean()),
-    }
+    if real.moments.mean.shape != fake.moments.mean.shape:
+        raise ValueError(
+            f"the reference statistics have {len(real.moments.mean)} dimensions, {features.name} has {len(fake.moments.mean)}: "
+            "they are of another feature network."
+        )
+    result = {features.frechet: frechet.frechet_distance(real.moments, fake.moments)}
+    if real.features is not None:
+        result[features.kernel] = kid.kernel_distance(real.features, fake.features)
+        result |= precision_recall.precision_recall(real.features, fake.features)
+    return result if fake.agreement is None else result | {"agreement": fake.agreement}

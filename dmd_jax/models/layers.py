@@ -104,7 +104,7 @@ def xavier_uniform(gain: float = 1.0) -> Callable:
 
 def positional_frequencies(n: int, *, endpoint: bool, max_period: float = 10000.0) -> jax.Array:
     """`n` frequencies falling geometrically from 1, to 1 / max_period if that `endpoint` is included."""
-    return max_period ** -(jnp.arange(n) / (n - endpoint))
+    return max_period ** -(jnp.arange(n, dtype=jnp.float32) / (n - endpoint))
 
 
 def cos_sin(t: jax.Array, freqs: jax.Array) -> jax.Array:

@@ -57,19 +57,18 @@ DDPMPP = Family()
 NCSNPP = Family(smooth_down, smooth_up, fourier=True, residual_input=True)
 ADM = Family(adaptive_scale=True, skip_scale=1.0, epsilon=1e-5, head_width=64, attention_everywhere=True)
 
-INITIALIZERS = (
+SONG_INITIALIZERS = (
+    (r"qkv\.kernel$", layers.xavier_uniform(0.2**0.5)),
     (r"norm\d?\.scale$", layers.ones),
-    (r"freqs$", layers.normal(16.0)),
     (r"bias$", layers.zeros),
     (r"(conv1|proj|aux_conv)\.kernel$", layers.xavier_uniform(1e-5)),
     (r"kernel$", layers.xavier_uniform()),
 )
-ATTENTION_INITIALIZERS = ((r"qkv\.kernel$", layers.xavier_uniform(0.2**0.5)), *INITIALIZERS)
 ADM_INITIALIZERS = (
+    (r"map_label\.kernel$", layers.normal(1.0)),
     (r"norm\d?\.scale$", layers.ones),
     (r"bias$", layers.zeros),  # EDM: uniform, like the kernels
     (r"(conv1|proj|out_conv)\.kernel$", layers.zeros),
-    (r"map_label\.kernel$", layers.normal(1.0)),
     (r"kernel$", layers.kaiming_uniform),
 )
 
@@ -199,7 +198,7 @@ class UNet(nnx.Module):
     def embed(self, noise, label=None, augment=None):
         """The embedding of noise level [B], labels [B] and augmentations [B, augment_dim] that every block sees: [B, 4 width]."""
         n = self.num_classes
-        label = jnp.zeros((len(noise), n)) if label is None else jax.nn.one_hot(label, n)
+        label = jnp.zeros((len(noise), n), jnp.float32) if label is None else jax.nn.one_hot(label, n, dtype=jnp.float32)
         augment = 0 if augment is None else self.map_augment(augment)
         if self.family.adaptive_scale:
             emb = layers.cos_sin(noise, layers.positional_frequencies(self.width // 2, endpoint=False))
@@ -280,7 +279,7 @@ def ddpmpp(
     Raises:
       ValueError: the size cannot be halved that often.
     """
-    return _make(DDPMPP, ATTENTION_INITIALIZERS, locals())
+    return _make(DDPMPP, SONG_INITIALIZERS, locals())
 
 
 def ncsnpp(
@@ -297,7 +296,7 @@ def ncsnpp(
     remat: bool = False,
 ) -> layers.Network:
     """As `ddpmpp`, with the architecture of the "ve" checkpoints. Its `map_noise.freqs` are no weights: optimizers leave them alone."""
-    return _make(NCSNPP, ATTENTION_INITIALIZERS, locals())
+    return _make(NCSNPP, ((r"freqs$", layers.normal(16.0)), *SONG_INITIALIZERS), locals())
 
 
 def adm(
@@ -314,4 +313,4 @@ def adm(
     remat: bool = False,
 ) -> layers.Network:
     """As `ddpmpp`, with the architecture, and the defaults, of the ImageNet-64 checkpoint. Channels are multiples of 64 where it attends."""
-    return _make(ADM, ADM_INITIALIZERS, locals())
+    return _make(ADM, ADM_INITIALIZERS if num_classes else ADM_INITIALIZERS[1:], locals())

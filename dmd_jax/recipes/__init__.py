@@ -10,11 +10,7 @@ class Recipe(NamedTuple):
     Attributes:
       init: `params -> TrainState`, from the initial or the teacher's parameters.
       train_step: `(state, batch) -> (state, metrics)`; metrics are scalars.
-      sample: `(params, z, cond) -> images` for unit Gaussian noise z of the images' shape [B, H, W, C].
-      nfe: network calls per image of `sample`.
     """
 
     init: Callable
     train_step: Callable
-    sample: Callable
-    nfe: int

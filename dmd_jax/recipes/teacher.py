@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, optim, recipes, samplers, sharding, state
+from dmd_jax import losses, optim, recipes, sharding, state
 
 
 def make(
@@ -16,7 +16,6 @@ def make(
     optimizer: dict,
     ema_decay: float,
     cond_dropout: float,
-    sample_steps: int,
 ) -> recipes.Recipe:
     """Batches are {"images": {"image": [B, H, W, C], "cond": [B, ...]}}.
 
@@ -28,11 +27,9 @@ def make(
       optimizer: arguments of `optim.adamw`.
       ema_decay: of the running mean of the parameters, per step.
       cond_dropout: fraction of samples that see `null_cond`, so that the model can be guided.
-      sample_steps: Heun steps of the samples shown during training.
     """
     tx = optim.adamw(**optimizer)
     process = denoiser.process
-    grid = process.grid(sample_steps)
 
     def init(params):
         return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=True))
@@ -58,7 +55,4 @@ def make(
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}
         return train_state.replace(step=train_state.step + 1, generator=generator), metrics
 
-    def sample(params, z, cond):
-        return samplers.heun(lambda x_t, t: denoiser(params, x_t, t, cond), process, grid, process.prior(z))
-
-    return recipes.Recipe(init, train_step, sample, nfe=samplers.heun_calls(process, grid))
+    return recipes.Recipe(init, train_step)

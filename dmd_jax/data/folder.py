@@ -1,0 +1,145 @@
+"""Image files in a directory or a .zip, with labels as EDM's dataset.json has them."""
+
+import json
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+from dmd_jax.data import images
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LABELS = "dataset.json"
+EXPECTED = 'expected {"labels": [["00000/img00000000.png", 6], ...]} with every image once, or {"labels": null}'
+
+
+class Directory:
+    """Files below a directory."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def names(self) -> list[str]:
+        found = (pathlib.Path(folder, file) for folder, _, files in os.walk(self._path, followlinks=True) for file in files)
+        return [path.relative_to(self._path).as_posix() for path in found]
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
+
+
+class Archive:
+    """Files of a .zip. Every process opens its own handle, which threads may share."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._opened = path, (None, None)
+        self._handle()
+
+    def names(self) -> list[str]:
+        return self._handle().namelist()
+
+    def read(self, name: str) -> bytes:
+        return self._handle().read(name)
+
+    def __getstate__(self):
+        return {"_path": self._path, "_opened": (None, None)}
+
+    def _handle(self):
+        pid, handle = self._opened
+        if pid != os.getpid():  # a forked process would share the parent's position in the file
+            handle = zipfile.ZipFile(self._path)
+            self._opened = os.getpid(), handle
+        return handle
+
+
+class Labelled:
+    """The records of `images.Files`."""
+
+    def __init__(self, files: Directory | Archive, names: list[str], cond: np.ndarray):
+        self._files, self._names, self._cond = files, names, cond
+
+    def __len__(self):
+        return len(self._names)
+
+    def name(self, index):
+        return self._names[index]
+
+    def read(self, index):
+        return self._files.read(self._names[index]), self._cond[index]
+
+
+def read(*, path: str, size: int, num_classes: int = 0, x_flips: bool = False):
+    """The PNG, JPEG and WebP images of a directory or a .zip, however nested, in the order of their names; other files are left out.
+
+    Args:
+      path: of the directory or the .zip.
+      size: height and width of the images.
+      num_classes: labels are 0 to num_classes - 1, of dataset.json; 0 = labels are not read, every cond is 0.
+      x_flips: also the mirror images, after all others.
+
+    Raises:
+      ValueError: no images; labels missing, out of range or damaged; an image is unlike the others or corrupt (when it is reached).
+    """
+    files = _open(pathlib.Path(path).expanduser())
+    everything = set(files.names())
+    names = sorted(name for name in everything if name.lower().endswith(SUFFIXES))
+    if not names:
+        raise ValueError(
+            f"{path}: no images; expected files that end in {', '.join(SUFFIXES)}, got {len(everything)} others; check the path."
+        )
+    cond = np.zeros(len(names), np.int32)
+    if num_classes:
+        cond = _labels(files.read(LABELS) if LABELS in everything else None, names, num_classes, path)
+    source = images.Files(Labelled(files, names, cond), origin=str(path), size=size)
+    return images.Flipped(source) if x_flips else source
+
+
+def _open(path):
+    if path.is_dir():
+        return Directory(path)
+    if path.suffix.lower() == ".zip" and path.exists():
+        try:
+            return Archive(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is a damaged .zip ({error}); copy it again.") from error
+    what = "another file" if path.exists() else "nothing there"
+    raise ValueError(f"{path}: expected a directory or a .zip of images, got {what}; check the path.")
+
+
+def _labels(text, names, num_classes, origin):
+    """The label of every name."""
+    entries = None if text is None else _entries(text, origin)
+    if entries is None:
+        where = f"no {LABELS}" if text is None else f"null labels in {LABELS}"
+        raise ValueError(f"{origin}: expected labels of {num_classes} classes, got {where}; add them, or set num_classes=0.")
+    labels = dict(entries)
+    missing = [name for name in names if name not in labels]
+    if missing:
+        raise ValueError(f"{origin}: {len(missing)} of {len(names)} images have no label in {LABELS}: {_some(missing)}; add them.")
+    absent = sorted(labels.keys() - set(names))
+    if absent:
+        raise ValueError(f"{origin}: {LABELS} has {len(absent)} images that are not there: {_some(absent)}; restore them, or remove them.")
+    outside = [f"{name} ({labels[name]})" for name in names if not 0 <= labels[name] < num_classes]
+    if outside:
+        raise ValueError(
+            f"{origin}: expected labels 0 to {num_classes - 1}, got {len(outside)} others in {LABELS}: {_some(outside)}; set num_classes."
+        )
+    return np.array([labels[name] for name in names], np.int32)
+
+
+def _entries(text, origin):
+    """The pairs of name and label in dataset.json, or None."""
+    try:
+        entries = json.loads(text)["labels"]
+        whole = entries is None or (
+            all(isinstance(name, str) and type(label) is int for name, label in entries) and len(dict(entries)) == len(entries)
+        )
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{origin}: {LABELS} is damaged; {EXPECTED}. Restore it.")
+    return entries
+
+
+def _some(items, n=5):
+    return ", ".join(items[:n]) + (", ..." if len(items) > n else "")

@@ -1,0 +1,78 @@
+"""Datasets that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed."""
+
+import pathlib
+
+import numpy as np
+import tensorflow_datasets
+
+from dmd_jax.data import images
+
+
+class Examples:
+    """The records of `images.Files`."""
+
+    def __init__(self, examples, *, labelled: bool):
+        self._examples, self._labelled = examples, labelled
+
+    def __len__(self):
+        return len(self._examples)
+
+    def name(self, index):
+        return str(index)
+
+    def read(self, index):
+        example = self._examples[index]
+        return example["image"], int(example["label"]) if self._labelled else 0
+
+
+def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_flips: bool = False):
+    """The features "image" and "label" of a prepared dataset; without a "label", every cond is 0. Nothing is downloaded.
+
+    Args:
+      name: "cifar10", "downsampled_imagenet/64x64", ...; ":3.0.2" at the end chooses among several versions.
+      split: as tensorflow-datasets writes it, "train[:1000]" too.
+      data_dir: where it was prepared.
+      size: height and width of the images; None = those of the first.
+      x_flips: also the mirror images, after all others.
+
+    Raises:
+      ValueError: the dataset is not there as ArrayRecord files, or has no such split; an image is unlike the others or corrupt.
+    """
+    builder = tensorflow_datasets.builder_from_directory(_find(name, pathlib.Path(data_dir).expanduser()))
+    origin, features = f"{name} in {data_dir}", dict(builder.info.features.items())
+    if not isinstance(features.get("image"), tensorflow_datasets.features.Image):
+        raise ValueError(f'{origin}: expected a feature "image", got {", ".join(features)}; use a dataset of images.')
+    label = features.get("label")
+    if label is not None and (label.shape or not np.issubdtype(label.np_dtype, np.integer)):
+        raise ValueError(f'{origin}: expected a whole number as "label", got {label}; prepare it with class labels.')
+    try:
+        examples = builder.as_data_source(split, decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        got = builder.info.file_format.value
+        raise ValueError(f"{origin}: expected array_record files, got {got}; {_how(name, data_dir)}") from error
+    except ValueError as error:
+        raise ValueError(f"{origin} has no split {split!r} ({error}); there are: {', '.join(builder.info.splits)}.") from error
+    source = images.Files(Examples(examples, labelled=label is not None), origin=f"{origin}, {split}", size=size)
+    return images.Flipped(source) if x_flips else source
+
+
+def _find(name, data_dir):
+    """The directory of the only version, or of the one that `name` has."""
+    directory = data_dir / name.replace(":", "/")
+    if (directory / "features.json").exists():
+        return directory
+    versions = [path.parent for path in directory.glob("*/features.json") if tensorflow_datasets.core.Version.is_valid(path.parent.name)]
+    if not versions:
+        raise ValueError(f"no {name} in {data_dir}: expected {directory}/<version>/features.json; {_how(name, data_dir)}")
+    if len(versions) > 1:
+        there = ", ".join(sorted(version.name for version in versions))
+        raise ValueError(f"several versions of {name} in {data_dir}: {there}; choose one with name='{name}:<version>'.")
+    return versions[0]
+
+
+def _how(name, data_dir):
+    builder = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+    return (
+        f'prepare it: python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()" '
+        "(this needs: pip install importlib_resources; for some datasets, cifar10 among them, also tensorflow)."
+    )

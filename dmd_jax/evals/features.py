@@ -1,0 +1,47 @@
+"""A feature network, the space in which two sets of images are compared."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmd_jax import checkpoint, sharding
+
+
+class Features(NamedTuple):
+    """One feature network.
+
+    Attributes:
+      name: such as "mlp@8"; what it does to images of other sizes is part of it.
+      digest: of its parameters.
+      extract: images [N, H, W, C] in [-1, 1] to float32 [N, D], numpy.
+      predict: images to labels [N]; None where there is no classifier.
+    """
+
+    name: str
+    digest: str
+    extract: Callable
+    predict: Callable | None = None
+
+    @property
+    def frechet(self) -> str:
+        """The name of the Frechet distance: FID is the one in the features of the Inception network of 2015, and no other."""
+        return "FID" if self.name == "inception" else f"FD-{self.name}"
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel distance."""
+        return "KID" if self.name == "inception" else f"KD-{self.name}"
+
+
+def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Parallel, batch_size: int) -> Features:
+    """The features of a network `(params, bytes [B, H, W, 3] as float32 from 0 to 255) -> [B, D]`, over all devices."""
+
+    def extract(params, images):
+        images = jnp.floor(jnp.clip(127.5 * images + 128, 0, 255))  # as a file of them would have it
+        return apply(params, jnp.repeat(images, 3 // images.shape[-1], axis=-1)).astype(jnp.float32)
+
+    run = parallel.in_batches("features batch_size", extract, batch_size)
+    return Features(name, checkpoint.digest(params), lambda images: run(params, np.asarray(images, np.float32)))

@@ -1,0 +1,188 @@
+"""EDM's checkpoints (Karras et al., arXiv 2206.00364): NVIDIA's pickles, and the same tensors as .safetensors or .npz, both ways."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dmd_jax.weights import convert, pickles
+
+SETTINGS = ("name", "size", "channels", "num_classes", "width", "multipliers", "num_blocks", "attention", "augment_dim")
+STATED = {"img_resolution": "size", "img_channels": "channels", "in_channels": "channels", "label_dim": "num_classes"}
+STATED |= {"model_channels": "width", "channel_mult": "multipliers", "num_blocks": "num_blocks", "augment_dim": "augment_dim"}
+CLASSES = {"unet_edm.ddpmpp": "SongUNet", "unet_edm.ncsnpp": "SongUNet", "unet_edm.adm": "DhariwalUNet"}
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
+    """The tensors of a checkpoint (.pkl, .safetensors or .npz) and the settings of its network.
+
+    Returns:
+      The tensors by PyTorch's names without the leading "model.", and the settings by `SETTINGS`.
+
+    Raises:
+      ValueError: the file is damaged, holds no network of EDM, or says other things of itself than its tensors do.
+    """
+    path = pathlib.Path(path)
+    readers = {".pkl": _read_pickle, ".safetensors": _read_safetensors, ".npz": _read_npz}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; rename it, or convert it.")
+    tensors, stated = readers[path.suffix](path)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    settings = settings_of(tensors, path)
+    resolutions = [settings["size"] >> level for level in range(len(settings["multipliers"]))]
+    if stated.pop("sigma_data", 0.5) != 0.5:
+        raise ValueError(f"{path} has another sigma_data than 0.5; only EDM's own preconditioning is supported.")
+    if isinstance(stated.get("attention"), list | tuple):  # EDM's default also names resolutions that a network may not have
+        stated["attention"] = [r for r in stated["attention"] if r in resolutions]
+    try:
+        check_settings(settings, stated)
+    except ValueError as error:
+        raise ValueError(f"{path} contradicts its own tensors; download it again. ({error})") from None
+    return tensors, settings
+
+
+def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "the checkpoint") -> dict:
+    """The settings of a network, from the names and the shapes of its tensors.
+
+    Raises:
+      ValueError: they are not those of a network of EDM.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    blocks = {}  # resolution: output channels of its blocks
+    for name, shape in shapes.items():
+        found = re.fullmatch(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name)
+        if found and len(shape) == 4:
+            blocks.setdefault(int(found[1]), {})[int(found[2])] = shape[0]
+    size = max(blocks, default=0)
+    first, mapping = shapes.get(f"enc.{size}x{size}_conv.weight", ()), shapes.get("map_layer0.weight", ())
+    if len(first) != 4 or len(mapping) != 2 or 0 in (first + mapping):
+        raise ValueError(f"{path} has no enc.*_block*, enc.*_conv and map_layer0; expected the tensors of one of EDM's UNets.")
+    fourier, adm = "map_noise.freqs" in shapes, "out_conv.weight" in shapes
+    width = mapping[1] if adm else first[0]
+    resolutions = sorted(blocks, reverse=True)
+    counts, outputs = {len(block) for block in blocks.values()}, [{*blocks[r].values()} for r in resolutions]
+    if resolutions != [size >> level for level in range(len(blocks))] or len(counts) != 1:
+        found = ", ".join(f"{len(blocks[r])} at {r}x{r}" for r in resolutions)
+        raise ValueError(f"{path} has these blocks: {found}; expected as many at each resolution, and each half the one before.")
+    if any(len(output) != 1 or min(output) % width for output in outputs):
+        raise ValueError(f"{path} has blocks of {outputs} channels, expected one multiple of {width} per resolution.")
+    return {
+        "name": f"unet_edm.{'ncsnpp' if fourier else 'adm' if adm else 'ddpmpp'}",
+        "size": size,
+        "channels": first[1],
+        "num_classes": _inputs(shapes.get("map_label.weight")),
+        "width": width,
+        "multipliers": tuple(min(output) // width for output in outputs),
+        "num_blocks": counts.pop(),
+        "attention": tuple(r for r in resolutions if f"enc.{r}x{r}_block0.qkv.weight" in shapes),
+        "augment_dim": _inputs(shapes.get("map_augment.weight")),
+    }
+
+
+def to_params(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
+    """Parameters with the structure of `abstract`. Filters of resampling are dropped, as the network knows its own.
+
+    Raises:
+      ValueError: names, shapes or filters differ; lists all of them.
+    """
+    filters = _filters(tensors)
+    wrong = [name for name, expected in filters.items() if name in tensors and not _equal(tensors[name], expected)]
+    if wrong:
+        expected = [1, 3, 3, 1] if "map_noise.freqs" in tensors else [1, 1]
+        raise ValueError(f"the checkpoint resamples with other filters than {expected}, which is not supported: {', '.join(wrong)}")
+    return convert.from_torch({name: tensor for name, tensor in tensors.items() if name not in filters}, abstract)
+
+
+def from_params(params: dict) -> dict[str, np.ndarray]:
+    """The tensors of EDM's checkpoint of `params`, with the leading "model."."""
+    tensors = convert.to_torch(params)
+    return {f"model.{name}": np.ascontiguousarray(tensor) for name, tensor in (tensors | _filters(tensors)).items()}
+
+
+def check_settings(found: Mapping, configured: Mapping):
+    """Compares what both have.
+
+    Raises:
+      ValueError: lists all that differs.
+    """
+    pairs = {key: (_plain(found[key]), _plain(configured[key])) for key in SETTINGS if key in found and key in configured}
+    differing = [f"{key} is {a!r} in the checkpoint, {b!r} in the config" for key, (a, b) in pairs.items() if a != b and None not in (a, b)]
+    if differing:
+        raise ValueError("; ".join(differing))
+
+
+def write(path: str | os.PathLike, params: dict, settings: Mapping):
+    """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata."""
+    safetensors.numpy.save_file(from_params(params), path, metadata={"format": "pt", "config": json.dumps(dict(settings))})
+
+
+def _read_pickle(path):
+    content = pickles.read(path)
+    ema = content.get("ema") if isinstance(content, dict) else None
+    if not isinstance(ema, pickles.Stub) or not isinstance(ema.state, dict):
+        raise ValueError(f"{path} has no network 'ema'; expected one of EDM's network snapshots (network-snapshot-*.pkl, edm-*.pkl).")
+    if ema.class_name != "EDMPrecond":
+        raise ValueError(f"{path} holds the preconditioning {ema.class_name}, expected EDMPrecond; only EDM's own is supported.")
+    tensors = pickles.state_dict(ema)
+    model = ema.state["_modules"].get("model")
+    if model is None or model.class_name not in CLASSES.values():
+        raise ValueError(f"{path} holds a {getattr(model, 'class_name', None)}, expected SongUNet or DhariwalUNet.")
+    statements = {}
+    for stated in (model.state.get("_init_kwargs"), ema.state):
+        statements |= {
+            key: stated[key] for key in (*STATED, "attn_resolutions", "sigma_data") if isinstance(stated, dict) and key in stated
+        }
+    families = {name for name, class_name in CLASSES.items() if class_name == model.class_name}
+    name = settings_of({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, path)["name"]
+    if name not in families:
+        raise ValueError(f"{path} holds a {model.class_name} with the tensors of {name}; download it again.")
+    stated = {STATED[key]: value for key, value in statements.items() if key in STATED}
+    stated |= {"attention": statements["attn_resolutions"]} if "attn_resolutions" in statements else {}
+    return tensors, stated | {"sigma_data": statements.get("sigma_data", 0.5)}
+
+
+def _read_safetensors(path):
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(config)  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own, and those of its parser
+        raise ValueError(f"{path} is missing, truncated or not a .safetensors file ({error}); download it again.") from error
+
+
+def _read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file), {}
+    except Exception as error:  # numpy and zipfile raise all kinds for damaged files
+        raise ValueError(f"{path} is missing, truncated or not an .npz file ({error}); download it again.") from error
+
+
+def _filters(tensors):
+    """The filters of resampling that belong to `tensors`, by name."""
+    taps = np.array([1, 3, 3, 1] if "map_noise.freqs" in tensors else [1, 1], np.float32)
+    kernel = np.outer(taps, taps)[None, None] / taps.sum() ** 2
+    places = {}
+    for name in tensors:
+        if found := re.match(r"((enc|dec)\.(\d+)x\3_(down|up))\.", name):
+            places |= {f"{found[1]}.{layer}.resample_filter": kernel for layer in ("conv0", "skip")}
+        elif found := re.match(r"enc\.(\d+)x\1_aux_residual\.", name):
+            places[f"{found[0]}resample_filter"] = kernel
+    return places
+
+
+def _inputs(shape):
+    return shape[1] if shape and len(shape) == 2 else 0
+
+
+def _equal(tensor, expected):
+    return tensor.shape == expected.shape and np.array_equal(tensor, expected)
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple | list) else value
