@@ -128,14 +128,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 def _small(config):
     config.network.update(width=16, multipliers=(1, 2, 4), num_blocks=1, attention=(8,), dtype="float32")
-    config.teacher.recipe.optimizer.update(learning_rate=2e-3, warmup_steps=100, decay_steps=2000)
-    config.teacher.update(batch_size=64, num_steps=2000, log_every=50, preview_every=0, checkpoint_every=500)
+    config.teacher.recipe.optimizer.update(learning_rate=2e-3, warmup_steps=100, decay_steps=1500)
+    config.teacher.update(batch_size=64, num_steps=1500, log_every=50, preview_every=0, checkpoint_every=500)
     config.pairs.update(count=2000, shard_size=500, batch_size=250)
     for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
         optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=400)
-    config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0, distance=dict(name="squared_error"))
+    config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
+    config.dmd.recipe.distance = dict(name="squared_error")
     config.dmd.update(batch_size=32, num_steps=400, log_every=20, preview_every=100, preview_images=500, checkpoint_every=100)
-    config.evaluate.update(count=2000, neighbours=2000, batch_size=250, timing_repeats=3)
+    config.evaluate.update(count=1000, neighbours=1000, batch_size=250, timing_repeats=3)
     return config
 
 
