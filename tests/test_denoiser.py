@@ -2,9 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import samplers
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
+from dmd_jax import samplers
 
 LEVELS = np.array([0, 20, 300, 500, 700, 980, 998])
 RNG = np.random.default_rng(0)
@@ -106,7 +106,9 @@ def test_time_as_the_network_is_told_it(name, scale):
 def test_generator_is_the_denoiser_at_the_noisiest_time(name, prior, t):
     denoiser = denoiser_lib.Denoiser(adds_its_condition, *PAIRS[name][:2])
     z, cond = jnp.asarray(EPS, jnp.float32), jnp.arange(len(EPS))
-    np.testing.assert_array_equal(samplers.one_step(denoiser, denoiser.process).sample(0.5, z, cond), denoiser(0.5, prior * z, jnp.full(len(z), float(t)), cond))
+    np.testing.assert_array_equal(
+        samplers.one_step(denoiser, denoiser.process).sample(0.5, z, cond), denoiser(0.5, prior * z, jnp.full(len(z), float(t)), cond)
+    )
 
 
 def test_epsilon_round_trip_at_999():

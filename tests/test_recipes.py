@@ -1,6 +1,5 @@
 """Steps against the papers' algorithms in numpy, and against themselves on other meshes."""
 
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -161,7 +160,10 @@ def recorded_step(monkeypatch, recipe, step=0, **changes):
     state = made.init({"w": jnp.float32(0.7)})
     state = state.replace(step=jnp.int32(step))
     if recipe is dmd:
-        state = state.replace(fake_score=state.fake_score.replace(params={"w": jnp.float32(0.5)}), frozen={"real_score": {"w": jnp.float32(0.9)}, "distance": None})
+        state = state.replace(
+            fake_score=state.fake_score.replace(params={"w": jnp.float32(0.5)}),
+            frozen={"real_score": {"w": jnp.float32(0.9)}, "distance": None},
+        )
     state, metrics = made.train_step(state, make_batch(recipe, 0, fresh=1000, pairs=40))
     return state, metrics, jax.tree.map(lambda a: np.asarray(a, np.float64), drawn[0])
 

@@ -312,5 +312,5 @@ def adm(
     dtype: str = "float32",
     remat: bool = False,
 ) -> layers.Network:
-    """As `ddpmpp`, with the architecture, and the defaults, of the ImageNet-64 checkpoint. Channels are multiples of 64 where it attends."""
+    """As `ddpmpp`, with the architecture and the defaults of the ImageNet-64 checkpoint; channels are multiples of 64 where it attends."""
     return _make(ADM, ADM_INITIALIZERS if num_classes else ADM_INITIALIZERS[1:], locals())
