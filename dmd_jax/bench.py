@@ -7,6 +7,7 @@ Prints parameters, memory and seconds per step; beside them the time that XLA's 
 alone, one after another. `--against=torch` runs the same step in PyTorch in between, same network, losses, optimizers and batch.
 """
 
+import argparse
 import collections
 import functools
 import importlib.util
@@ -21,24 +22,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from dmd_jax import checkpoint, experiment, sharding, train
 from dmd_jax.models import vgg
 from dmd_jax.weights import convert
 
-NETWORK = flags.DEFINE_string("network", "cifar10", "A config of configs/, by name; a word after a colon picks a variant.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Fresh images, and as many pairs, over all devices.")
-STEPS = flags.DEFINE_integer("steps", 5, "Steps to be timed, after one that is not.", lower_bound=1)
-AGAINST = flags.DEFINE_enum("against", "", ["", "torch"], "What to compare with.")
-DTYPE = flags.DEFINE_string("dtype", "", "Of the networks; the config's if not given.")
-REMAT = flags.DEFINE_bool("remat", False, "Recompute activations.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Directory to which the state is saved at the end, and read back.")
-ALONE = flags.DEFINE_bool("alone", True, "Also time convolutions and matrix products alone.")
-
 
 def load_config(name: str):
-    """configs/<name>.py, with the flags' settings."""
+    """Of configs/<name>.py; a word after a colon picks a variant."""
     file, _, variant = name.partition(":")
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
     if not path.exists():
@@ -49,10 +40,10 @@ def load_config(name: str):
     return module.get_config(variant) if variant else module.get_config()
 
 
-def make_step(config, directory: pathlib.Path):
+def make_step(config, batch_size: int, directory: pathlib.Path):
     """The step of `config`, compiled, with its state and a batch; LPIPS has random weights, written to `directory`."""
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
-    parallel.check_batch("batch_size", BATCH_SIZE.value)
+    parallel.check_batch("batch_size", batch_size)
     distance = config.dmd.recipe.distance
     if "weights" in distance:
         distance.weights = str(directory / "lpips.npz")
@@ -60,16 +51,16 @@ def make_step(config, directory: pathlib.Path):
     recipe, params = experiment.make_recipe(config, "dmd", parallel), experiment.make_network(config).init(0)
     shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
     state = jax.jit(recipe.init, out_shardings=shardings)(params)
-    batch = jax.device_put(random_batch(config), parallel.batch_sharding)
+    batch = jax.device_put(random_batch(config, batch_size), parallel.batch_sharding)
     began = time.perf_counter()
     step = train.compile_step(recipe.train_step, state, batch, shardings)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return recipe, step, state, batch
 
 
-def random_batch(config) -> dict:
+def random_batch(config, n: int) -> dict:
     """Noise in place of images."""
-    rng, n = np.random.default_rng(0), BATCH_SIZE.value
+    rng = np.random.default_rng(0)
     shape, cond = (n, *experiment.image_shape(config)), np.arange(n, dtype=np.int32) % 10
     pairs = {"noise": rng.standard_normal(shape, np.float32), "image": np.tanh(rng.standard_normal(shape, np.float32)), "cond": cond}
     return {"fresh": {"cond": cond}, "pairs": pairs}
@@ -100,31 +91,31 @@ def seconds_alone(recipe, state, batch) -> float:
     return total
 
 
-def step():
+def step(arguments: argparse.Namespace):
     """Times the DMD step."""
-    config = load_config(NETWORK.value)
-    config.network.remat = REMAT.value
-    config.network.dtype = DTYPE.value or config.network.dtype
+    config = load_config(arguments.network)
+    config.network.remat = arguments.remat
+    config.network.dtype = arguments.dtype or config.network.dtype
     with tempfile.TemporaryDirectory() as directory:
-        recipe, compiled, state, batch = make_step(config, pathlib.Path(directory))
+        recipe, compiled, state, batch = make_step(config, arguments.batch_size, pathlib.Path(directory))
         other = None
-        if AGAINST.value:
+        if arguments.against:
             from dmd_jax import bench_torch
 
-            other = bench_torch.Step(config, jax.device_get(state.frozen), random_batch(config))
+            other = bench_torch.Step(config, jax.device_get(state.frozen), random_batch(config, arguments.batch_size))
     count = sum(a.size for a in jax.tree.leaves(state.generator.params))
     flops = compiled.cost_analysis()["flops"]
     print(f"device: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"{NETWORK.value}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}")
-    print(f"batch {BATCH_SIZE.value} + {BATCH_SIZE.value} pairs")
+    print(f"{arguments.network}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}")
+    print(f"batch {arguments.batch_size} + {arguments.batch_size} pairs")
     print(f"parameters: 3 x {count:,}; operations a step: {flops / 1e12:.3f} TFLOP", flush=True)
 
-    alone = seconds_alone(recipe, state, batch) if ALONE.value else None
+    alone = seconds_alone(recipe, state, batch) if arguments.alone else None
     (state, metrics), ours, theirs = compiled(state, batch), [], []
     jax.block_until_ready(metrics)
     if other:
         other()
-    for _ in range(STEPS.value):
+    for _ in range(arguments.steps):
         seconds, (state, metrics) = _timed(lambda s=state: jax.block_until_ready(compiled(s, batch)))
         ours.append(seconds)
         theirs += [_timed(other)[0]] if other else []
@@ -136,14 +127,14 @@ def step():
         print(f"jax is {_spread([b / a for a, b in zip(ours, theirs, strict=True)])} times as fast")
     if not all(math.isfinite(float(value)) for value in metrics.values()):
         raise ValueError(f"the step is not finite: {jax.device_get(metrics)}.")
-    if CHECKPOINT.value:
-        _checkpoint(state)
+    if arguments.checkpoint:
+        _checkpoint(state, pathlib.Path(arguments.checkpoint))
     stats = jax.devices()[0].memory_stats() or {}
     print(f"peak memory: {stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30:.1f} GiB")
 
 
-def _checkpoint(state):
-    manager = checkpoint.open_manager(CHECKPOINT.value)
+def _checkpoint(state, directory):
+    manager = checkpoint.open_manager(directory)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.replace(frozen=None))
 
     def save():
@@ -156,8 +147,8 @@ def _checkpoint(state):
     jax.tree.map(lambda a: a.delete(), state)
     restored = checkpoint.restore(manager, abstract, fingerprint="bench")
     if float(jnp.sum(restored.generator.params["map_layer0"]["kernel"])) != expected:
-        raise ValueError(f"the checkpoint in {CHECKPOINT.value} differs from what was saved.")
-    size = sum(p.stat().st_size for p in pathlib.Path(CHECKPOINT.value).rglob("*") if p.is_file())
+        raise ValueError(f"the checkpoint in {directory} differs from what was saved.")
+    size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
     print(f"checkpoint of step {step}: {size / 1e9:.2f} GB, saved in {seconds:.0f} s, read back the same")
 
 
@@ -171,17 +162,29 @@ def _spread(values):
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-BENCHMARKS = {"step": step}
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m dmd_jax.bench", description=__doc__.split("\n")[0])
+    command = parser.add_subparsers(required=True).add_parser("step", help="the DMD step of a config")
+    command.set_defaults(run=step)
+    command.add_argument("--network", default="cifar10", help="a config of configs/, by name, such as fashion_mnist:small")
+    command.add_argument("--batch_size", type=int, default=2, help="fresh images, and as many pairs, over all devices")
+    command.add_argument("--steps", type=int, default=5, help="to be timed, after one that is not")
+    command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
+    command.add_argument("--dtype", default="", help="of the networks; the config's if not given")
+    command.add_argument("--remat", action="store_true", help="recompute activations")
+    command.add_argument("--checkpoint", default="", help="directory to which the state is saved, and from which it is read back")
+    command.add_argument("--no-alone", dest="alone", action="store_false", help="do not time convolutions and matrix products alone")
+    return parser.parse_args(argv)
 
 
-def main(argv):
-    if argv[1:] not in ([name] for name in BENCHMARKS):
-        raise app.UsageError(f"name one benchmark: {', '.join(BENCHMARKS)}; got {argv[1:]}.")
+def main():
+    arguments = parse(sys.argv[1:])
     try:
-        BENCHMARKS[argv[1]]()
+        arguments.run(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -74,10 +74,16 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
 
 
 def _reference(settings, features, workdir):
-    """The real images, or the statistics that stand for them."""
+    """The real images; statistics from a file, if named, take the place of theirs."""
+    real = None
+    if settings.reference:
+        real = suite.collect_source(features, experiment.make_source(settings.reference, workdir), settings.neighbours, workdir)
     if settings.statistics:
-        return suite.read(files.find(settings.statistics), features)
-    return suite.collect_source(features, experiment.make_source(settings.reference, workdir), settings.neighbours, workdir)
+        given = suite.read(files.find(settings.statistics), features)
+        real = given._replace(features=real.features) if real else given
+    if real is None:
+        raise ValueError("an evaluation needs a reference: name real images, or a file of their statistics.")
+    return real
 
 
 def _batches(config, settings, indices, sample, params, conditions):

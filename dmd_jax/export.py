@@ -3,18 +3,14 @@
 python -m dmd_jax.export --workdir=/tmp/digits --stage=dmd --out=student.safetensors
 """
 
+import argparse
 import pathlib
 import sys
 
 import ml_collections
-from absl import app, flags
 
 from dmd_jax import experiment, metrics
 from dmd_jax.weights import edm
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-STAGE = flags.DEFINE_string("stage", None, "The stage whose weights are wanted.", required=True)
-OUT = flags.DEFINE_string("out", None, "The file to be written.", required=True)
 
 
 def export(workdir: pathlib.Path, stage: str, out: pathlib.Path):
@@ -26,12 +22,17 @@ def export(workdir: pathlib.Path, stage: str, out: pathlib.Path):
     edm.write(out, experiment.load_params(config, f"{{workdir}}/{stage}", workdir), config.network.to_dict())
 
 
-def main(argv):
+def main():
+    parser = argparse.ArgumentParser(prog="python -m dmd_jax.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--stage", required=True, help="the stage whose weights are wanted")
+    parser.add_argument("--out", required=True, help="the file to be written")
+    arguments = parser.parse_args()
     try:
-        export(pathlib.Path(WORKDIR.value).absolute(), STAGE.value, pathlib.Path(OUT.value))
+        export(pathlib.Path(arguments.workdir).absolute(), arguments.stage, pathlib.Path(arguments.out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

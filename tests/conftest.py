@@ -1,6 +1,8 @@
 """Eight CPU devices, strict numerics, and compiled programs kept from run to run."""
 
 import os
+import pathlib
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -11,7 +13,9 @@ import jax
 import pytest
 from absl import flags
 
+from dmd_jax import main
 from dmd_jax.models import unet_edm
+from tests import runs
 
 flags.FLAGS.mark_as_parsed()  # chex.variants asks it
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,3 +37,17 @@ def tiny():
 @pytest.fixture(scope="session")
 def network(tiny):
     return unet_edm.ddpmpp(**tiny)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A workdir with all stages done."""
+    workdir = tmp_path_factory.mktemp("finished")
+    main.run(runs.smoke(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of the finished workdir, to be damaged."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))

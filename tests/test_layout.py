@@ -7,14 +7,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHAIN = (  # a module imports none of its own line, nor of those above it
-    {"main"},
+    {"main", "bench"},
     {"train", "convert", "pairs", "evaluate", "export"},
     {"recipes"},
     {"losses", "samplers"},
     {"denoiser"},
     {"process"},
 )
-STAGES = {"main", "train", "convert", "pairs", "evaluate", "export", "experiment"}
+STAGES = {"main", "bench", "train", "convert", "pairs", "evaluate", "export", "experiment"}
 MATHEMATICS = {"process", "denoiser", "samplers", "losses"}
 
 

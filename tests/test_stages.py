@@ -1,12 +1,10 @@
 """The stages of configs/digits.py:smoke, run in this process."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
 
 import chex
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,33 +12,7 @@ from PIL import Image
 from dmd_jax import checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sampling, sharding, train
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import pairs as pairs_data
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def smoke():
-    spec = importlib.util.spec_from_file_location("digits", ROOT / "configs/digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config("smoke")
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A workdir with all stages done."""
-    workdir = tmp_path_factory.mktemp("finished")
-    main.run(smoke(), workdir)
-    return workdir
-
-
-@pytest.fixture
-def workdir(finished, tmp_path):
-    """A copy of the finished workdir, to be damaged."""
-    return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def params_of(config, workdir, stage, step=None):
-    return jax.device_get(experiment.load_params(config, f"{{workdir}}/{stage}", workdir, step))
+from tests.runs import params_of, smoke
 
 
 def test_a_finished_workdir_holds_everything(finished):

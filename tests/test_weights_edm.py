@@ -10,7 +10,6 @@ import chex
 import numpy as np
 import pytest
 
-from dmd_jax.models import unet_edm
 from dmd_jax.weights import edm, pickles
 
 torch = pytest.importorskip("torch")
@@ -40,11 +39,6 @@ class Call:
 
     def __reduce__(self):
         return self.function, self.args
-
-
-@pytest.fixture(scope="module")
-def network(tiny):
-    return (getattr(unet_edm, "ddpmpp", None) or unet_edm.make)(**tiny)
 
 
 @pytest.fixture
@@ -108,7 +102,7 @@ def assert_equal_tensors(found, expected):
 def fourier_tensors():
     """The tensors that decide the settings of an NCSN++ of two resolutions, and those with filters."""
     shapes = {"map_noise.freqs": (4,), "map_layer0.weight": (32, 8), "map_augment.weight": (8, 9), "enc.8x8_conv.weight": (8, 3, 3, 3)}
-    shapes |= {f"enc.{r}x{r}_block{i}.conv0.weight": (8, 8, 3, 3) for r in (8, 4) for i in range(2)}
+    shapes |= {f"dec.{r}x{r}_block{i}.conv0.weight": (8, 8, 3, 3) for r in (8, 4) for i in range(3)}
     shapes |= {
         "enc.4x4_down.conv0.weight": (8, 8, 3, 3),
         "enc.4x4_aux_residual.weight": (8, 3, 3, 3),
@@ -151,7 +145,7 @@ def test_snapshots_that_are_refused(layout, network, tmp_path):
         (snapshot(tensors, sigma_data=1.0), "another sigma_data"),
         (snapshot(tensors, label_dim=1000), "num_classes is 10 in the checkpoint, 1000"),
         (pickle.dumps({"G": None}), "has no network 'ema'"),
-        (snapshot({"model.map_layer0.weight": np.zeros((2, 2))}), "has no enc"),
+        (snapshot({"model.map_layer0.weight": np.zeros((2, 2))}), "has no dec"),
     ):
         with pytest.raises(ValueError, match=message):
             edm.read(put(tmp_path / "edm.pkl", data))
@@ -181,10 +175,10 @@ def test_settings_of_the_other_families():
     assert edm.settings_of(tensors) == settings
     del tensors["map_noise.freqs"]
     tensors |= {"out_conv.weight": np.zeros((3, 8, 3, 3)), "map_label.weight": np.zeros((32, 5))}
-    tensors["enc.4x4_block0.qkv.weight"] = np.zeros((24, 8, 1, 1))
+    tensors["dec.4x4_block2.qkv.weight"] = np.zeros((24, 8, 1, 1))
     assert edm.settings_of(tensors) == settings | dict(name="unet_edm.adm", num_classes=5, attention=(4,))
-    del tensors["enc.4x4_block1.conv0.weight"]
-    with pytest.raises(ValueError, match="2 at 8x8, 1 at 4x4"):
+    del tensors["dec.4x4_block1.conv0.weight"]
+    with pytest.raises(ValueError, match="3 at 8x8, 2 at 4x4"):
         edm.settings_of(tensors)
 
 

@@ -53,15 +53,15 @@ def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "th
       ValueError: they are not those of a network of EDM.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    blocks = {}  # resolution: output channels of its blocks
+    blocks = {}  # resolution: output channels of its decoder blocks, one more than the encoder has
     for name, shape in shapes.items():
-        found = re.fullmatch(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight", name)
+        found = re.fullmatch(r"dec\.(\d+)x\1_block(\d+)\.conv0\.weight", name)
         if found and len(shape) == 4:
             blocks.setdefault(int(found[1]), {})[int(found[2])] = shape[0]
     size = max(blocks, default=0)
     first, mapping = shapes.get(f"enc.{size}x{size}_conv.weight", ()), shapes.get("map_layer0.weight", ())
     if len(first) != 4 or len(mapping) != 2 or 0 in (first + mapping):
-        raise ValueError(f"{path} has no enc.*_block*, enc.*_conv and map_layer0; expected the tensors of one of EDM's UNets.")
+        raise ValueError(f"{path} has no dec.*_block*, enc.*_conv and map_layer0; expected the tensors of one of EDM's UNets.")
     fourier, adm = "map_noise.freqs" in shapes, "out_conv.weight" in shapes
     width = mapping[1] if adm else first[0]
     resolutions = sorted(blocks, reverse=True)
@@ -78,8 +78,8 @@ def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "th
         "num_classes": _inputs(shapes.get("map_label.weight")),
         "width": width,
         "multipliers": tuple(min(output) // width for output in outputs),
-        "num_blocks": counts.pop(),
-        "attention": tuple(r for r in resolutions if f"enc.{r}x{r}_block0.qkv.weight" in shapes),
+        "num_blocks": counts.pop() - 1,
+        "attention": tuple(r for r in resolutions if f"dec.{r}x{r}_block{max(blocks[r])}.qkv.weight" in shapes),
         "augment_dim": _inputs(shapes.get("map_augment.weight")),
     }
 
