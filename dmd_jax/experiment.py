@@ -17,8 +17,21 @@ from dmd_jax.weights import convert, edm, lpips
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
 PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow",)}  # those that are defined for each process
 SAMPLERS = {f.__name__: f for f in (samplers.one_step, samplers.euler, samplers.heun, samplers.stochastic_heun)}
+DISTANCES = dict.fromkeys(("squared_error", "lpips"))
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 WEIGHTS = "weights.safetensors"  # of a stage that imports them
+
+
+def check_names(config: ml_collections.ConfigDict):
+    """Raises ValueError if something that the config names does not exist; opens no file."""
+    make_denoiser(config)
+    lookup.find("evals", config.features.name)
+    for stage in config.stages:
+        if "sampler" in config[stage]:
+            _choose("sampler", SAMPLERS, config[stage].sampler.name)
+        if "recipe" in config[stage]:
+            lookup.find("recipes", config[stage].recipe.name)
+            _choose("distance", DISTANCES, config[stage].recipe.get("distance", {}).get("name", "squared_error"))
 
 
 def make_network(config: ml_collections.ConfigDict) -> layers.Network:
@@ -52,7 +65,7 @@ def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: shardin
 
 def make_distance(name: str, *, weights: str = "", **settings) -> tuple[Callable, dict | None]:
     """A distance of images `(params, x, y) -> [B]` and its parameters: "squared_error", or "lpips" with its `weights` file."""
-    if _choose("distance", {"squared_error": 0, "lpips": 1}, name) == 0:
+    if name == "squared_error":
         return losses.squared_error, None
     network = vgg.make(**settings)
     return network.apply, convert.from_torch(lpips.read(weights), network.abstract)
@@ -109,7 +122,8 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 
 def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
     """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
-    return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
+    return sampling.inputs(DISTANCES = dict.fromkeys(("squared_error", "lpips"))
+EVALUATION_SEED, indices, image_shape(config), conditions)
 
 
 def _fill(settings, workdir):

@@ -89,9 +89,7 @@ def check(config):
     for stage in config.stages:
         if stage not in config or config[stage].get("program") not in PROGRAMS:
             raise ValueError(f"stage {stage!r} needs a key of that name with a program, one of {', '.join(PROGRAMS)}.")
-        if config[stage].program == "train":
-            lookup.find("recipes", config[stage].recipe.name)
-    experiment.make_denoiser(config)
+    experiment.check_names(config)
 
 
 def claim(config, workdir: pathlib.Path):

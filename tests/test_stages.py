@@ -238,6 +238,13 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
         ("seed", -1, r"^seed is -1; expected at least 0\.$"),
         ("dmd.program", "trian", r"^stage 'dmd' needs a key of that name with a program, one of train, convert, pairs, evaluate\.$"),
         ("network.name", "unet", r"^dmd_jax/models has no file 'unet'"),
+        (
+            "teacher.sampler.name",
+            "huen",
+            r"^no sampler 'huen' \(did you mean 'heun'\?\); there are: one_step, euler, heun, stochastic_heun\.$",
+        ),
+        ("dmd.recipe.distance.name", "l2", r"^no distance 'l2'; there are: squared_error, lpips\.$"),
+        ("features.name", "clasifier", r"^dmd_jax/evals has no file 'clasifier' \(did you mean 'classifier'\?\)"),
     ],
 )
 def test_a_config_that_cannot_work_claims_no_workdir(tmp_path, key, value, message):
