@@ -122,8 +122,7 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 
 def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
     """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
-    return sampling.inputs(DISTANCES = dict.fromkeys(("squared_error", "lpips"))
-EVALUATION_SEED, indices, image_shape(config), conditions)
+    return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
 
 
 def _fill(settings, workdir):
