@@ -10,8 +10,6 @@ import sys
 
 import numpy as np
 
-from dmd_jax.evals import suite
-
 
 def main(arguments: list[str]):
     groups = {
@@ -22,13 +20,14 @@ def main(arguments: list[str]):
     if empty or not groups:
         sys.exit(f'error: no finished run matches {empty or "nothing"}; give "name=pattern of workdirs".')
     first = next(iter(groups.values()))
-    rows = {"real, training split": [r["real_train"] for r in first], "teacher, 35 calls": [r["teacher"] for r in first]}
+    rows = {"real images": [r["real"] for r in first], "teacher": [r["teacher"] for r in first]}
     rows |= {name: [r["student"] for r in results] for name, results in groups.items()}
-    print(f"| mean of {len(first)} seeds (standard deviation) | {' | '.join(suite.SCORES)} |")
-    print("| --- |" + " --- |" * len(suite.SCORES))
+    names = list(first[0]["student"])
+    print(f"| mean of {len(first)} seeds (standard deviation) | {' | '.join(names)} |")
+    print("| --- |" + " --- |" * len(names))
     for name, results in rows.items():
         cells = []
-        for score in suite.SCORES:
+        for score in names:
             values = [r[score] for r in results]
             cells.append(f"{np.mean(values):.3f} ({np.std(values, ddof=1) if len(values) > 1 else 0:.3f})")
         print(f"| {name} | {' | '.join(cells)} |")
@@ -39,7 +38,7 @@ def main(arguments: list[str]):
 def _read(path):
     result = json.loads(pathlib.Path(path).read_text())
     teacher, student = result["nfe"]
-    return {"real_train": result["real_train"], "teacher": result[teacher], "student": result[student], "speedup": result["speedup"]}
+    return {"real": result["real"], "teacher": result[teacher], "student": result[student], "speedup": result["speedup"]}
 
 
 if __name__ == "__main__":
