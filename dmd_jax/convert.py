@@ -15,7 +15,7 @@ SOURCE = "source.json"  # of what the weights were made
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
     """Whether the weights are there, and those of the file that the config names, if that is still at hand."""
     directory, path = workdir / stage, pathlib.Path(config[stage].checkpoint)
-    if not (directory / SOURCE).exists():
+    if not all((directory / name).exists() for name in (SOURCE, experiment.WEIGHTS)):
         return False
     found = metrics.read_json(directory / SOURCE)["sha256"]
     if path.exists() and files.sha256(path) != found:

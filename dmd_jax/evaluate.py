@@ -36,7 +36,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         raise ValueError(f"an evaluation of {settings.count} images in batches of {settings.batch_size}: use at least 2 and one batch.")
 
     scores, images, seconds, nfe = {}, {}, {}, {}
-    for name in (settings.teacher, settings.student):
+    for name in dict.fromkeys((settings.teacher, settings.student)):  # one of them, if they are the same
         sampler = experiment.make_sampler(config, name)
         sample = sampling.make_sample(sampler, parallel, settings.batch_size)
         params = experiment.load_params(config, f"{{workdir}}/{name}", workdir)

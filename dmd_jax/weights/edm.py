@@ -117,8 +117,10 @@ def check_settings(found: Mapping, configured: Mapping):
 
 
 def write(path: str | os.PathLike, params: dict, settings: Mapping):
-    """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata."""
-    safetensors.numpy.save_file(from_params(params), path, metadata={"format": "pt", "config": json.dumps(dict(settings))})
+    """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata; whole or not at all."""
+    partial = pathlib.Path(path).with_suffix(".partial")
+    safetensors.numpy.save_file(from_params(params), partial, metadata={"format": "pt", "config": json.dumps(dict(settings))})
+    partial.rename(path)
 
 
 def _read_pickle(path):
