@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         split="train",
         path="/usr/share/datasets/fashion-mnist",  # of the Debian package dataset-fashion-mnist
         size=32,  # pixels, with a frame of 2
-        x_flips=False,
+        limit=0,  # all
     )
     config.conditions = dict(source="images.labels", num_classes=10)
     config.null_cond = 10  # the label that means no label
@@ -106,16 +106,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         max_skipped_updates=100,
     )
 
-    test = dict(config.images.to_dict(), split="test")
     config.evaluate = dict(
         program="evaluate",
         teacher="teacher",
         student="dmd",
         statistics="",
-        reference=config.images,
-        floor=test,  # real images that are measured as if they were generated
+        reference=dict(config.images.to_dict(), limit=10_000),
+        floor=dict(config.images.to_dict(), split="test"),  # 10,000 real images that are measured as if they were generated
         conditions=config.conditions,
-        count=10_000,  # as many as the test images
+        count=10_000,  # as many as there are real ones: the distance depends on it
         seed_ranges=1,
         neighbours=10_000,
         batch_size=1000,
@@ -127,16 +126,22 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _small(config):
-    config.network.update(width=16, multipliers=(1, 2, 4), num_blocks=1, attention=(8,), dtype="float32")
-    config.teacher.recipe.optimizer.update(learning_rate=2e-3, warmup_steps=100, decay_steps=1500)
-    config.teacher.update(batch_size=64, num_steps=1500, log_every=50, preview_every=0, checkpoint_every=500)
-    config.pairs.update(count=2000, shard_size=500, batch_size=250)
+    """16x16 pixels, and a network of a fiftieth of the operations."""
+    for images in (config.images, config.teacher.data.images, config.evaluate.reference, config.evaluate.floor):
+        images.size = 16
+    config.process.p_mean = -0.8  # structure needs more noise to hide than at 32x32
+    config.network.update(size=16, width=16, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32")
+    config.teacher.recipe.update(ema_decay=0.998)
+    config.teacher.recipe.optimizer.update(learning_rate=2e-3, warmup_steps=100, decay_steps=3000)
+    config.teacher.update(batch_size=64, num_steps=3000, log_every=50, preview_every=0, checkpoint_every=500)
+    config.pairs.update(count=3000, shard_size=1000, batch_size=250)
     for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
-        optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=400)
+        optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=600)
     config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
     config.dmd.recipe.distance = dict(name="squared_error")
-    config.dmd.update(batch_size=32, num_steps=400, log_every=20, preview_every=100, preview_images=500, checkpoint_every=100)
-    config.evaluate.update(count=1000, neighbours=1000, batch_size=250, timing_repeats=3)
+    config.dmd.update(batch_size=64, num_steps=600, log_every=20, preview_every=200, preview_images=100, preview_scores=False, checkpoint_every=200)
+    config.evaluate.update(count=2000, neighbours=2000, batch_size=250, timing_repeats=3)
+    config.evaluate.reference.limit = config.evaluate.floor.limit = 2000
     return config
 
 

@@ -13,13 +13,14 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 PREFIXES = {"train": "train", "test": "t10k"}
 
 
-def fashion_mnist(*, split: str, path: str = FASHION_MNIST, size: int = 32, x_flips: bool = False):
+def fashion_mnist(*, split: str, path: str = FASHION_MNIST, size: int = 32, limit: int = 0, x_flips: bool = False):
     """Fashion-MNIST: grey images of 28x28 pixels in a black frame, 10 classes.
 
     Args:
       split: "train" (60,000 images) or "test" (10,000).
       path: directory of the four files, with or without .gz.
-      size: height and width, frame included.
+      size: height and width, frame included; 16 is 32 with each 2x2 pixels averaged.
+      limit: only the first images; 0 = all.
       x_flips: also the mirror images, after all others.
 
     Raises:
@@ -27,8 +28,8 @@ def fashion_mnist(*, split: str, path: str = FASHION_MNIST, size: int = 32, x_fl
     """
     if split not in PREFIXES:
         raise ValueError(f"Fashion-MNIST has no split {split!r}; use one of {', '.join(PREFIXES)}.")
-    if size < 28 or size % 2:
-        raise ValueError(f"Fashion-MNIST: expected an even size of at least 28, got {size}; use 28 or 32.")
+    if size != 16 and (size < 28 or size % 2):
+        raise ValueError(f"Fashion-MNIST: expected 16 or an even size of at least 28, got {size}; use 16, 28 or 32.")
     pixels = read(_find(path, f"{PREFIXES[split]}-images-idx3-ubyte"), ndim=3)
     labels = read(_find(path, f"{PREFIXES[split]}-labels-idx1-ubyte"), ndim=1)
     if pixels.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
@@ -36,9 +37,12 @@ def fashion_mnist(*, split: str, path: str = FASHION_MNIST, size: int = 32, x_fl
             f"{path}: expected images [N, 28, 28] and N labels 0 to 9, got {list(pixels.shape)} and {len(labels)} labels up to "
             f"{labels.max(initial=0)}; is this Fashion-MNIST? Install it again."
         )
-    frame = (size - 28) // 2
-    pixels = np.pad(pixels, ((0, 0), (frame, frame), (frame, frame)))[..., None]
-    source = images.Pixels(pixels, labels.astype(np.int32))
+    pixels, labels = pixels[: limit or None], labels[: limit or None]
+    frame = 2 if size == 16 else (size - 28) // 2
+    pixels = np.pad(pixels, ((0, 0), (frame, frame), (frame, frame)))
+    if size == 16:
+        pixels = np.rint(pixels.reshape(-1, 16, 2, 16, 2).mean(axis=(2, 4))).astype(np.uint8)
+    source = images.Pixels(pixels[..., None], labels.astype(np.int32))
     return images.Flipped(source) if x_flips else source
 
 
