@@ -106,13 +106,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         max_skipped_updates=100,
     )
 
+    path = config.images.get_ref("path")
     config.evaluate = dict(
         program="evaluate",
         teacher="teacher",
         student="dmd",
         statistics="",
-        reference=dict(config.images.to_dict(), limit=10_000),
-        floor=dict(config.images.to_dict(), split="test"),  # 10,000 real images that are measured as if they were generated
+        reference=dict(config.images.to_dict(), path=path, limit=10_000),
+        floor=dict(config.images.to_dict(), path=path, split="test"),  # 10,000 real images that are measured as if they were generated
         conditions=config.conditions,
         count=10_000,  # as many as there are real ones: the distance depends on it
         seed_ranges=1,
@@ -139,7 +140,9 @@ def _small(config):
         optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=600)
     config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
     config.dmd.recipe.distance = dict(name="squared_error")
-    config.dmd.update(batch_size=64, num_steps=600, log_every=20, preview_every=200, preview_images=100, preview_scores=False, checkpoint_every=200)
+    config.dmd.update(
+        batch_size=64, num_steps=600, log_every=20, preview_every=200, preview_images=100, preview_scores=False, checkpoint_every=200
+    )
     config.evaluate.update(count=2000, neighbours=2000, batch_size=250, timing_repeats=3)
     config.evaluate.reference.limit = config.evaluate.floor.limit = 2000
     return config

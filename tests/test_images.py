@@ -278,12 +278,17 @@ def test_fashion_mnist(tmp_path, compress):
     assert source.image.dtype == np.uint8
     np.testing.assert_array_equal(source[3]["image"][[0, 1, 30, 31]], -1)
     check(idx.fashion_mnist(split="test", path=str(tmp_path), size=28), GREY[..., None], CLASSES)
+    check(idx.fashion_mnist(split="test", path=str(tmp_path), size=28, limit=3), GREY[:3, ..., None], CLASSES[:3])
+    framed = np.pad(GREY, ((0, 0), (2, 2), (2, 2))).astype(np.float64)
+    halved = (framed[:, ::2, ::2] + framed[:, 1::2, ::2] + framed[:, ::2, 1::2] + framed[:, 1::2, 1::2]) / 4
+    small = idx.fashion_mnist(split="test", path=str(tmp_path), size=16)
+    assert np.abs((small[5]["image"][..., 0] + 1) * 127.5 - halved[5]).max() <= 0.5 + 1e-4
     both = np.concatenate([GREY, GREY[:, :, ::-1]])[..., None]
     check(idx.fashion_mnist(split="test", path=str(tmp_path), size=28, x_flips=True), both, [*CLASSES, *CLASSES])
 
 
 def test_fashion_mnist_of_debian():
-    paths = [p for p in (idx.FASHION_MNIST, "/tmp/fm/usr/share/datasets/fashion-mnist") if pathlib.Path(p).exists()]
+    paths = [p for p in (idx.FASHION_MNIST,) if pathlib.Path(p).exists()]
     if not paths:
         pytest.skip("the package dataset-fashion-mnist is not installed")
     source = idx.fashion_mnist(split="test", path=paths[0])
@@ -306,7 +311,7 @@ def test_fashion_mnist_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"Fashion-MNIST has no split 'held_out'; use one of train, test\."):
         idx.fashion_mnist(split="held_out", path=str(tmp_path))
     for size in (26, 31):
-        with pytest.raises(ValueError, match=rf"expected an even size of at least 28, got {size}; use 28 or 32"):
+        with pytest.raises(ValueError, match=rf"expected 16 or an even size of at least 28, got {size}; use 16, 28 or 32"):
             idx.fashion_mnist(split="test", path=str(tmp_path), size=size)
 
 
