@@ -140,9 +140,8 @@ def _small(config):
         optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=600)
     config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
     config.dmd.recipe.distance = dict(name="squared_error")
-    config.dmd.update(
-        batch_size=64, num_steps=600, log_every=20, preview_every=200, preview_images=100, preview_scores=False, checkpoint_every=200
-    )
+    config.dmd.update(batch_size=64, num_steps=600, log_every=20, checkpoint_every=200)
+    config.dmd.update(preview_every=200, preview_images=100, preview_scores=False)
     config.evaluate.update(count=2000, neighbours=2000, batch_size=250, timing_repeats=3)
     config.evaluate.reference.limit = config.evaluate.floor.limit = 2000
     return config
