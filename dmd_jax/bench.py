@@ -93,6 +93,8 @@ def seconds_alone(recipe, state, batch) -> float:
 
 def step(arguments: argparse.Namespace):
     """Times the DMD step."""
+    if min(arguments.steps, arguments.batch_size) < 1:
+        raise ValueError(f"steps is {arguments.steps} and batch_size {arguments.batch_size}; expected at least 1.")
     config = load_config(arguments.network)
     config.network.remat = arguments.remat
     config.network.dtype = arguments.dtype or config.network.dtype
@@ -108,7 +110,9 @@ def step(arguments: argparse.Namespace):
     print(f"device: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"{arguments.network}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}")
     print(f"batch {arguments.batch_size} + {arguments.batch_size} pairs")
-    print(f"parameters: 3 x {count:,}; operations a step: {flops / 1e12:.3f} TFLOP", flush=True)
+    memory = compiled.memory_analysis()
+    sizes = f"{memory.argument_size_in_bytes / 2**30:.1f} GiB of state and {memory.temp_size_in_bytes / 2**30:.1f} GiB besides"
+    print(f"parameters: 3 x {count:,}; a step: {flops / 1e12:.3f} TFLOP, {sizes} on each device", flush=True)
 
     alone = seconds_alone(recipe, state, batch) if arguments.alone else None
     (state, metrics), ours, theirs = compiled(state, batch), [], []
@@ -171,7 +175,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--batch_size", type=int, default=2, help="fresh images, and as many pairs, over all devices")
     command.add_argument("--steps", type=int, default=5, help="to be timed, after one that is not")
     command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
-    command.add_argument("--dtype", default="", help="of the networks; the config's if not given")
+    command.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="of the networks; the config's if not given")
     command.add_argument("--remat", action="store_true", help="recompute activations")
     command.add_argument("--checkpoint", default="", help="directory to which the state is saved, and from which it is read back")
     command.add_argument("--no-alone", dest="alone", action="store_false", help="do not time convolutions and matrix products alone")

@@ -9,18 +9,16 @@ import ml_collections
 from dmd_jax import experiment, metrics
 from dmd_jax.weights import edm, files
 
-SOURCE = "source.json"  # of what the weights were made
-
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
-    """Whether the weights are there, and those of the file that the config names, if that is still at hand."""
-    directory, path = workdir / stage, pathlib.Path(config[stage].checkpoint)
-    if not all((directory / name).exists() for name in (SOURCE, experiment.WEIGHTS)):
+    """Whether the weights are there, whole, and those of the file that the config names, if that is still at hand."""
+    source, weights = (workdir / stage / name for name in (experiment.SOURCE, experiment.WEIGHTS))
+    if not source.exists() or not weights.exists():
         return False
-    found = metrics.read_json(directory / SOURCE)["sha256"]
-    if path.exists() and files.sha256(path) != found:
-        raise ValueError(f"{directory} holds the weights of another file than {path} is now; use another workdir.")
-    return True
+    made, path = metrics.read_json(source), pathlib.Path(config[stage].checkpoint)
+    if path.exists() and files.sha256(path) != made.get("sha256"):
+        raise ValueError(f"{weights.parent} holds the weights of another file than {path} is now; use another workdir.")
+    return files.sha256(weights) == made.get("weights_sha256")
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
@@ -36,4 +34,5 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         edm.write(directory / experiment.WEIGHTS, params, json.loads(config.network.to_json()))
-        metrics.write_json(directory / SOURCE, {"file": str(path), "sha256": files.sha256(path)})
+        sha256 = {"sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
+        metrics.write_json(directory / experiment.SOURCE, {"file": str(path), **sha256})

@@ -30,10 +30,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     settings = config[stage]
     parallel = experiment.make_parallel(config, stage)
     features = experiment.make_features(config, workdir, parallel)
-    real = _reference(settings, features, workdir)
+    real = _reference(config, settings, features, workdir)
     conditions = experiment.make_source(settings.conditions, workdir)
-    if settings.count < 2 or settings.batch_size > settings.count:
-        raise ValueError(f"an evaluation of {settings.count} images in batches of {settings.batch_size}: use at least 2 and one batch.")
 
     scores, images, seconds, nfe = {}, {}, {}, {}
     for name in dict.fromkeys((settings.teacher, settings.student)):  # one of them, if they are the same
@@ -64,7 +62,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
     }
     if settings.floor:
-        floor = suite.collect_source(features, experiment.make_source(settings.floor, workdir), settings.neighbours, workdir)
+        floor = suite.collect_source(features, experiment.make_images(config, settings.floor, workdir), settings.neighbours, workdir)
         result["real"] = suite.compare(features, real, floor)
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in images}
@@ -73,11 +71,11 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
 
 
-def _reference(settings, features, workdir):
+def _reference(config, settings, features, workdir):
     """The real images; statistics from a file, if named, take the place of theirs."""
     real = None
     if settings.reference:
-        real = suite.collect_source(features, experiment.make_source(settings.reference, workdir), settings.neighbours, workdir)
+        real = suite.collect_source(features, experiment.make_images(config, settings.reference, workdir), settings.neighbours, workdir)
     if settings.statistics:
         given = suite.read(files.find(settings.statistics), features)
         real = given._replace(features=real.features) if real else given
@@ -101,14 +99,15 @@ def _over_ranges(scores, frechet):
 def _protocol(config, stage, workdir):
     """Everything that the scores depend on."""
     settings = config[stage]
-    keys = ("count", "seed_ranges", "neighbours", "batch_size", "conditions", "reference", "statistics")
+    keys = ("count", "seed_ranges", "neighbours", "conditions", "reference", "statistics")
     return {
         **{key: value for key, value in settings.to_dict().items() if key in keys},
         "seed": experiment.EVALUATION_SEED,
         "features": config.features.to_dict(),
         "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
         "samplers": {name: config[name].sampler.to_dict() for name in (settings.teacher, settings.student)},
-        "steps": {name: max(checkpoint.all_steps(workdir / name), default=None) for name in (settings.teacher, settings.student)},
+        "statistics_sha256": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
+        "versions": {name: experiment.version(workdir / name) for name in (settings.teacher, settings.student)},
     }
 
 

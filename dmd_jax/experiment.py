@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import jax
 import ml_collections
+import numpy as np
 
-from dmd_jax import checkpoint, lookup, losses, recipes, samplers, sampling, sharding
+from dmd_jax import checkpoint, lookup, losses, metrics, recipes, samplers, sampling, sharding
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import pipeline
@@ -17,21 +18,35 @@ from dmd_jax.weights import convert, edm, lpips
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
 PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow",)}  # those that are defined for each process
 SAMPLERS = {f.__name__: f for f in (samplers.one_step, samplers.euler, samplers.heun, samplers.stochastic_heun)}
-DISTANCES = dict.fromkeys(("squared_error", "lpips"))
+DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
 EVALUATION_SEED = 2**32  # far from the seeds of runs
-WEIGHTS = "weights.safetensors"  # of a stage that imports them
+WEIGHTS, SOURCE = "weights.safetensors", "source.json"  # of a stage that imports them, and the file they came from
 
 
 def check_names(config: ml_collections.ConfigDict):
     """Raises ValueError if something that the config names does not exist; opens no file."""
-    make_denoiser(config)
+    try:
+        denoiser = make_denoiser(config)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.network or config.process does not fit ({error}); check names and values.") from error
     lookup.find("evals", config.features.name)
+    for name, settings in _sources(config.to_dict()):
+        try:
+            lookup.find("data", settings["source"])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     for stage in config.stages:
-        if "sampler" in config[stage]:
-            _choose("sampler", SAMPLERS, config[stage].sampler.name)
-        if "recipe" in config[stage]:
-            lookup.find("recipes", config[stage].recipe.name)
-            _choose("distance", DISTANCES, config[stage].recipe.get("distance", {}).get("name", "squared_error"))
+        settings = config[stage]
+        if "sampler" in settings:
+            _sampler(settings.sampler.to_dict(), None, denoiser.process, stage)
+        if "recipe" in settings:
+            lookup.find("recipes", settings.recipe.name)
+            distance = settings.recipe.get("distance", {"name": "squared_error"})
+            if _choose("distance", DISTANCES, distance["name"]) and not distance.get("weights"):
+                raise ValueError(f"{stage}.recipe.distance {distance['name']!r} needs a file of weights; name one.")
+        for role in ("teacher", "student"):
+            if role in settings and "sampler" not in config.get(settings[role], {}):
+                raise ValueError(f"{stage}.{role} is {settings[role]!r}, which is no stage with a sampler.")
 
 
 def make_network(config: ml_collections.ConfigDict) -> layers.Network:
@@ -73,10 +88,9 @@ def make_distance(name: str, *, weights: str = "", **settings) -> tuple[Callable
 
 def make_sampler(config: ml_collections.ConfigDict, stage: str) -> samplers.Sampler:
     """How images are made with what a stage has trained."""
-    settings = config[stage].sampler.to_dict()
-    denoiser = make_denoiser(config)
+    settings, denoiser = config[stage].sampler.to_dict(), make_denoiser(config)
     denoise = denoiser_lib.guided(denoiser, settings.pop("guidance_scale", 1.0), config.null_cond)
-    return _choose("sampler", SAMPLERS, settings.pop("name"))(denoise, denoiser.process, **settings)
+    return _sampler(settings, denoise, denoiser.process, stage)
 
 
 def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> dict[str, pipeline.Stream]:
@@ -85,7 +99,7 @@ def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib
     for name, settings in config[stage].data.items():
         settings = settings.to_dict()
         batch_size = settings.pop("batch_size", config[stage].batch_size)
-        streams[name] = pipeline.Stream(make_source(settings, workdir), batch_size)
+        streams[name] = pipeline.Stream(_check_fits(config, make_source(settings, workdir), f"{stage}.data.{name}"), batch_size)
     return streams
 
 
@@ -93,6 +107,11 @@ def make_source(settings: dict, workdir: pathlib.Path):
     """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
     settings = _fill(settings, workdir)
     return lookup.find("data", settings.pop("source"))(**settings)
+
+
+def make_images(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
+    """Real images to be compared with the network's."""
+    return _check_fits(config, make_source(settings, workdir), settings["source"])
 
 
 def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, parallel: sharding.Parallel) -> features_lib.Features:
@@ -115,6 +134,13 @@ def load_params(config: ml_collections.ConfigDict, directory: str, workdir: path
     return checkpoint.load_ema(directory, abstract, step)
 
 
+def version(directory: pathlib.Path) -> int | str | None:
+    """What tells one state of a stage from another: its last step, or the hash of the file that it has imported."""
+    if (directory / SOURCE).exists():
+        return metrics.read_json(directory / SOURCE).get("sha256")
+    return max(checkpoint.all_steps(directory), default=None)
+
+
 def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     """[H, W, C] of what the network makes."""
     return config.network.size, config.network.size, config.network.channels
@@ -123,6 +149,38 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
     """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
     return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
+
+
+def _sampler(settings, denoise, process, stage):
+    settings.pop("guidance_scale", None)
+    make = _choose("sampler", SAMPLERS, settings.pop("name"))
+    try:
+        return make(denoise, process, **settings)
+    except TypeError as error:
+        raise ValueError(f"{stage}.sampler does not fit: {error}.") from error
+
+
+def _sources(tree, name=""):
+    """The data sources in a config, with the keys under which they stand."""
+    if isinstance(tree, dict):
+        if "source" in tree:
+            yield name, tree
+        for key, value in tree.items():
+            yield from _sources(value, f"{name}.{key}" if name else key)
+
+
+def _check_fits(config, source, name):
+    """Raises ValueError if some of a source's items are not what the network takes."""
+    n, shape = config.network.num_classes, image_shape(config)
+    for i in {*range(min(len(source), 100)), len(source) - 1}:
+        row = source[i]
+        if "image" in row and row["image"].shape != shape:
+            raise ValueError(
+                f"{name}: image {i} has shape {row['image'].shape}, the network makes {shape}; change the data or config.network."
+            )
+        if n and np.ndim(row["cond"]) == 0 and row["cond"] >= n:
+            raise ValueError(f"{name}: label {row['cond']} of item {i} is not below config.network.num_classes = {n}; change one of them.")
+    return source
 
 
 def _fill(settings, workdir):

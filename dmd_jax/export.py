@@ -15,6 +15,8 @@ from dmd_jax.weights import edm
 
 def export(workdir: pathlib.Path, stage: str, out: pathlib.Path):
     """Raises ValueError if there is no such run or stage."""
+    if out.suffix != ".safetensors" or (out.exists() and not out.is_file()) or not out.parent.is_dir():
+        raise ValueError(f"--out is {out}; expected a file that ends in .safetensors, in a directory that exists.")
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} is no run's directory: there is no {path}.")

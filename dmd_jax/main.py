@@ -29,8 +29,8 @@ POSITIVE = re.compile(
 FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics)$")  # of others, wanted from the start even if used at the end
 # What may change between two runs in one workdir: lengths, intervals and where it runs.
 CHANGEABLE = re.compile(
-    r"^mesh\.|\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints"
-    r"|max_skipped_updates|timing_repeats)$"
+    r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints|max_skipped_updates"
+    r"|timing_repeats|checkpoint)$|^(pairs|evaluate|features)\.batch_size$"
 )
 
 
@@ -67,9 +67,7 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
     if dry_run:
         print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
         return
-    for key, value in _flat(config.to_dict()).items():
-        if FILES.search(key) and value and "{workdir}" not in value:
-            files.find(value)
+    check_files(config, stages, workdir)
     claim(config, workdir)
     for stage in stages:
         program = importlib.import_module(f"dmd_jax.{config[stage].program}")
@@ -84,12 +82,31 @@ def check(config):
     for key, value in _flat(config.to_dict()).items():
         if POSITIVE.search(key) and value < 1:
             raise ValueError(f"{key} is {value}; expected at least 1.")
-    if config.seed < 0:
-        raise ValueError(f"seed is {config.seed}; expected at least 0.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed is {config.seed}; expected 0 to 2^32 - 1.")
+    if config.mesh.data < 1 and config.mesh.data != -1:
+        raise ValueError(f"mesh.data is {config.mesh.data}; expected at least 1, or -1 for all devices.")
+    if not config.stages:
+        raise ValueError("stages is empty; name at least one.")
     for stage in config.stages:
         if stage not in config or config[stage].get("program") not in PROGRAMS:
             raise ValueError(f"stage {stage!r} needs a key of that name with a program, one of {', '.join(PROGRAMS)}.")
     experiment.check_names(config)
+
+
+def check_files(config, stages, workdir: pathlib.Path):
+    """Raises ValueError if files of others are missing, all of them at once, that a stage still needs."""
+    missing = []
+    for stage in (*stages, *("features" for stage in stages if config[stage].program == "evaluate")):
+        for key, value in _flat(config[stage].to_dict()).items():
+            imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()
+            if FILES.search(key) and value and "{workdir}" not in value and not imported:
+                try:
+                    files.find(value)
+                except ValueError as error:
+                    missing.append(str(error))
+    if missing:
+        raise ValueError(" ".join(missing))
 
 
 def claim(config, workdir: pathlib.Path):
@@ -100,8 +117,9 @@ def claim(config, workdir: pathlib.Path):
     """
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
-    if path.exists() and any((workdir / stage).exists() for stage in config.stages):
-        theirs, mine = _flat(metrics.read_json(path)), _flat(ours)
+    found = metrics.read_json(path) if path.exists() else {}
+    if any((workdir / stage).exists() for stage in {*config.stages, *found.get("stages", ())}) and found:
+        theirs, mine = _flat(found), _flat(ours)
         keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not CHANGEABLE.search(k)]
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
@@ -125,6 +143,9 @@ def cli():
 
 def parse(argv):
     """Flags; a config that cannot be read or overridden gives one line instead of a traceback."""
+    for path in (a.removeprefix("--config=").split(":")[0] for a in argv if a.startswith("--config=")):
+        if not pathlib.Path(path).is_file():
+            sys.exit(f"error: no config {path}; there are: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}.")
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

@@ -1,4 +1,5 @@
-"""Images from a trained stage, each from randomness of its own seed: image i is the same in any batch and on any number of devices."""
+"""Images from a trained stage, each from randomness of its own seed: image i is the same in any batch and on any number of devices,
+up to the order of sums."""
 
 from collections.abc import Callable, Iterable
 

@@ -106,7 +106,7 @@ def _previews(config, stage, workdir, parallel):
     features = experiment.make_features(config, workdir, parallel)
     if settings.best_metric not in ("", *suite.scores(features)):
         raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.scores(features))}.")
-    real = suite.collect_source(features, experiment.make_source(config.images, workdir), config.evaluate.neighbours, workdir)
+    real = suite.collect_source(features, experiment.make_images(config, config.images, workdir), config.evaluate.neighbours, workdir)
 
     def preview(params):
         images = sample(params, inputs)

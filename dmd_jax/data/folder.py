@@ -21,7 +21,7 @@ class Directory:
         self._path = path
 
     def names(self) -> list[str]:
-        found = (pathlib.Path(folder, file) for folder, _, files in os.walk(self._path, followlinks=True) for file in files)
+        found = (pathlib.Path(folder, file) for folder, _, files in os.walk(self._path) for file in files)
         return [path.relative_to(self._path).as_posix() for path in found]
 
     def read(self, name: str) -> bytes:
@@ -82,7 +82,7 @@ def read(*, path: str, size: int, num_classes: int = 0, x_flips: bool = False):
     """
     files = _open(pathlib.Path(path).expanduser())
     everything = set(files.names())
-    names = sorted(name for name in everything if name.lower().endswith(SUFFIXES))
+    names = sorted(name for name in everything if name.lower().endswith(SUFFIXES) and not pathlib.PurePath(name).name.startswith("._"))
     if not names:
         raise ValueError(
             f"{path}: no images; expected files that end in {', '.join(SUFFIXES)}, got {len(everything)} others; check the path."
@@ -134,7 +134,7 @@ def _entries(text, origin):
         whole = entries is None or (
             all(isinstance(name, str) and type(label) is int for name, label in entries) and len(dict(entries)) == len(entries)
         )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{origin}: {LABELS} is damaged; {EXPECTED}. Restore it.")

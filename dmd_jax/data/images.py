@@ -183,6 +183,8 @@ def digits(*, split: str, seed: int = 0, held_out: int = 500):
 
 def labels(*, num_classes: int) -> Labels:
     """Conditions for images yet to be generated."""
+    if num_classes < 1:
+        raise ValueError(f"labels: num_classes is {num_classes}; expected at least 1, also where a network ignores them.")
     return Labels(num_classes)
 
 

@@ -1,5 +1,6 @@
 """A feature network, the space in which two sets of images are compared."""
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ class Features(NamedTuple):
     """One feature network.
 
     Attributes:
-      name: such as "mlp@8"; what it does to images of other sizes is part of it.
-      digest: of its parameters.
+      name: such as "mlp@8".
+      digest: of its parameters, and of what it does to images before.
       extract: images [N, H, W, C] in [-1, 1] to float32 [N, D], numpy.
       predict: images to labels [N]; None where there is no classifier.
     """
@@ -35,12 +36,20 @@ class Features(NamedTuple):
         return "KID" if self.name == "inception" else f"KD-{self.name}"
 
 
-def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Parallel, batch_size: int) -> Features:
-    """The features of a network `(params, bytes [B, H, W, 3] as float32 from 0 to 255) -> [B, D]`, over all devices."""
+def digest(params: dict, *settings) -> str:
+    """Of everything that features follow from: parameters, and settings such as the way images are resized."""
+    return hashlib.sha256(f"{checkpoint.digest(params)} {settings}".encode()).hexdigest()[:16]
+
+
+def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Parallel, batch_size: int, *settings) -> Features:
+    """The features of a network `(params, bytes [B, H, W, 3] as float32 from 0 to 255) -> [B, D]`, over all devices.
+
+    `settings` are what its features depend on besides its parameters and its name.
+    """
 
     def extract(params, images):
         images = jnp.floor(jnp.clip(127.5 * images + 128, 0, 255))  # as a file of them would have it
         return apply(params, jnp.repeat(images, 3 // images.shape[-1], axis=-1)).astype(jnp.float32)
 
     run = parallel.in_batches("features batch_size", extract, batch_size)
-    return Features(name, checkpoint.digest(params), lambda images: run(params, np.asarray(images, np.float32)))
+    return Features(name, digest(params, name, *settings), lambda images: run(params, np.asarray(images, np.float32)))

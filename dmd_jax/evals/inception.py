@@ -27,4 +27,4 @@ def make(parallel, *, batch_size: int, weights: str, resize: str = "edm") -> fea
     tensors = pickles.read(files.find(weights))
     tensors = {name: a for name, a in tensors.items() if not re.search(r"^fc\.|num_batches_tracked$", name)}
     params = convert.from_torch(tensors, network.abstract)
-    return features_lib.of_network("inception", lambda p, images: network.apply(p, prepare(images)), params, parallel, batch_size)
+    return features_lib.of_network("inception", lambda p, images: network.apply(p, prepare(images)), params, parallel, batch_size, resize)

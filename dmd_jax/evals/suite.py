@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import zipfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,8 +10,6 @@ import numpy as np
 from dmd_jax.data import pipeline
 from dmd_jax.evals import features as features_lib
 from dmd_jax.evals import frechet, kid, precision_recall
-
-DAMAGED = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)
 
 
 class Collected(NamedTuple):
@@ -76,16 +73,17 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
         mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
         if covariance.shape != 2 * mean.shape:
             raise ValueError(f"mu has shape {mean.shape} and sigma {covariance.shape}")
-    except DAMAGED as error:
-        raise ValueError(f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. Make or get it again.") from error
+        if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+            raise ValueError("not all are finite")
+        count, agreement = int(arrays.get("count", 0)), float(arrays.get("agreement", np.nan))
+    except Exception as error:  # numpy, zipfile and zlib raise all kinds for damaged files
+        raise ValueError(
+            f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. Delete it, or get it again."
+        ) from error
     digest = str(arrays.get("features", features.digest))
     if digest != features.digest:
         raise ValueError(f"{path} was made with other features ({digest}) than {features.name} ({features.digest}); make it again.")
-    agreement = float(arrays.get("agreement", np.nan))
-    real = Collected(
-        int(arrays.get("count", 0)), frechet.Moments(mean, covariance), arrays.get("kept"), None if np.isnan(agreement) else agreement
-    )
-    return real
+    return Collected(count, frechet.Moments(mean, covariance), arrays.get("kept"), None if np.isnan(agreement) else agreement)
 
 
 def compare(features: features_lib.Features, real: Collected, fake: Collected) -> dict[str, float]:

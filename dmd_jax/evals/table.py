@@ -12,6 +12,8 @@ import numpy as np
 
 
 def main(arguments: list[str]):
+    if not arguments or not all("=" in a for a in arguments):
+        sys.exit('error: expected arguments of the form "name=pattern of workdirs".')
     groups = {
         name: [_read(path) for path in sorted(glob.glob(f"{pattern}/evaluation.json"))]
         for name, pattern in (a.split("=", 1) for a in arguments)

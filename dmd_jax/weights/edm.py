@@ -28,12 +28,25 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
       ValueError: the file is damaged, holds no network of EDM, or says other things of itself than its tensors do.
     """
     path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file.")
     readers = {".pkl": _read_pickle, ".safetensors": _read_safetensors, ".npz": _read_npz}
     if path.suffix not in readers:
         raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; rename it, or convert it.")
-    tensors, stated = readers[path.suffix](path)
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    settings = settings_of(tensors, path)
+    try:
+        tensors, stated = readers[path.suffix](path)
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        settings = settings_of(tensors, path)
+        _check_statements(path, settings, stated)
+    except ValueError:
+        raise
+    except Exception as error:  # of a file that has something else where a network has its parts
+        raise ValueError(f"{path} holds no network of EDM ({type(error).__name__}: {str(error)[:200]}); download it again.") from error
+    return tensors, settings
+
+
+def _check_statements(path, settings, stated):
+    """Raises ValueError if the file says other things of its network than its tensors do."""
     resolutions = [settings["size"] >> level for level in range(len(settings["multipliers"]))]
     if stated.pop("sigma_data", 0.5) != 0.5:
         raise ValueError(f"{path} has another sigma_data than 0.5; only EDM's own preconditioning is supported.")
@@ -43,7 +56,6 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         check_settings(settings, stated)
     except ValueError as error:
         raise ValueError(f"{path} contradicts its own tensors; download it again. ({error})") from None
-    return tensors, settings
 
 
 def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "the checkpoint") -> dict:
@@ -95,6 +107,11 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
     if wrong:
         expected = [1, 3, 3, 1] if "map_noise.freqs" in tensors else [1, 1]
         raise ValueError(f"the checkpoint resamples with other filters than {expected}, which is not supported: {', '.join(wrong)}")
+    poor = [
+        name for name, tensor in tensors.items() if tensor.dtype.kind not in "fV" or not np.isfinite(np.asarray(tensor, np.float32)).all()
+    ]
+    if poor:
+        raise ValueError(f"the checkpoint has values that are no finite numbers, in {', '.join(poor[:5])}; get it again.")
     return convert.from_torch({name: tensor for name, tensor in tensors.items() if name not in filters}, abstract)
 
 

@@ -30,6 +30,19 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; get it by `{SOURCE}`.")
+    try:
+        tensors = _read(path)
+    except ValueError:
+        raise
+    except Exception as error:  # archives and containers raise all kinds for damaged files
+        raise ValueError(f"{path} is damaged or holds something else ({type(error).__name__}: {error}); get it by `{SOURCE}`.") from error
+    missing = sorted(set(LAYERS.values()) - {name.rsplit(".", 1)[0] for name in tensors})
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; get it by `{SOURCE}`.")
+    return tensors
+
+
+def _read(path):
     if path.is_dir():
         files = [next(path.glob(pattern), None) for pattern in ("vgg16-*.pth", "vgg.pth")]
         if None in files:

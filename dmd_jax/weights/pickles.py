@@ -20,7 +20,7 @@ DTYPES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16"
 DTYPES |= {"int16": "Short", "int8": "Char", "uint8": "Byte", "bool": "Bool"}  # numpy's name: the start of the storage's
 REFUSED = {"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ_EX", "PERSID", "DUP", "FROZENSET", "NEXT_BUFFER", "READONLY_BUFFER"}
 CHANGING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-MAX_NESTING, MAX_NODES, MAX_MODULES = 200, 10**7, 10**5
+MAX_NESTING, MAX_NODES, MAX_OPCODES, MAX_NAMES = 200, 10**7, 10**6, 10**5
 
 
 class Stub:
@@ -64,14 +64,14 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
     tensors, todo, visited = {}, [("", stub, 0)], 0
     while todo:
         prefix, module, depth = todo.pop()
-        visited += 1
         where = prefix.rstrip(".") or "the root"
-        if depth > 32 or visited > MAX_MODULES:
+        if depth > 32 or visited > MAX_NAMES:
             raise ValueError(f"the modules below {where[:100]} nest too deep, or contain themselves; expected a network of PyTorch.")
         state = module.state if isinstance(module, Stub) else None
         parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")] if isinstance(state, dict) else []
         if not parts or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, expected a module of PyTorch.")
+        visited += 1 + len(parts[0]) + len(parts[1])
         hidden = state.get("_non_persistent_buffers_set") or ()
         for name, tensor in [*parts[0].items(), *((k, v) for k, v in parts[1].items() if k not in hidden)]:
             if tensor is not None and not isinstance(tensor, np.ndarray):
@@ -260,7 +260,7 @@ class _Unpickler(pickle.Unpickler):
     def _load_from_bytes(self, data):
         if self._nested or not isinstance(data, bytes):
             raise _Refused("nests storages in storages")
-        storage = _read_stream(data, budget=self._budget, nested=True)
+        storage = _read_stream(self._spend(data), budget=self._budget, nested=True)
         if not isinstance(storage, _Storage):
             raise _Refused("holds a storage that is none")
         return storage
@@ -276,7 +276,7 @@ class _Unpickler(pickle.Unpickler):
     def _spend(self, items):
         self._budget[0] -= len(items)
         if self._budget[0] < 0:
-            raise _Refused("unfolds to more than its own size")
+            raise _Refused("unfolds to more than twice its own size")
         return items
 
 
@@ -289,7 +289,7 @@ def _persistent(meta):
 
 def _read_stream(data, *, budget=None, nested=False):
     """A plain pickle, or torch.save's format before zip archives: pickles, then the contents of the storages."""
-    file, budget = io.BytesIO(data), [len(data)] if budget is None else budget
+    file, budget = io.BytesIO(data), [2 * len(data)] if budget is None else budget  # protocol 2 spends the bytes of a storage twice
     first, _ = _load(file, budget=budget, nested=nested)
     if type(first) is not int or first != MAGIC:
         return first
@@ -347,6 +347,10 @@ def _scan(file):
     for count, (op, arg, _) in enumerate(pickletools.genops(file)):
         if op.name in REFUSED:
             raise _Refused(f"uses {op.name}, which no weight file needs")
+        if count > MAX_OPCODES:
+            raise _Refused(f"has more than {MAX_OPCODES} operations, more than any weight file")
+        if isinstance(arg, int) and abs(arg) >= 2**63 and arg != MAGIC:  # as keys, these can be made to have one hash
+            raise _Refused("holds an integer of more than 64 bits")
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(memo) if arg is None else arg
             if not 0 <= index <= count:
