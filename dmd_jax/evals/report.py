@@ -65,5 +65,5 @@ def _plot(ax, rows, names, title):
             ax.plot(*points.T, label=name)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("step")
-    if len(names) > 1:
+    if len(names) > 1 and ax.lines:
         ax.legend(fontsize=8)
