@@ -36,7 +36,7 @@ class Step:
         self.generator, self.fake_score = (
             {k: torch.nn.Parameter(v.clone(memory_format=torch.preserve_format)) for k, v in self.teacher.items()} for _ in range(2)
         )
-        self.ema = {k: v.detach().clone() for k, v in self.generator.items()}
+        self.ema = [v.detach().clone() for v in self.generator.values()] if self.settings.ema_decay else []
         self.optimizers = [_adamw(p, s) for p, s in ((self.generator, self.settings.optimizer),
                                                      (self.fake_score, self.settings.fake_score_optimizer))]  # fmt: skip
         process = experiment.make_denoiser(config).process
@@ -73,7 +73,8 @@ class Step:
         regression = self.distance(x_pairs, self.pairs["image"]).mean()
         loss = self.settings.matching_weight * matching + self.settings.regression_weight * regression
         self._optimize(0, self.generator, loss)
-        torch._foreach_lerp_(list(self.ema.values()), [p.data for p in self.generator.values()], 1 - self.settings.ema_decay)
+        if self.ema:
+            torch._foreach_lerp_(self.ema, [p.data for p in self.generator.values()], 1 - self.settings.ema_decay)
 
         x, sigma = x.detach(), fresh["fake_t"]
         skip, out, in_, noise = (_expand(c) for c in _edm(sigma))

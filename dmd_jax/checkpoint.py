@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: asynchronous, atomic, the last few and the best, each with the fingerprint of what it was trained on."""
 
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -40,7 +41,8 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
             f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but {manager.directory} has {free / 1e6:.1f} MB free; "
             "make room and run the same command again."
         )
-    arguments = ocp.args.Composite(state=ocp.args.StandardSave(train_state), meta=ocp.args.JsonSave({"fingerprint": fingerprint}))
+    meta = {"fingerprint": fingerprint, "weights": "params" if train_state.generator.ema is None else "ema"}
+    arguments = ocp.args.Composite(state=ocp.args.StandardSave(train_state), meta=ocp.args.JsonSave(meta))
     if not manager.save(step, args=arguments, metrics=metrics, force=True):
         raise ValueError(f"{manager.directory} already holds step {step} or a later one; use another workdir.")
 
@@ -83,8 +85,8 @@ def all_steps(directory: str | os.PathLike) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
 
 
-def load_ema(directory: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
-    """The running mean of the generator's parameters in the newest (or the given) checkpoint of a stage.
+def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
+    """What the generator makes images with, in the newest (or the given) checkpoint of a stage: see `state.Net.weights`.
 
     Args:
       directory: of the stage.
@@ -99,17 +101,18 @@ def load_ema(directory: str | os.PathLike, abstract: dict, step: int | None = No
     if not steps or step not in (None, *steps):
         raise ValueError(f"no checkpoint{f' of step {step}' if steps else ''} in {path}; run the stage {path.parent.name!r} first.")
     step = max(steps) if step is None else step
-    target = {"generator": {"ema": abstract}}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
     try:
+        name = json.loads((path / str(step) / "meta" / "metadata").read_text())["weights"]
+        target = {"generator": {name: abstract}}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         restored = ocp.PyTreeCheckpointer().restore(path / str(step) / "state", args=arguments)
     except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
             f"checkpoint {step} in {path} is damaged or of another network ({reason}); delete {path / str(step)} and run the stage again."
         ) from error
-    return restored["generator"]["ema"]
+    return restored["generator"][name]
 
 
 def digest(params: dict) -> str:

@@ -123,7 +123,7 @@ def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, para
 
 
 def load_params(config: ml_collections.ConfigDict, directory: str, workdir: pathlib.Path, step: int | None = None) -> dict:
-    """The running mean that a stage has trained, or what it has imported, on all devices; `directory` may contain {workdir}."""
+    """What a stage has trained or imported, on all devices; `directory` may contain {workdir}."""
     directory = pathlib.Path(directory.format(workdir=workdir))
     replicated = jax.sharding.NamedSharding(sharding.make_mesh(**config.mesh), jax.P())
     abstract = make_network(config).abstract
@@ -131,7 +131,7 @@ def load_params(config: ml_collections.ConfigDict, directory: str, workdir: path
         tensors, _ = edm.read(directory / WEIGHTS)
         return jax.device_put(edm.to_params(tensors, abstract), replicated)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
-    return checkpoint.load_ema(directory, abstract, step)
+    return checkpoint.load_weights(directory, abstract, step)
 
 
 def version(directory: pathlib.Path) -> int | str | None:

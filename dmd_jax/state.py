@@ -14,7 +14,7 @@ class Net:
     Attributes:
       params: nested dict of float32 arrays.
       opt_state: of the optimizer.
-      ema: the running mean of `params`, or None.
+      ema: the running mean of `params`; None if none is kept.
       skipped: int32 count of updates that were left out because a gradient was not finite.
     """
 
@@ -22,6 +22,11 @@ class Net:
     opt_state: Any
     ema: dict | None
     skipped: jax.Array
+
+    @property
+    def weights(self) -> dict:
+        """What images are made with: the running mean, or the parameters themselves where none is kept."""
+        return self.params if self.ema is None else self.ema
 
 
 @struct.dataclass

@@ -62,7 +62,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
             if step % settings.log_every == 0 or last:
                 watch.log(step, values)
             if previews and (step % settings.preview_every == 0 or last):
-                images, scores = previews(train_state.generator.ema)
+                images, scores = previews(train_state.generator.weights)
                 writer.write(step, scores)
                 writer.write_images(step, images)
             if step % settings.checkpoint_every == 0 or last:

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -272,3 +273,15 @@ def test_damaged_files_are_named(workdir, name):
         (workdir / "evaluation.json").unlink()
     with pytest.raises(ValueError, match=rf"{name} is damaged.*delete"):
         main.run(smoke(), workdir)
+
+
+def test_without_a_running_mean(workdir):
+    config = smoke()
+    config.dmd.recipe.ema_decay = 0.0
+    shutil.rmtree(workdir / "dmd")
+    train.run(config, "dmd", workdir)
+    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()))
+    assert jax.eval_shape(recipe.init, params_of(config, workdir, "teacher")).generator.ema is None
+    params = params_of(config, workdir, "dmd")
+    assert np.isfinite(params["map_layer0"]["kernel"]).all()
+    evaluate.run(config, "evaluate", workdir)

@@ -36,7 +36,7 @@ def make(
       null_cond: the condition that stands for none in the guidance.
       optimizer: arguments of `optim.adamw` for the generator.
       fake_score_optimizer: the same for the fake score.
-      ema_decay: of the running mean of the generator's parameters, per step.
+      ema_decay: of the running mean of the generator's parameters, per step; 0 to keep none.
       matching_weight: of the distribution matching loss.
       regression_weight: of the regression loss.
       guidance_scale: of the real score; 1 for none.
@@ -51,7 +51,7 @@ def make(
     tx, fake_tx = optim.adamw(**optimizer), optim.adamw(**fake_score_optimizer)
 
     def init(params):
-        generator, fake_score = state.create(params, tx, ema=True), state.create(params, fake_tx, ema=False)
+        generator, fake_score = state.create(params, tx, ema=ema_decay > 0), state.create(params, fake_tx, ema=False)
         frozen = jax.tree.map(jnp.array, {"real_score": params, "distance": distance_params})
         return state.TrainState(jnp.zeros((), jnp.int32), generator, fake_score, frozen)
 

@@ -25,14 +25,14 @@ def make(
       seed: of noise and times.
       null_cond: the condition that stands for none.
       optimizer: arguments of `optim.adamw`.
-      ema_decay: of the running mean of the parameters, per step.
+      ema_decay: of the running mean of the parameters, per step; 0 to keep none.
       cond_dropout: fraction of samples that see `null_cond`, so that the model can be guided.
     """
     tx = optim.adamw(**optimizer)
     process = denoiser.process
 
     def init(params):
-        return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=True))
+        return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0))
 
     def gradients(params, batch):
         def loss(params):
