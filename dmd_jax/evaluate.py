@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     parallel = experiment.make_parallel(config, stage)
     features = experiment.make_features(config, workdir, parallel)
     real = _reference(config, settings, features, workdir)
-    conditions = experiment.make_source(settings.conditions, workdir)
+    conditions = experiment.make_source(config, settings.conditions, workdir)
 
     scores, images, seconds, nfe = {}, {}, {}, {}
     for name in dict.fromkeys((settings.teacher, settings.student)):  # one of them, if they are the same
@@ -62,7 +62,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
     }
     if settings.floor:
-        floor = suite.collect_source(features, experiment.make_images(config, settings.floor, workdir), settings.neighbours, workdir)
+        floor = suite.collect_source(features, experiment.make_source(config, settings.floor, workdir), settings.neighbours, workdir)
         result["real"] = suite.compare(features, real, floor)
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in images}
@@ -75,7 +75,7 @@ def _reference(config, settings, features, workdir):
     """The real images; statistics from a file, if named, take the place of theirs."""
     real = None
     if settings.reference:
-        real = suite.collect_source(features, experiment.make_images(config, settings.reference, workdir), settings.neighbours, workdir)
+        real = suite.collect_source(features, experiment.make_source(config, settings.reference, workdir), settings.neighbours, workdir)
     if settings.statistics:
         given = suite.read(files.find(settings.statistics), features)
         real = given._replace(features=real.features) if real else given

@@ -99,26 +99,33 @@ def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib
     for name, settings in config[stage].data.items():
         settings = settings.to_dict()
         batch_size = settings.pop("batch_size", config[stage].batch_size)
-        streams[name] = pipeline.Stream(_check_fits(config, make_source(settings, workdir), f"{stage}.data.{name}"), batch_size)
+        streams[name] = pipeline.Stream(make_source(config, settings, workdir), batch_size)
     return streams
 
 
-def make_source(settings: dict, workdir: pathlib.Path):
-    """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
-    settings = _fill(settings, workdir)
-    return lookup.find("data", settings.pop("source"))(**settings)
+def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
+    """The data source `settings["source"]`; {workdir} in a string stands for the run's directory.
 
-
-def make_images(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
-    """Real images to be compared with the network's."""
-    return _check_fits(config, make_source(settings, workdir), settings["source"])
+    Raises:
+      ValueError: there is no such source, or some of its images or labels are not what the network takes.
+    """
+    settings, n, shape = _fill(settings, workdir), config.network.num_classes, image_shape(config)
+    name = settings.pop("source")
+    source = lookup.find("data", name)(**settings)
+    for i in {*range(min(len(source), 100)), len(source) - 1}:
+        row = source[i]
+        if "image" in row and row["image"].shape != shape:
+            raise ValueError(f"{name}: image {i} has shape {row['image'].shape}, the network makes {shape}; change one of them.")
+        if n and np.ndim(row["cond"]) == 0 and row["cond"] >= n:
+            raise ValueError(f"{name}: label {row['cond']} of item {i} is not below config.network.num_classes = {n}; change one of them.")
+    return source
 
 
 def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, parallel: sharding.Parallel) -> features_lib.Features:
     """The feature network `config.features`; its `images` are a data source."""
     settings = _fill(config.features, workdir)
     if "images" in settings:
-        settings["images"] = make_source(settings["images"], workdir)
+        settings["images"] = make_source(config, settings["images"], workdir)
     return lookup.find("evals", settings.pop("name"))(parallel, **settings)
 
 
@@ -167,20 +174,6 @@ def _sources(tree, name=""):
             yield name, tree
         for key, value in tree.items():
             yield from _sources(value, f"{name}.{key}" if name else key)
-
-
-def _check_fits(config, source, name):
-    """Raises ValueError if some of a source's items are not what the network takes."""
-    n, shape = config.network.num_classes, image_shape(config)
-    for i in {*range(min(len(source), 100)), len(source) - 1}:
-        row = source[i]
-        if "image" in row and row["image"].shape != shape:
-            raise ValueError(
-                f"{name}: image {i} has shape {row['image'].shape}, the network makes {shape}; change the data or config.network."
-            )
-        if n and np.ndim(row["cond"]) == 0 and row["cond"] >= n:
-            raise ValueError(f"{name}: label {row['cond']} of item {i} is not below config.network.num_classes = {n}; change one of them.")
-    return source
 
 
 def _fill(settings, workdir):

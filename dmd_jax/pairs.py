@@ -34,7 +34,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     _check_manifest(directory, manifest)
     parallel = sharding.Parallel(sharding.make_mesh(devices=jax.local_devices()))
     sample = sampling.make_sample(experiment.make_sampler(config, settings.teacher), parallel, settings.batch_size)
-    conditions = experiment.make_source(settings.conditions, workdir)
+    conditions = experiment.make_source(config, settings.conditions, workdir)
 
     paths = list(enumerate(pairs.shard_paths(directory, manifest)))[jax.process_index() :: jax.process_count()]
     for i, path in tqdm.tqdm(paths, desc=stage, unit="shard", disable=jax.process_index() > 0):
@@ -51,7 +51,7 @@ def _teacher(config, stage, workdir):
 
 def _manifest(config, stage, workdir, params):
     settings = config[stage]
-    cond = np.asarray(experiment.make_source(settings.conditions, workdir)[0]["cond"])
+    cond = np.asarray(experiment.make_source(config, settings.conditions, workdir)[0]["cond"])
     image = {"shape": list(experiment.image_shape(config)), "dtype": "float32"}
     return {
         "count": settings.count,

@@ -98,7 +98,7 @@ def _previews(config, stage, workdir, parallel):
     if not settings.preview_every:
         return None
     parallel = sharding.Parallel(parallel.mesh)
-    conditions = experiment.make_source(config.evaluate.conditions, workdir)
+    conditions = experiment.make_source(config, config.evaluate.conditions, workdir)
     inputs = experiment.inputs(config, range(settings.preview_images), conditions)
     sample = sampling.make_sample(experiment.make_sampler(config, stage), parallel, settings.preview_images)
     if not settings.preview_scores:
@@ -106,7 +106,7 @@ def _previews(config, stage, workdir, parallel):
     features = experiment.make_features(config, workdir, parallel)
     if settings.best_metric not in ("", *suite.scores(features)):
         raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.scores(features))}.")
-    real = suite.collect_source(features, experiment.make_images(config, config.images, workdir), config.evaluate.neighbours, workdir)
+    real = suite.collect_source(features, experiment.make_source(config, config.images, workdir), config.evaluate.neighbours, workdir)
 
     def preview(params):
         images = sample(params, inputs)

@@ -285,3 +285,23 @@ def test_without_a_running_mean(workdir):
     params = params_of(config, workdir, "dmd")
     assert np.isfinite(params["map_layer0"]["kernel"]).all()
     evaluate.run(config, "evaluate", workdir)
+
+
+def test_data_that_the_network_does_not_take(tmp_path):
+    config = smoke()
+    config.conditions.num_classes = 50
+    with pytest.raises(ValueError, match=r"^images\.labels: label 1\d of item 1\d is not below config\.network\.num_classes = 10"):
+        experiment.make_source(config, config.conditions, tmp_path)
+    config.network.size = 16
+    with pytest.raises(ValueError, match=r"^images\.digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one"):
+        train.run(config, "teacher", tmp_path)
+
+
+def test_a_workdir_does_not_change_hands(workdir):
+    """Neither by naming other stages nor by settings that only look like lengths."""
+    for key, value in (("stages", ("evaluate",)), ("teacher.sampler.num_steps", 9), ("network.width", 16)):
+        config = smoke()
+        config.update_from_flattened_dict({key: value})
+        with pytest.raises(ValueError, match=rf"belongs to another config: {key} is "):
+            main.run(config, workdir)
+    main.claim(smoke(), workdir)

@@ -123,7 +123,7 @@ def test_edms_protocol(workdir, capsys):
 def test_statistics_as_a_reference(workdir):
     config = smoke()
     features = experiment.make_features(config, workdir, sharding.Parallel(sharding.make_mesh()))
-    real = suite.collect_source(features, experiment.make_source(config.evaluate.reference, workdir), 100, workdir)
+    real = suite.collect_source(features, experiment.make_source(config, config.evaluate.reference, workdir), 100, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
     before = metrics.read_json(workdir / "evaluation.json")["dmd"]
     config.evaluate.update(statistics=str(workdir / "ref.npz"), floor=config.evaluate.reference)
