@@ -315,6 +315,10 @@ ATTACKS = {
     "copies": lambda: b"\x80\x02](" + b"K\x01" * 1000 + b"e\x85q\x00" + (SET + b"h\x00R0") * 1000 + b"N.",
     "storage in a storage": lambda: tensor_of(0, (1,), (1,), tensor_of(0, (1,), (1,))),
     "storage that is none": lambda: tensor_of(0, (1,), (1,), pickle.dumps([1])),
+    "a storage again and again": lambda: b"\x80\x03](" + pickle.dumps(storage(), protocol=3)[2:-1] + b"q\x000"
+    + b"ctorch.storage\n_load_from_bytes\nq\x010" + b"h\x01h\x00\x85R0" * 1000 + b"e.",
+    "keys of one hash": lambda: pickle.dumps({k * (2**61 - 1): 0 for k in range(1, 100)}),
+    "many operations": lambda: b"\x80\x02" + b"}0" * 600_000 + b"N.",
     "stride 0": lambda: tensor_of(0, (2**20, 2**20), (0, 0)),
     "stride 0, too many elements": lambda: tensor_of(0, (5,), (0,)),
     "offset": lambda: tensor_of(1, (4,), (1,)),
@@ -387,6 +391,9 @@ def test_state_dict_refuses_what_is_no_module():
 
     circle = module()
     circle.state["_modules"] = {"a": circle, "b": circle}
+    shared = {str(i): None for i in range(1000)}  # names are counted, not only modules
+    with pytest.raises(ValueError, match="nest too deep"):
+        pickles.state_dict(module(_modules={str(i): module(_parameters=shared) for i in range(200)}))
     for wrong in (circle, {}, None, pickles.Stub("Loss", {"P_mean": 1.0}), module(_parameters=[]), module(_parameters={"a": "b"})):
         with pytest.raises(ValueError, match="expected"):
             pickles.state_dict(wrong)
