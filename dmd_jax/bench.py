@@ -49,8 +49,7 @@ def make_step(config, batch_size: int, directory: pathlib.Path):
         distance.weights = str(directory / "lpips.npz")
         np.savez(distance.weights, **convert.to_torch(vgg.make().init(0)))
     recipe, params = experiment.make_recipe(config, "dmd", parallel), experiment.make_network(config).init(0)
-    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
-    state = jax.jit(recipe.init, out_shardings=shardings)(params)
+    state, shardings = train.first_state(recipe, params, parallel)
     batch = jax.device_put(random_batch(config, batch_size), parallel.batch_sharding)
     began = time.perf_counter()
     step = train.compile_step(recipe.train_step, state, batch, shardings)
@@ -139,7 +138,7 @@ def step(arguments: argparse.Namespace):
 
 def _checkpoint(state, directory):
     manager = checkpoint.open_manager(directory)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.replace(frozen=None))
+    abstract = train.abstract_state(state)
 
     def save():
         checkpoint.save(manager, state, int(state.step), fingerprint="bench", metrics={})

@@ -58,8 +58,12 @@ def heun(denoise: Callable, process: process_lib.Process, *, num_steps: int) -> 
     grid = process.grid(num_steps)
 
     def sample(params, z, cond, noise=None):
-        step = functools.partial(_heun_step, functools.partial(_predict, denoise, process, params, cond=cond), process)
-        return _integrate(lambda x, times: (step(x, *times), None), process, z, (grid[:-1], grid[1:]))
+        predict = functools.partial(_predict, denoise, process, params, cond=cond)
+
+        def step(x, times):
+            return _heun_step(predict, process, x, *times), None
+
+        return _integrate(step, process, z, (grid[:-1], grid[1:]))
 
     return Sampler(sample, _heun_calls(process, grid))
 
@@ -91,11 +95,11 @@ def stochastic_heun(
     added = s_noise * np.sqrt(raised**2 - grid[:-1] ** 2)
 
     def sample(params, z, cond, noise):
-        heun_step = functools.partial(_heun_step, functools.partial(_predict, denoise, process, params, cond=cond), process)
+        predict = functools.partial(_predict, denoise, process, params, cond=cond)
 
         def step(x, times):
             t, s, scale, i = times
-            return heun_step(x + scale * noise(i), t, s), None
+            return _heun_step(predict, process, x + scale * noise(i), t, s), None
 
         return _integrate(step, process, z, (raised, grid[1:], added, np.arange(num_steps)))
 

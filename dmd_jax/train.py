@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from dmd_jax import checkpoint, experiment, metrics, sampling, sharding
+from dmd_jax import checkpoint, experiment, metrics, recipes, sampling, sharding
 from dmd_jax.data import pipeline
 from dmd_jax.evals import suite
 
@@ -41,9 +41,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest(params)}"
     manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
 
-    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
-    train_state = jax.jit(recipe.init, out_shardings=shardings)(params)
-    train_state = checkpoint.restore(manager, _abstract(train_state), fingerprint=fingerprint) or train_state
+    train_state, shardings = first_state(recipe, params, parallel)
+    train_state = checkpoint.restore(manager, abstract_state(train_state), fingerprint=fingerprint) or train_state
     start = int(train_state.step)
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
     previews = _previews(config, stage, workdir, parallel)
@@ -70,6 +69,12 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         watch.flush()
 
 
+def first_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
+    """The state at step 0, spread over the devices, and its shardings."""
+    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
+    return jax.jit(recipe.init, out_shardings=shardings)(params), shardings
+
+
 def compile_step(train_step: Callable, train_state, batch, shardings):
     """The step as one program over the mesh, compiled once; its first argument is donated."""
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -83,7 +88,7 @@ def _first_params(config, stage, workdir):
     return experiment.make_network(config).init(config.seed)
 
 
-def _abstract(train_state):
+def abstract_state(train_state):
     """Shapes and shardings of what a checkpoint holds; the rest as it is."""
     kept = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), train_state.replace(frozen=None))
     return kept.replace(frozen=train_state.frozen)

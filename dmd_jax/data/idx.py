@@ -42,7 +42,7 @@ def fashion_mnist(*, split: str, path: str = FASHION_MNIST, size: int = 32, limi
     pixels = np.pad(pixels, ((0, 0), (frame, frame), (frame, frame)))
     if size == 16:
         pixels = np.rint(pixels.reshape(-1, 16, 2, 16, 2).mean(axis=(2, 4))).astype(np.uint8)
-    source = images.Pixels(pixels[..., None], labels.astype(np.int32))
+    source = images.Images(pixels[..., None], labels.astype(np.int32))
     return images.Flipped(source) if x_flips else source
 
 

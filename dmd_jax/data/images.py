@@ -10,7 +10,7 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A source held in memory."""
+    """A source held in memory: images [N, H, W, C], float32 in [-1, 1] or bytes, and labels [N]."""
 
     image: np.ndarray
     cond: np.ndarray
@@ -19,21 +19,8 @@ class Images:
         return len(self.cond)
 
     def __getitem__(self, index):
-        return {"image": self.image[index], "cond": self.cond[index]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """A source held in memory as bytes: images [N, H, W, C] uint8, labels [N] int32."""
-
-    image: np.ndarray
-    cond: np.ndarray
-
-    def __len__(self):
-        return len(self.cond)
-
-    def __getitem__(self, index):
-        return {"image": to_float(self.image[index]), "cond": self.cond[index]}
+        image = self.image[index]
+        return {"image": to_float(image) if image.dtype == np.uint8 else image, "cond": self.cond[index]}
 
 
 class Records(Protocol):

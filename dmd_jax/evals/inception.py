@@ -1,10 +1,7 @@
 """The features of FID: the last pool of the Inception network of 2015."""
 
-import re
-
 from dmd_jax.evals import features as features_lib
 from dmd_jax.models import inception
-from dmd_jax.weights import convert, files, pickles
 
 INPUTS = {"edm": inception.tensorflow_input, "pytorch_fid": inception.pytorch_fid_input}
 
@@ -24,7 +21,5 @@ def make(parallel, *, batch_size: int, weights: str, resize: str = "edm") -> fea
     if resize not in INPUTS:
         raise ValueError(f"no resize {resize!r} for inception; there are: {', '.join(INPUTS)}.")
     network, prepare = inception.make(), INPUTS[resize]
-    tensors = pickles.read(files.find(weights))
-    tensors = {name: a for name, a in tensors.items() if not re.search(r"^fc\.|num_batches_tracked$", name)}
-    params = convert.from_torch(tensors, network.abstract)
+    params = features_lib.read_params(weights, network.abstract, without=r"^fc\.")
     return features_lib.of_network("inception", lambda p, images: network.apply(p, prepare(images)), params, parallel, batch_size, resize)

@@ -64,6 +64,7 @@ SONG_INITIALIZERS = (
     (r"(conv1|proj|aux_conv)\.kernel$", layers.xavier_uniform(1e-5)),
     (r"kernel$", layers.xavier_uniform()),
 )
+NCSNPP_INITIALIZERS = ((r"freqs$", layers.normal(16.0)), *SONG_INITIALIZERS)  # the frequencies stay as they are: see optim.adamw
 ADM_INITIALIZERS = (
     (r"map_label\.kernel$", layers.normal(1.0)),
     (r"norm\d?\.scale$", layers.ones),
@@ -132,7 +133,7 @@ class Fourier(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """See `ddpmpp` for the arguments."""
+    """See `_maker` for the arguments."""
 
     def __init__(self, *, family, rngs, size, channels, num_classes, width, multipliers, num_blocks, attention, augment_dim, dtype, remat):
         block = functools.partial(Block, c_emb=4 * width, family=family, dtype=dtype, rngs=rngs)
@@ -238,79 +239,50 @@ def _group_norm(channels, *, family, dtype):
     return layers.GroupNorm(channels, num_groups=min(32, channels // 4), epsilon=family.epsilon, dtype=dtype)
 
 
-def _make(family, initializers, settings):
-    if settings["size"] % 2 ** (len(settings["multipliers"]) - 1):
-        raise ValueError(
-            f"size {settings['size']} cannot be halved {len(settings['multipliers']) - 1} times; use fewer multipliers or another size."
-        )
-    settings["dtype"] = jnp.dtype(settings["dtype"])
-    return layers.functional(lambda rngs: UNet(family=family, rngs=rngs, **settings), initializers)
+def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
+    """The function that makes networks of a family, with these defaults."""
+
+    def make(
+        *,
+        size: int,
+        channels: int,
+        num_classes: int = 0,
+        width: int = width,
+        multipliers: tuple[int, ...] = multipliers,
+        num_blocks: int = num_blocks,
+        attention: tuple[int, ...] = attention,
+        augment_dim: int = 0,
+        dtype: str = "float32",
+        remat: bool = False,
+    ) -> layers.Network:
+        """The network `(params, x [B, size, size, channels], noise [B], label [B] or None) -> [B, size, size, channels]`.
+
+        Args:
+          size: height and width of the images, divisible by 2 at every level but the last.
+          channels: of the images.
+          num_classes: labels are integers below it; `num_classes` itself, like None, means no label.
+          width: channels of the first layer.
+          multipliers: of the width, one per level; each level halves the resolution.
+          num_blocks: residual blocks per level in the encoder; the decoder has one more.
+          attention: resolutions with self-attention; ADM's channels are multiples of 64 there.
+          augment_dim: length of the augmentation vector that EDM's own training feeds, 9 in its checkpoints; nothing here feeds one.
+          dtype: of the convolutions.
+          remat: recompute activations in the backward pass instead of storing them, block by block.
+
+        Raises:
+          ValueError: the size cannot be halved that often.
+        """
+        if size % 2 ** (len(multipliers) - 1):
+            raise ValueError(f"size {size} cannot be halved {len(multipliers) - 1} times; use fewer multipliers or another size.")
+        settings = dict(size=size, channels=channels, num_classes=num_classes, width=width, multipliers=multipliers)
+        settings |= dict(num_blocks=num_blocks, attention=attention, augment_dim=augment_dim, dtype=jnp.dtype(dtype), remat=remat)
+        rules = initializers if num_classes else tuple(rule for rule in initializers if "map_label" not in rule[0])
+        return layers.functional(lambda rngs: UNet(family=family, rngs=rngs, **settings), rules)
+
+    return make
 
 
-def ddpmpp(
-    *,
-    size: int,
-    channels: int,
-    num_classes: int = 0,
-    width: int = 128,
-    multipliers: tuple[int, ...] = (2, 2, 2),
-    num_blocks: int = 4,
-    attention: tuple[int, ...] = (16,),
-    augment_dim: int = 0,
-    dtype: str = "float32",
-    remat: bool = False,
-) -> layers.Network:
-    """The network `(params, x [B, size, size, channels], noise [B], label [B] or None) -> [B, size, size, channels]`.
-
-    The defaults are those of the CIFAR-10 "vp" checkpoints; FFHQ and AFHQv2 have size 64 and multipliers (1, 2, 2, 2).
-
-    Args:
-      size: height and width of the images, divisible by 2 at every level but the last.
-      channels: of the images.
-      num_classes: labels are integers below it; `num_classes` itself, like None, means no label.
-      width: channels of the first layer.
-      multipliers: of the width, one per level; each level halves the resolution.
-      num_blocks: residual blocks per level in the encoder; the decoder has one more.
-      attention: resolutions with self-attention.
-      augment_dim: length of the augmentation vector that EDM's own training feeds, 9 in its checkpoints; nothing here feeds one.
-      dtype: of the convolutions.
-      remat: recompute activations in the backward pass instead of storing them, block by block.
-
-    Raises:
-      ValueError: the size cannot be halved that often.
-    """
-    return _make(DDPMPP, SONG_INITIALIZERS, locals())
-
-
-def ncsnpp(
-    *,
-    size: int,
-    channels: int,
-    num_classes: int = 0,
-    width: int = 128,
-    multipliers: tuple[int, ...] = (2, 2, 2),
-    num_blocks: int = 4,
-    attention: tuple[int, ...] = (16,),
-    augment_dim: int = 0,
-    dtype: str = "float32",
-    remat: bool = False,
-) -> layers.Network:
-    """As `ddpmpp`, with the architecture of the "ve" checkpoints. Its `map_noise.freqs` are no weights: optimizers leave them alone."""
-    return _make(NCSNPP, ((r"freqs$", layers.normal(16.0)), *SONG_INITIALIZERS), locals())
-
-
-def adm(
-    *,
-    size: int,
-    channels: int,
-    num_classes: int = 0,
-    width: int = 192,
-    multipliers: tuple[int, ...] = (1, 2, 3, 4),
-    num_blocks: int = 3,
-    attention: tuple[int, ...] = (32, 16, 8),
-    augment_dim: int = 0,
-    dtype: str = "float32",
-    remat: bool = False,
-) -> layers.Network:
-    """As `ddpmpp`, with the architecture and the defaults of the ImageNet-64 checkpoint; channels are multiples of 64 where it attends."""
-    return _make(ADM, ADM_INITIALIZERS if num_classes else ADM_INITIALIZERS[1:], locals())
+# The defaults are those of the checkpoints of CIFAR-10, "vp" and "ve", and ImageNet-64. FFHQ and AFHQv2: size 64, multipliers (1, 2, 2, 2).
+ddpmpp = _maker(DDPMPP, SONG_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,))
+ncsnpp = _maker(NCSNPP, NCSNPP_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,))
+adm = _maker(ADM, ADM_INITIALIZERS, width=192, multipliers=(1, 2, 3, 4), num_blocks=3, attention=(32, 16, 8))

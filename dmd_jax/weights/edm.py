@@ -48,6 +48,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
 def _check_statements(path, settings, stated):
     """Raises ValueError if the file says other things of its network than its tensors do."""
     resolutions = [settings["size"] >> level for level in range(len(settings["multipliers"]))]
+    name = settings["name"]
+    if (class_name := stated.pop("class_name", CLASSES[name])) != CLASSES[name]:
+        raise ValueError(f"{path} holds a {class_name} with the tensors of {name}; download it again.")
     if stated.pop("sigma_data", 0.5) != 0.5:
         raise ValueError(f"{path} has another sigma_data than 0.5; only EDM's own preconditioning is supported.")
     if isinstance(stated.get("attention"), list | tuple):  # EDM's default also names resolutions that a network may not have
@@ -156,13 +159,9 @@ def _read_pickle(path):
         statements |= {
             key: stated[key] for key in (*STATED, "attn_resolutions", "sigma_data") if isinstance(stated, dict) and key in stated
         }
-    families = {name for name, class_name in CLASSES.items() if class_name == model.class_name}
-    name = settings_of({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, path)["name"]
-    if name not in families:
-        raise ValueError(f"{path} holds a {model.class_name} with the tensors of {name}; download it again.")
     stated = {STATED[key]: value for key, value in statements.items() if key in STATED}
     stated |= {"attention": statements["attn_resolutions"]} if "attn_resolutions" in statements else {}
-    return tensors, stated | {"sigma_data": statements.get("sigma_data", 0.5)}
+    return tensors, stated | {"class_name": model.class_name, "sigma_data": statements.get("sigma_data", 0.5)}
 
 
 def _read_safetensors(path):

