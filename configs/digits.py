@@ -96,7 +96,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sampler=dict(name="one_step"),
         data=dict(
             fresh=config.conditions,
-            pairs=dict(source="pairs.read", directory="{workdir}/pairs"),
+            pairs=dict(source="records.read", directory="{workdir}/pairs"),
         ),
         init_from="{workdir}/teacher",
         batch_size=64,  # of fresh images and of pairs, over all devices

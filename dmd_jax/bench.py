@@ -48,7 +48,7 @@ def make_step(config, batch_size: int, directory: pathlib.Path):
     if "weights" in distance:
         distance.weights = str(directory / "lpips.npz")
         np.savez(distance.weights, **convert.to_torch(vgg.make().init(0)))
-    recipe, params = experiment.make_recipe(config, "dmd", parallel), experiment.make_network(config).init(0)
+    recipe, params = experiment.make_recipe(config, "dmd", parallel, directory), experiment.make_network(config).init(0)
     state, shardings = train.first_state(recipe, params, parallel)
     batch = jax.device_put(random_batch(config, batch_size), parallel.batch_sharding)
     began = time.perf_counter()

@@ -47,13 +47,13 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
         raise ValueError(f"{manager.directory} already holds step {step} or a later one; use another workdir.")
 
 
-def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, fingerprint: str) -> state.TrainState | None:
+def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, fingerprint: str | None) -> state.TrainState | None:
     """The newest checkpoint that is whole, or None if there is none at all; unreadable ones are put aside, and said so.
 
     Args:
       manager: from `open_manager`.
       abstract: the state's shapes, dtypes and shardings; `frozen` is returned as it is.
-      fingerprint: of the data and the teacher that the run is about to use.
+      fingerprint: of the data and the teacher that the run is about to use; None for whatever it was.
 
     Raises:
       ValueError: there are checkpoints, but none can be read, or it was trained on other data or from another teacher.
@@ -67,7 +67,7 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
         except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
             logging.warning("checkpoint %d cannot be read (%s); trying the one before it.", step, str(error).split("\n")[0][:200])
             continue
-        if restored["meta"]["fingerprint"] != fingerprint:
+        if fingerprint not in (None, restored["meta"]["fingerprint"]):
             raise ValueError(
                 f"{manager.directory} was trained on other data, in another order or from another teacher than now "
                 f"(fingerprint {restored['meta']['fingerprint']}, expected {fingerprint}); use another workdir."
@@ -77,6 +77,18 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
     if steps:
         raise ValueError(f"no checkpoint in {manager.directory} can be read (steps {steps}); delete the directory to start again.")
     return None
+
+
+def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> state.TrainState:
+    """The newest state of another stage, for one that goes on from it; `frozen` is that of `abstract`.
+
+    Raises:
+      ValueError: the stage has no checkpoint.
+    """
+    if not all_steps(directory):
+        raise ValueError(f"no checkpoint in {directory}; run the stage {pathlib.Path(directory).name!r} first.")
+    with open_manager(directory, keep=1000) as manager:
+        return restore(manager, abstract, fingerprint=None)
 
 
 def all_steps(directory: str | os.PathLike) -> list[int]:

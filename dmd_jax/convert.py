@@ -1,4 +1,7 @@
-"""The stage that brings a public checkpoint into the workdir: EDM's `.pkl`, or `.safetensors` and `.npz` of the same keys."""
+"""The stage that brings a public checkpoint into the workdir.
+
+EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted; a diffusers directory is checked and used where it lies.
+"""
 
 import json
 import pathlib
@@ -7,32 +10,57 @@ import jax
 import ml_collections
 
 from dmd_jax import experiment, metrics
-from dmd_jax.weights import edm, files
+from dmd_jax.weights import convert, diffusers, edm, files
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
     """Whether the weights are there, whole, and those of the file that the config names, if that is still at hand."""
     source, weights = (workdir / stage / name for name in (experiment.SOURCE, experiment.WEIGHTS))
-    if not source.exists() or not weights.exists():
+    if not source.exists():
         return False
     made, path = metrics.read_json(source), pathlib.Path(config[stage].checkpoint)
+    changed = f"{source} is about other weights than {path} has now; use another workdir."
+    if made.get("directory"):
+        if diffusers.digest(pathlib.Path(made["directory"])) != made.get("sha256"):
+            raise ValueError(changed)
+        return True
     if path.exists() and files.sha256(path) != made.get("sha256"):
-        raise ValueError(f"{weights.parent} holds the weights of another file than {path} is now; use another workdir.")
-    return files.sha256(weights) == made.get("weights_sha256")
+        raise ValueError(changed)
+    return weights.exists() and files.sha256(weights) == made.get("weights_sha256")
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
-    """Converts the file `checkpoint`.
+    """Imports `checkpoint`.
 
     Raises:
-      ValueError: there is no such file, it is not safe to read, or it is of another network than the config's.
+      ValueError: there is no such file, it is not safe to read, or it is of another network or process than the config's.
     """
-    path, directory = files.find(config[stage].checkpoint), workdir / stage
+    checkpoint, directory = config[stage].checkpoint, workdir / stage
+    bring = _file if pathlib.Path(checkpoint).suffix in edm.SUFFIXES else _directory
+    source = bring(config, checkpoint, directory)
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(directory / experiment.SOURCE, source)
+
+
+def _file(config, checkpoint, directory):
+    path = files.find(checkpoint)
     tensors, found = edm.read(path)
-    edm.check_settings(found, config.network.to_dict())
+    convert.check_settings(found, config.network.to_dict())
     params = edm.to_params(tensors, experiment.make_network(config).abstract)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         edm.write(directory / experiment.WEIGHTS, params, json.loads(config.network.to_json()))
-        sha256 = {"sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
-        metrics.write_json(directory / experiment.SOURCE, {"file": str(path), **sha256})
+    return {"file": str(path), "sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
+
+
+def _directory(config, checkpoint, directory):
+    path = diffusers.find(checkpoint).absolute()
+    found, tensors = diffusers.unet(path)
+    scheduler = diffusers.scheduler(path)
+    stated = found | {f"process.{key}": value for key, value in scheduler["process"].items()} | {"prediction": scheduler["prediction"]}
+    ours = config.network.to_dict() | {f"process.{key}": value for key, value in config.process.items()} | {"prediction": config.prediction}
+    stated.pop("size")  # a UNet of convolutions and attention takes any
+    convert.check_settings(stated, ours)
+    convert.from_torch(tensors, experiment.make_network(config).abstract, place=lambda array, path: None)
+    return {"directory": str(path), "sha256": diffusers.digest(path)}

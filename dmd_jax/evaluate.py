@@ -1,5 +1,6 @@
 """The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir."""
 
+import functools
 import pathlib
 import statistics
 import time
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from dmd_jax import checkpoint, experiment, metrics, sampling
-from dmd_jax.evals import report, suite
+from dmd_jax.evals import report, retrieval, suite
 from dmd_jax.weights import files
 
 SHOWN = 100  # images in the report
@@ -32,11 +33,14 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     features = experiment.make_features(config, workdir, parallel)
     real = _reference(config, settings, features, workdir)
     conditions = experiment.make_source(config, settings.conditions, workdir)
+    decode = experiment.make_decode(config, parallel, settings.batch_size)
+    retrieve = _retrieval(config, settings, features, workdir) if settings.get("retrieval") else None
 
-    scores, images, seconds, nfe = {}, {}, {}, {}
+    scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
     for name in dict.fromkeys((settings.teacher, settings.student)):  # one of them, if they are the same
-        sampler = experiment.make_sampler(config, name)
-        sample = sampling.make_sample(sampler, parallel, settings.batch_size)
+        sampler = experiment.make_sampler(config, name, workdir)
+        sample_latents = sampling.make_sample(sampler, parallel, settings.batch_size)
+        sample = lambda params, inputs, make=sample_latents: decode(make(params, inputs))
         params = experiment.load_params(config, f"{{workdir}}/{name}", workdir)
         first = experiment.inputs(config, range(settings.batch_size), conditions)
         images[name] = sample(params, first)[:SHOWN]
@@ -45,6 +49,9 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         for r in range(settings.seed_ranges):
             batches = _batches(config, settings, range(r * settings.count, (r + 1) * settings.count), sample, params, conditions)
             scores[name].append(suite.compare(features, real, suite.collect(features, batches, settings.neighbours)))
+        if retrieve:
+            retrieved, captioned[name] = retrieve(functools.partial(sample, params))
+            scores[name] = [score | retrieved for score in scores[name]]
 
     result = {
         "protocol": _protocol(config, stage, workdir),
@@ -66,6 +73,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         result["real"] = suite.compare(features, real, floor)
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in images}
+        if captioned:
+            report.draw_captions(workdir / "captions.png", captioned, settings.retrieval.credit)
         report.draw(workdir / "report.png", result, images, curves, teacher=settings.teacher, student=settings.student)
         metrics.write_json(workdir / "evaluation.json", result)
         print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
@@ -84,9 +93,35 @@ def _reference(config, settings, features, workdir):
     return real
 
 
-def _batches(config, settings, indices, sample, params, conditions):
+def _retrieval(config, settings, features, workdir):
+    """`(inputs -> images) -> (scores, {kind of prompt: (texts, real images, images)})` for prompts of each kind."""
+    gallery = experiment.open_source(settings.retrieval.gallery, workdir)
+    rows = [gallery[i] for i in range(len(gallery))]
+    texts, real = [row["text"] for row in rows], np.stack([row["image"] for row in rows])
+    real_features = np.concatenate([features.extract(real[i : i + 500]) for i in range(0, len(real), 500)])
+
+    def retrieve(sample):
+        scores, shown = {}, {}
+        for kind, source in settings.retrieval.prompts.items():
+            prompts = experiment.make_source(config, source, workdir)
+            count = min(len(prompts), settings.retrieval.count)
+            wanted = prompts.texts[:count]
+            images = np.concatenate([sample(inputs) for inputs in _inputs(config, settings, range(count), prompts)])
+            found = retrieval.recall(features.extract(images), wanted, real_features, texts)
+            scores |= {f"{name} {kind}": value for name, value in found.items()}
+            shown[kind] = wanted, real[[texts.index(text) for text in wanted]], images
+        return scores, shown
+
+    return retrieve
+
+
+def _inputs(config, settings, indices, conditions):
     for start in range(0, len(indices), settings.batch_size):
-        inputs = experiment.inputs(config, indices[start : start + settings.batch_size], conditions)
+        yield experiment.inputs(config, indices[start : start + settings.batch_size], conditions)
+
+
+def _batches(config, settings, indices, sample, params, conditions):
+    for inputs in _inputs(config, settings, indices, conditions):
         yield sample(params, inputs), inputs["cond"]
 
 
@@ -99,7 +134,7 @@ def _over_ranges(scores, frechet):
 def _protocol(config, stage, workdir):
     """Everything that the scores depend on."""
     settings = config[stage]
-    keys = ("count", "seed_ranges", "neighbours", "conditions", "reference", "statistics")
+    keys = ("count", "seed_ranges", "neighbours", "conditions", "reference", "statistics", "retrieval")
     return {
         **{key: value for key, value in settings.to_dict().items() if key in keys},
         "seed": experiment.EVALUATION_SEED,

@@ -7,17 +7,18 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, lookup, losses, metrics, recipes, samplers, sampling, sharding
+from dmd_jax import checkpoint, lookup, losses, metrics, recipes, samplers, sampling, sharding, text
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import pipeline
 from dmd_jax.evals import features as features_lib
 from dmd_jax.models import layers, vgg
-from dmd_jax.weights import convert, edm, lpips
+from dmd_jax.weights import convert, diffusers, edm, files, lpips
 
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
 PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow",)}  # those that are defined for each process
-SAMPLERS = {f.__name__: f for f in (samplers.one_step, samplers.euler, samplers.heun, samplers.stochastic_heun)}
+SAMPLERS = {n: getattr(samplers, n) for n in ("one_step", "euler", "heun", "stochastic_heun", "ddim", "pndm", "dpm_solver_pp")}
+FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 WEIGHTS, SOURCE = "weights.safetensors", "source.json"  # of a stage that imports them, and the file they came from
@@ -38,7 +39,7 @@ def check_names(config: ml_collections.ConfigDict):
     for stage in config.stages:
         settings = config[stage]
         if "sampler" in settings:
-            _sampler(settings.sampler.to_dict(), None, denoiser.process, stage)
+            _sampler(settings.sampler.to_dict(), None, denoiser.process, f"{stage}.sampler")
         if "recipe" in settings:
             lookup.find("recipes", settings.recipe.name)
             distance = settings.recipe.get("distance", {"name": "squared_error"})
@@ -69,28 +70,90 @@ def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Par
     return sharding.Parallel(sharding.make_mesh(**config.mesh), config[stage].get("accumulation", 1))
 
 
-def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: sharding.Parallel) -> recipes.Recipe:
+def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: sharding.Parallel, workdir: pathlib.Path) -> recipes.Recipe:
     """The recipe of a training stage."""
     settings = config[stage].recipe.to_dict()
     make = lookup.find("recipes", settings.pop("name"))
     if "distance" in settings:
         settings["distance"], settings["distance_params"] = make_distance(**settings["distance"])
-    return make(make_denoiser(config), parallel, seed=config.seed, null_cond=config.null_cond, **settings)
+    return make(make_denoiser(config), parallel, seed=config.seed, null_cond=null_cond(config, workdir), **settings)
 
 
-def make_distance(name: str, *, weights: str = "", **settings) -> tuple[Callable, dict | None]:
-    """A distance of images `(params, x, y) -> [B]` and its parameters: "squared_error", or "lpips" with its `weights` file."""
+def make_distance(name: str, *, weights: str = "", decoder: dict | None = None, **settings) -> tuple[Callable, dict | None]:
+    """A distance `(params, x, y) -> [B]` and its parameters: "squared_error", or "lpips" with its `weights` file.
+
+    Latents are first turned into images by the autoencoder `decoder`, if there is one.
+    """
     if name == "squared_error":
         return losses.squared_error, None
     network = vgg.make(**settings)
-    return network.apply, convert.from_torch(lpips.read(weights), network.abstract)
+    params = convert.from_torch(lpips.read(weights), network.abstract)
+    if not decoder:
+        return network.apply, params
+    autoencoder, decoder_params = make_autoencoder(decoder)
+
+    def distance(params, x, y):
+        return network.apply(params["lpips"], *(autoencoder.apply(params["decoder"], latents) for latents in (x, y)))
+
+    return distance, {"lpips": params, "decoder": decoder_params}
 
 
-def make_sampler(config: ml_collections.ConfigDict, stage: str) -> samplers.Sampler:
+def make_autoencoder(settings) -> tuple[layers.Network, dict]:
+    """An autoencoder and its parameters: that of the diffusers directory `checkpoint`, or one without parameters by its `name`."""
+    network, tensors = _autoencoder(dict(settings))
+    return network, convert.from_torch(tensors, network.abstract)
+
+
+def make_decode(config: ml_collections.ConfigDict, parallel: sharding.Parallel, batch_size: int) -> Callable:
+    """`latents [N, h, w, c] -> images [N, H, W, C]`, numpy, for any N; without an autoencoder they are the same."""
+    if "autoencoder" not in config:
+        return lambda latents: latents
+    network, params = make_autoencoder(config.autoencoder.to_dict())
+    params = jax.device_put(params, jax.sharding.NamedSharding(parallel.mesh, jax.P()))
+    run = parallel.in_batches("decoding batch_size", network.apply, batch_size)
+    return lambda latents: run(params, latents)
+
+
+def make_encode(config: ml_collections.ConfigDict, parallel: sharding.Parallel, batch_size: int) -> Callable:
+    """`images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N."""
+    network, params = make_autoencoder(config.autoencoder.to_dict())
+    params = jax.device_put(params, jax.sharding.NamedSharding(parallel.mesh, jax.P()))
+    run = parallel.in_batches("encoding batch_size", lambda params, x: network.bind(params).encode(x), batch_size)
+    return lambda images: run(params, images)
+
+
+def make_text_encoder(config: ml_collections.ConfigDict, parallel: sharding.Parallel) -> text.Encoder:
+    """What turns prompts into conditions."""
+    settings = config.text.to_dict()
+    return lookup.find("text", settings.pop("name"))(parallel, **settings)
+
+
+def null_cond(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    """The condition that stands for none: a label, or what is in the file that `config.null_cond` names.
+
+    Raises:
+      ValueError: there is no such file yet.
+    """
+    if not isinstance(config.null_cond, str):
+        return config.null_cond
+    path = pathlib.Path(config.null_cond.format(workdir=workdir))
+    if not path.exists():
+        raise ValueError(f"null_cond: {path} does not exist; run the stage {path.parent.name!r} first.")
+    return np.load(path)
+
+
+def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> samplers.Sampler:
     """How images are made with what a stage has trained."""
-    settings, denoiser = config[stage].sampler.to_dict(), make_denoiser(config)
-    denoise = denoiser_lib.guided(denoiser, settings.pop("guidance_scale", 1.0), config.null_cond)
-    return _sampler(settings, denoise, denoiser.process, stage)
+    settings = config[stage].sampler.to_dict()
+    null = null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
+    return build_sampler(config, settings, null, f"{stage}.sampler")
+
+
+def build_sampler(config: ml_collections.ConfigDict, settings: dict, null, name: str) -> samplers.Sampler:
+    """The sampler of `settings`, guided where they have a "guidance_scale" above 1; `name` is what an error calls them."""
+    denoiser = make_denoiser(config)
+    denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), null)
+    return _sampler(settings, denoise, denoiser.process, name)
 
 
 def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> dict[str, pipeline.Stream]:
@@ -103,19 +166,24 @@ def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib
     return streams
 
 
+def open_source(settings: dict, workdir: pathlib.Path):
+    """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
+    settings = _fill(settings, workdir)
+    return lookup.find("data", settings.pop("source"))(**settings)
+
+
 def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
-    """The data source `settings["source"]`; {workdir} in a string stands for the run's directory.
+    """As `open_source`, for what the network takes or is compared with.
 
     Raises:
       ValueError: there is no such source, or some of its images or labels are not what the network takes.
     """
-    settings, n, shape = _fill(settings, workdir), config.network.num_classes, image_shape(config)
-    name = settings.pop("source")
-    source = lookup.find("data", name)(**settings)
+    source, name, n, shapes = open_source(settings, workdir), settings["source"], config.network.num_classes, _shapes(config)
     for i in {*range(min(len(source), 100)), len(source) - 1}:
         row = source[i]
-        if "image" in row and row["image"].shape != shape:
-            raise ValueError(f"{name}: image {i} has shape {row['image'].shape}, the network makes {shape}; change one of them.")
+        if "image" in row and row["image"].shape not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"{name}: image {i} has shape {row['image'].shape}, the network makes {expected}; change one of them.")
         if n and np.ndim(row["cond"]) == 0 and row["cond"] >= n:
             raise ValueError(f"{name}: label {row['cond']} of item {i} is not below config.network.num_classes = {n}; change one of them.")
     return source
@@ -132,6 +200,8 @@ def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, para
 def load_params(config: ml_collections.ConfigDict, directory: str, workdir: pathlib.Path, step: int | None = None) -> dict:
     """What a stage has trained or imported, on all devices; `directory` may contain {workdir}."""
     directory = pathlib.Path(directory.format(workdir=workdir))
+    if (directory / SOURCE).exists() and (found := metrics.read_json(directory / SOURCE)).get("directory"):
+        return load_directory(config, pathlib.Path(found["directory"]))
     replicated = jax.sharding.NamedSharding(sharding.make_mesh(**config.mesh), jax.P())
     abstract = make_network(config).abstract
     if (directory / WEIGHTS).exists():
@@ -139,6 +209,23 @@ def load_params(config: ml_collections.ConfigDict, directory: str, workdir: path
         return jax.device_put(edm.to_params(tensors, abstract), replicated)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
     return checkpoint.load_weights(directory, abstract, step)
+
+
+def load_directory(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict:
+    """The UNet of a diffusers directory, on all devices; read and placed one tensor at a time."""
+    replicated = jax.sharding.NamedSharding(sharding.make_mesh(**config.mesh), jax.P())
+    _, tensors = diffusers.unet(directory)
+    return convert.from_torch(tensors, make_network(config).abstract, place=lambda array, path: jax.device_put(array, replicated))
+
+
+def find_files(name: str) -> pathlib.Path:
+    """The file, or the directory in the layout of diffusers, of others.
+
+    Raises:
+      ValueError: it is not there, and cannot be fetched.
+    """
+    path = pathlib.Path(name)
+    return files.find(path) if path.exists() or path.suffix in FILE_SUFFIXES else diffusers.find(name)
 
 
 def version(directory: pathlib.Path) -> int | str | None:
@@ -153,18 +240,37 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     return config.network.size, config.network.size, config.network.channels
 
 
+def _shapes(config):
+    """Of what the network makes, and of the images it stands for."""
+    latent = image_shape(config)
+    if "autoencoder" not in config:
+        return (latent,)
+    network, _ = _autoencoder(config.autoencoder.to_dict())
+    image = jax.eval_shape(network.apply, network.abstract, jax.ShapeDtypeStruct((1, *latent), np.float32))
+    return latent, image.shape[1:]
+
+
 def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
     """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
     return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
 
 
-def _sampler(settings, denoise, process, stage):
-    settings.pop("guidance_scale", None)
+def _autoencoder(settings):
+    """The network, and its tensors yet to be read."""
+    checkpoint, tensors = settings.pop("checkpoint", ""), {}
+    if checkpoint:
+        found, tensors = diffusers.vae(diffusers.find(checkpoint))
+        settings = found | settings
+    return lookup.find("models", settings.pop("name"))(**settings), tensors
+
+
+def _sampler(settings, denoise, process, name):
+    settings = {key: value for key, value in settings.items() if key != "guidance_scale"}
     make = _choose("sampler", SAMPLERS, settings.pop("name"))
     try:
         return make(denoise, process, **settings)
     except TypeError as error:
-        raise ValueError(f"{stage}.sampler does not fit: {error}.") from error
+        raise ValueError(f"{name} does not fit: {error}.") from error
 
 
 def _sources(tree, name=""):

@@ -14,19 +14,18 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dmd_jax import experiment, lookup, metrics
-from dmd_jax.weights import files
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
 STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
 
-PROGRAMS = ("train", "convert", "pairs", "evaluate")
+PROGRAMS = ("convert", "embed", "train", "pairs", "evaluate")
 POSITIVE = re.compile(
     r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|seed_ranges|neighbours|shard_size"
     r"|timing_repeats)$"
 )
-FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics)$")  # of others, wanted from the start even if used at the end
+FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics|annotations)$")  # of others, wanted from the start even if used at the end
 # What may change between two runs in one workdir: lengths, intervals and where it runs.
 CHANGEABLE = re.compile(
     r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints|max_skipped_updates"
@@ -97,16 +96,17 @@ def check(config):
 def check_files(config, stages, workdir: pathlib.Path):
     """Raises ValueError if files of others are missing, all of them at once, that a stage still needs."""
     missing = []
-    for stage in (*stages, *("features" for stage in stages if config[stage].program == "evaluate")):
+    shared = [key for key in ("features", "text", "autoencoder") if key in config and any("recipe" not in config[s] for s in stages)]
+    for stage in (*stages, *shared):
         for key, value in _flat(config[stage].to_dict()).items():
             imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()
             if FILES.search(key) and value and "{workdir}" not in value and not imported:
                 try:
-                    files.find(value)
+                    experiment.find_files(value)
                 except ValueError as error:
                     missing.append(str(error))
     if missing:
-        raise ValueError(" ".join(missing))
+        raise ValueError(" ".join(dict.fromkeys(missing)))
 
 
 def claim(config, workdir: pathlib.Path):

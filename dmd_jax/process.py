@@ -1,6 +1,6 @@
 """Noise processes: x_t = alpha(t) x + sigma(t) eps, with larger t noisier in all of them.
 
-`t` is opaque everywhere else: only the process knows whether it is a standard deviation (`EDM`), an index into a table (`VP`) or a
+`t` is opaque everywhere else: only the process knows whether it is a standard deviation (`EDM`), a place in a table (`VP`) or a
 fraction (`RectifiedFlow`). Every process has `NUM_LEVELS` noise levels; `level(0)` is the least noisy.
 """
 
@@ -31,10 +31,10 @@ class Process(Protocol):
         """Times for the training of a teacher."""
 
     def grid(self, num_steps: int) -> np.ndarray:
-        """Times of a sampler, float64 [num_steps + 1], descending; the last one is the time of the result."""
+        """Times of a sampler, float64 [num_steps + 1], descending; at the last one no noise is left."""
 
     def prior(self, z: jax.Array) -> jax.Array:
-        """The state from which sampling starts, for unit Gaussian noise `z`."""
+        """The input of a one-step generator, for unit Gaussian noise `z`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,11 @@ class EDM:
 
 @dataclasses.dataclass(frozen=True)
 class VP:
-    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps: t indexes the table of Stable Diffusion ("scaled linear" betas)."""
+    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps: the timesteps 0 to 999 of Stable Diffusion ("scaled linear" betas).
+
+    Between timesteps sigma / alpha is interpolated linearly, as by diffusers' EulerDiscreteScheduler; -1 is the time without noise.
+    `alpha` and `sigma` of a numpy array are computed in numpy.
+    """
 
     beta_min: float = 0.00085
     beta_max: float = 0.012
@@ -88,10 +92,10 @@ class VP:
         return float(NUM_LEVELS - 1)
 
     def alpha(self, t):
-        return jnp.sqrt(self._abar(t))
+        return 1 / (1 + self._ratio(t) ** 2) ** 0.5
 
     def sigma(self, t):
-        return jnp.sqrt(1 - self._abar(t))
+        return self._ratio(t) * self.alpha(t)
 
     def level(self, index):
         return index.astype(jnp.float32)
@@ -100,19 +104,54 @@ class VP:
         return jax.random.randint(key, shape, 0, NUM_LEVELS).astype(jnp.float32)
 
     def grid(self, num_steps):
-        return np.round(np.linspace(NUM_LEVELS - 1, 0, num_steps + 1))
+        _check_timesteps(num_steps)
+        return np.append(np.linspace(0, NUM_LEVELS - 1, num_steps)[::-1], -1)
+
+    def timesteps(self, num_steps: int, spacing: str) -> np.ndarray:
+        """A grid whose times are all in the table but the last of "linspace", the time without noise; the others end at timestep 0.
+
+        Args:
+          num_steps: 1 to 999.
+          spacing: "leading", SD's own, of which one step begins at timestep 1; "trailing" and "linspace" begin at 999.
+
+        Raises:
+          ValueError: there is no such grid.
+
+        Source: diffusers 0.42 with SD 1.5's settings (steps_offset 1, set_alpha_to_one false); Lin et al., arXiv 2305.08891, Table 2.
+        """
+        _check_timesteps(num_steps)
+        if spacing == "leading":
+            return np.append(np.arange(num_steps)[::-1] * (NUM_LEVELS // num_steps) + 1.0, 0)
+        if spacing == "trailing":
+            times = np.arange(NUM_LEVELS, 0, -NUM_LEVELS / num_steps)[:num_steps]  # rounding can make one too many
+            return np.append(np.round(times) - 1, 0)
+        if spacing == "linspace":
+            return np.append(np.round(np.linspace(0, NUM_LEVELS - 1, num_steps + 1))[:0:-1], -1)
+        raise ValueError(f"no spacing {spacing!r}; there are: leading, trailing, linspace.")
 
     def prior(self, z):
         return z  # not sigma(t_max) z: Stable Diffusion is sampled from unit noise
 
-    def _abar(self, t):
-        return jnp.asarray(_scaled_linear(self.beta_min, self.beta_max))[t.astype(jnp.int32)]
+    def _ratio(self, t):
+        """sigma / alpha."""
+        xp = t.__array_namespace__()  # numpy's or JAX's
+        table = xp.asarray(_scaled_linear(self.beta_min, self.beta_max), dtype=t.dtype)
+        below = xp.floor(t)
+        i = below.astype(xp.int32) + 1
+        return table[i] + (t - below) * (table[i + 1] - table[i])
 
 
 @functools.cache
 def _scaled_linear(beta_min, beta_max):
-    betas = np.linspace(beta_min**0.5, beta_max**0.5, NUM_LEVELS) ** 2
-    return np.cumprod(1 - betas).astype(np.float32)
+    """sigma / alpha at the times -1 to 999, and the last one again; float64."""
+    abar = np.cumprod(1 - np.linspace(beta_min**0.5, beta_max**0.5, NUM_LEVELS) ** 2)
+    ratio = np.sqrt((1 - abar) / abar)
+    return np.concatenate([[0], ratio, ratio[-1:]])
+
+
+def _check_timesteps(num_steps):
+    if not 1 <= num_steps < NUM_LEVELS:
+        raise ValueError(f"num_steps is {num_steps}, expected 1 to {NUM_LEVELS - 1}; there are {NUM_LEVELS} timesteps.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,13 +36,16 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
             f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
             f"is not a multiple of preview_every {settings.preview_every}; change one of them."
         )
-    recipe = experiment.make_recipe(config, stage, parallel)
+    recipe = experiment.make_recipe(config, stage, parallel, workdir)
     params = _first_params(config, stage, workdir)
     fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest(params)}"
     manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
 
     train_state, shardings = first_state(recipe, params, parallel)
-    train_state = checkpoint.restore(manager, abstract_state(train_state), fingerprint=fingerprint) or train_state
+    restored = checkpoint.restore(manager, abstract_state(train_state), fingerprint=fingerprint)
+    if restored is None and settings.get("continues"):
+        restored = checkpoint.load_state(workdir / settings.continues, abstract_state(train_state))
+    train_state = restored or train_state
     start = int(train_state.step)
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
     previews = _previews(config, stage, workdir, parallel)
@@ -105,16 +108,17 @@ def _previews(config, stage, workdir, parallel):
     parallel = sharding.Parallel(parallel.mesh)
     conditions = experiment.make_source(config, config.evaluate.conditions, workdir)
     inputs = experiment.inputs(config, range(settings.preview_images), conditions)
-    sample = sampling.make_sample(experiment.make_sampler(config, stage), parallel, settings.preview_images)
+    sample = sampling.make_sample(experiment.make_sampler(config, stage, workdir), parallel, settings.preview_images)
+    decode = experiment.make_decode(config, parallel, settings.preview_images)
     if not settings.preview_scores:
-        return lambda params: (sample(params, inputs)[:100], {})
+        return lambda params: (decode(sample(params, inputs))[:100], {})
     features = experiment.make_features(config, workdir, parallel)
     if settings.best_metric not in ("", *suite.scores(features)):
         raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.scores(features))}.")
     real = suite.collect_source(features, experiment.make_source(config, config.images, workdir), config.evaluate.neighbours, workdir)
 
     def preview(params):
-        images = sample(params, inputs)
+        images = decode(sample(params, inputs))
         return images[:100], suite.compare(features, real, suite.collect(features, [(images, inputs["cond"])], settings.preview_images))
 
     return preview

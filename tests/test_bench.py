@@ -37,7 +37,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         np.savez(tmp_path / "lpips.npz", **convert.to_torch(vgg.make().init(0)))
         distance = dict(name="lpips", weights=str(tmp_path / "lpips.npz"), size=16)
     config = make_config(name, distance)
-    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)))
+    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path)
     params, batch = random_weights(experiment.make_network(config).abstract), bench.random_batch(config, 4)
     state = recipe.init(params)
     drawn = []

@@ -29,7 +29,7 @@ def test_unknown_variant(name):
         ("imagenet64", 2e-6, 336, 350_000, 0.25, 25_000, 511),
     ],
 )
-def test_the_papers_hyperparameters(name, learning_rate, batch_size, num_steps, regression_weight, pairs, nfe):
+def test_the_papers_hyperparameters(name, learning_rate, batch_size, num_steps, regression_weight, pairs, nfe, tmp_path):
     """DMD, Appendix B, Tables 1 to 3."""
     config = bench.load_config(name)
     recipe = config.dmd.recipe
@@ -40,6 +40,6 @@ def test_the_papers_hyperparameters(name, learning_rate, batch_size, num_steps, 
     assert (recipe.regression_weight, recipe.matching_weight, recipe.guidance_scale) == (regression_weight, 1.0, 1.0)
     assert recipe.matching_levels == (20, 980) and recipe.fake_score_levels == (0, 999)
     assert (recipe.distance.name, recipe.distance.size) == ("lpips", 224)
-    assert experiment.make_sampler(config, "teacher").nfe == nfe and experiment.make_sampler(config, "dmd").nfe == 1
+    assert experiment.make_sampler(config, "teacher", tmp_path).nfe == nfe and experiment.make_sampler(config, "dmd", tmp_path).nfe == 1
     assert config.process.to_dict() == dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)
     assert (config.evaluate.count, config.evaluate.seed_ranges) == (50_000, 3)

@@ -8,13 +8,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 CHAIN = (  # a module imports none of its own line, nor of those above it
     {"main", "bench"},
-    {"train", "convert", "pairs", "evaluate", "export"},
+    {"train", "convert", "embed", "pairs", "evaluate", "export", "sample"},
     {"recipes"},
     {"losses", "samplers"},
     {"denoiser"},
     {"process"},
 )
-STAGES = {"main", "bench", "train", "convert", "pairs", "evaluate", "export", "experiment"}
+STAGES = {"main", "bench", "train", "convert", "embed", "pairs", "evaluate", "export", "sample", "experiment"}
 MATHEMATICS = {"process", "denoiser", "samplers", "losses"}
 
 
@@ -64,7 +64,7 @@ def test_mathematics_needs_only_jax(module):
 @pytest.mark.parametrize("module", files("models"))
 def test_models_need_only_flax_and_layers(module):
     others = {name for name in IMPORTS[module] if not name.startswith("dmd_jax.")}
-    assert others <= {"jax", "flax", "numpy", "functools", "typing", "collections", "math"}
+    assert others <= {"jax", "flax", "numpy", "functools", "itertools", "typing", "collections", "math"}
     assert IMPORTS[module] - others <= ({"dmd_jax.rules"} if module == "models.layers" else {"dmd_jax.models.layers"})
 
 

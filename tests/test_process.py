@@ -35,6 +35,21 @@ def test_vp_table():
     np.testing.assert_allclose(process.alpha(t), np.sqrt(abar), rtol=3e-6)
     np.testing.assert_allclose(process.sigma(t), np.sqrt(1 - abar), rtol=3e-5)
     np.testing.assert_allclose(process.sigma(t) / process.alpha(t), list(RATIO.values()), rtol=1e-4)
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    for t, tolerance in ((all_levels(process), 3e-7), (np.arange(1000.0), 1e-12)):  # JAX's float32, numpy's float64
+        np.testing.assert_allclose(process.alpha(t), np.sqrt(abar), rtol=tolerance)
+        np.testing.assert_allclose(process.sigma(t), np.sqrt(1 - abar), rtol=tolerance)
+
+
+def test_vp_between_timesteps():
+    """As diffusers' EulerDiscreteScheduler: np.interp of sigma / alpha; nothing but the image at -1."""
+    process, t = process_lib.VP(), np.array([-1, -0.25, 0.5, 437.5, 998.9])
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    ratio = np.interp(t, np.arange(-1, 1000), np.append(0, np.sqrt(1 / abar - 1)))
+    np.testing.assert_allclose(process.sigma(t) / process.alpha(t), ratio, rtol=1e-11)
+    np.testing.assert_allclose(process.alpha(t) ** 2 + process.sigma(t) ** 2, 1, rtol=1e-14)
+    np.testing.assert_allclose(jax.jit(process.sigma)(jnp.float32(t)), process.sigma(t), rtol=1e-6)
+    assert (process.alpha(t)[0], process.sigma(t)[0]) == (1, 0)
 
 
 def test_rectified_flow_is_a_straight_line():
@@ -80,8 +95,32 @@ def test_edm_grid():
 @pytest.mark.parametrize("process", PROCESSES)
 def test_grids_descend_from_the_noisiest_time(process):
     grid = process.grid(7)
-    assert grid.shape == (8,) and grid[0] == pytest.approx(process.t_max, rel=1e-6) and grid[-1] == 0
+    assert grid.shape == (8,) and grid[0] == pytest.approx(process.t_max, rel=1e-6) and process.sigma(grid)[-1] == 0
     assert (np.diff(grid) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected", "first"),
+    [("leading", [751, 501, 251, 1, 0], 1), ("trailing", [999, 749, 499, 249, 0], 999), ("linspace", [999, 749, 500, 250, -1], 999)],
+)
+def test_timesteps(spacing, expected, first):
+    process = process_lib.VP()
+    np.testing.assert_array_equal(process.timesteps(4, spacing), expected)
+    assert process.timesteps(1, spacing)[0] == first  # of the three only "leading" begins at 1
+
+
+def test_fractional_grid():
+    np.testing.assert_array_equal(process_lib.VP().grid(4), [999, 666, 333, 0, -1])
+    np.testing.assert_array_equal(process_lib.VP().grid(1), [0, -1])
+
+
+@pytest.mark.parametrize("num_steps", [0, 1000])
+def test_there_are_fewer_steps_than_timesteps(num_steps):
+    for grid in (process_lib.VP().grid, lambda n: process_lib.VP().timesteps(n, "leading")):
+        with pytest.raises(ValueError, match=f"num_steps is {num_steps}, expected 1 to 999"):
+            grid(num_steps)
+    with pytest.raises(ValueError, match="no spacing 'even'; there are: leading, trailing, linspace"):
+        process_lib.VP().timesteps(4, "even")
 
 
 def test_prior_scale():

@@ -190,21 +190,24 @@ def test_a_step_is_traced_once(recipe):
         state, _ = step(state, make_batch(recipe, i))
 
 
-def test_a_dmd_step_is_the_papers(monkeypatch):
-    state, metrics, drawn = recorded_step(monkeypatch, dmd)
+@pytest.mark.parametrize("matched", [("fresh",), ("fresh", "pairs")])
+def test_a_dmd_step_is_the_papers(monkeypatch, matched):
+    state, metrics, drawn = recorded_step(monkeypatch, dmd, matched=matched)
     fresh, pairs = drawn["fresh"], drawn["pairs"]
-    cond, t, fake_t = fresh["cond"], fresh["t"], fresh["fake_t"]
+    noised = {name: np.concatenate([drawn["noised"][m][name] for m in matched]) for name in ("t", "eps", "fake_t", "fake_eps")}
+    z, cond = (np.concatenate([drawn[m][name] for m, name in zip(matched, names, strict=False)]) for names in (("z", "noise"), ("cond",) * 2))
+    t, fake_t = noised["t"], noised["fake_t"]
 
-    x, dx = denoise(0.7, 80 * fresh["z"], 80.0, cond)
+    x, dx = denoise(0.7, 80 * z, 80.0, cond)
     x_pairs, dx_pairs = denoise(0.7, 80 * pairs["noise"], 80.0, pairs["cond"])
-    x_t = x + t.reshape(-1, 1, 1, 1) * fresh["eps"]
+    x_t = x + t.reshape(-1, 1, 1, 1) * noised["eps"]
     null, given, x_fake = (denoise(w, x_t, t, c)[0] for w, c in ((0.9, 0 * cond), (0.9, cond), (0.5, cond)))
     x_real = null + 2 * (given - null)
     g = (x_fake - x_real) / np.abs(x - x_real).mean(axis=(1, 2, 3), keepdims=True)
     grad = np.mean(g * dx) + 0.25 * np.mean(2 * (x_pairs - pairs["image"]) * dx_pairs)
 
     skip, out, scale = edm_parts(fake_t)
-    noisy = x + fake_t.reshape(-1, 1, 1, 1) * fresh["fake_eps"]  # of the images before the generator's update
+    noisy = x + fake_t.reshape(-1, 1, 1, 1) * noised["fake_eps"]  # of the images before the generator's update
     slope = scale * noisy * (1 + 0.1 * cond.reshape(-1, 1, 1, 1))
     error = 0.5 * slope - (x - skip * noisy) / out
 
@@ -238,7 +241,7 @@ def test_a_teacher_step_is_edms(monkeypatch):
 
 
 def test_noises_are_independent_and_levels_are_the_papers(monkeypatch):
-    (first, second) = (recorded_step(monkeypatch, dmd, step=step)[2]["fresh"] for step in (0, 1))
+    (first, second) = ({**d["fresh"], **d["noised"]["fresh"]} for d in (recorded_step(monkeypatch, dmd, step=step)[2] for step in (0, 1)))
     names = ("z", "eps", "fake_eps")
     noises = np.stack([draw[name].ravel() for draw in (first, second) for name in names])
     np.testing.assert_allclose(np.corrcoef(noises), np.eye(6), atol=0.02)

@@ -11,7 +11,7 @@ import time
 import chex
 import pytest
 
-from dmd_jax.data import pairs
+from dmd_jax.data import records
 from tests.test_stages import params_of, smoke
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def content(workdir):
     """Everything that has to come out the same: the parameters of all checkpoints, and the pairs."""
     config = smoke()
     config.mesh.data = 1
-    source = pairs.read(directory=workdir / "pairs")
+    source = records.read(directory=workdir / "pairs")
     return [params_of(config, workdir, stage) for stage in ("teacher", "dmd")], [source[i] for i in range(len(source))]
 
 

@@ -1,3 +1,4 @@
+import fractions
 import itertools
 
 import jax
@@ -5,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
-from dmd_jax import samplers
+from dmd_jax import samplers, sampling, sharding
 
-EDM = process_lib.EDM()
+EDM, VP = process_lib.EDM(), process_lib.VP()
 CHURN = dict(churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003)  # EDM's for ImageNet-64
 
 
@@ -84,10 +86,10 @@ def test_heun_is_edms_algorithm_1():
     np.testing.assert_allclose(sampler.sample(None, jnp.float32([[0.3, -1.2]]), None), x, atol=1e-5)
 
 
-@pytest.mark.parametrize(("process", "expected"), [(EDM, 35), (process_lib.VP(), 36)])
-def test_heun_calls_the_network_twice_a_step_but_once_where_no_noise_is_left(process, expected):
+@pytest.mark.parametrize("process", [EDM, process_lib.VP()])
+def test_heun_calls_the_network_twice_a_step_but_once_where_no_noise_is_left(process):
     calls, nfe = count_calls(samplers.heun, process, num_steps=18)
-    assert len(calls) == nfe == expected
+    assert len(calls) == nfe == 35
 
 
 def test_noise_is_added_before_the_first_call_of_a_step():
@@ -104,19 +106,6 @@ def test_euler_calls_the_network_once_a_step():
     np.testing.assert_allclose(sorted(calls, reverse=True), EDM.grid(18)[:-1], rtol=1e-6)
 
 
-def test_euler_is_ddim():
-    process = process_lib.VP()
-    grid = process.grid(10)
-    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-    x = z = np.random.default_rng(0).standard_normal((2, 3))
-    for t, s in zip(abar[grid[:-1].astype(int)], abar[grid[1:].astype(int)], strict=True):
-        x_hat = np.tanh(x)
-        eps = (x - np.sqrt(t) * x_hat) / np.sqrt(1 - t)
-        x = np.sqrt(s) * x_hat + np.sqrt(1 - s) * eps  # DDIM, equation 12, with sigma_t = 0
-    sampler = samplers.euler(lambda params, x_t, t, cond: jnp.tanh(x_t), process, num_steps=10)
-    np.testing.assert_allclose(sampler.sample(None, jnp.asarray(z, jnp.float32), None), x, atol=2e-5)
-
-
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
 def test_straight_flows_need_one_step(num_steps):
     point = jnp.array([[0.3, -0.7]])
@@ -131,3 +120,155 @@ def test_heun_is_of_second_order():
     exact = 80 * 0.5 / np.sqrt(80**2 + 0.5**2)
     errors = [samplers.heun(gaussian, EDM, num_steps=n).sample(None, images([1.0]), None).item() - exact for n in (20, 40)]
     assert 3.5 < errors[0] / errors[1] < 8
+
+
+SD15 = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)  # of its scheduler
+DDIM, PNDM = dict(SD15, set_alpha_to_one=False, clip_sample=False), dict(SD15, set_alpha_to_one=False, skip_prk_steps=True)
+SCHEDULERS = {  # ours and diffusers'
+    "leading": (samplers.ddim, dict(spacing="leading"), "DDIMScheduler", DDIM),
+    "trailing": (samplers.ddim, dict(spacing="trailing"), "DDIMScheduler", DDIM | dict(timestep_spacing="trailing")),
+    "linspace": (samplers.ddim, dict(spacing="linspace"), "DPMSolverMultistepScheduler", SD15 | dict(solver_order=1)),
+    "pndm": (samplers.pndm, {}, "PNDMScheduler", PNDM),
+    "dpm_solver_pp": (samplers.dpm_solver_pp, {}, "DPMSolverMultistepScheduler", SD15),
+    "euler": (samplers.euler, {}, "EulerDiscreteScheduler", SD15),
+}
+Z = np.random.default_rng(0).standard_normal((2, 3, 3, 2), np.float32)
+
+
+def network(library, x, t):
+    return library.tanh(1.5 * x + library.cos(t / 300))
+
+
+def ours(name, num_steps, prediction=denoiser_lib.eps, see=lambda t, x: None):
+    def called(params, x, t, cond):
+        jax.debug.callback(lambda t, x: see(float(t[0]), np.array(x)), t, x, ordered=True)
+        return network(jnp, x, process_lib.expand(t, x))
+
+    make, settings, _, _ = SCHEDULERS[name]
+    sampler = make(denoiser_lib.Denoiser(called, VP, prediction), VP, num_steps=num_steps, **settings)
+    x = np.asarray(sampler.sample(None, jnp.asarray(Z), None))
+    jax.effects_barrier()
+    return x, sampler.nfe
+
+
+def scheduler_of(name, num_steps, **changes):
+    _, _, theirs, settings = SCHEDULERS[name]
+    scheduler = getattr(pytest.importorskip("diffusers"), theirs)(**settings | changes)
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def theirs(name, num_steps, see=lambda t, x: None, **changes):
+    torch, scheduler = pytest.importorskip("torch"), scheduler_of(name, num_steps, **changes)
+    x = torch.from_numpy(Z) * scheduler.init_noise_sigma
+    for t, s in itertools.zip_longest(scheduler.timesteps, scheduler.timesteps[1:], fillvalue=0):
+        if name == "trailing":  # its step is 1000 // this, which is not always where the next one begins
+            scheduler.num_inference_steps = fractions.Fraction(1000, int(t - s))
+        x_t = scheduler.scale_model_input(x, t)
+        see(float(t), x_t.numpy())
+        x = scheduler.step(network(torch, x_t, t), t, x).prev_sample
+    return x.numpy()
+
+
+def difference(x, y):
+    return np.abs(x - y).max() / np.abs(y).max()
+
+
+@pytest.mark.parametrize("name", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers(name):
+    for n in range(1, 1000):
+        grid = VP.timesteps(n, name)
+        np.testing.assert_array_equal(grid[:-1], scheduler_of(name, n).timesteps[:n])  # 61, "trailing" and some others: theirs add a -1
+        assert (np.diff(grid) <= 0).all() and (VP.sigma(grid[:-1]) > 0).all()
+
+
+@pytest.mark.parametrize(("name", "num_steps"), sorted({*itertools.product(SCHEDULERS, (1, 2, 4, 7, 20, 50))} - {("pndm", 1)}))
+def test_what_the_network_sees_and_the_result_are_those_of_diffusers(name, num_steps):
+    seen, expected = [], []
+    x, nfe = ours(name, num_steps, see=lambda *call: seen.append(call))
+    seen.append((0, x))
+    expected_x = theirs(name, num_steps, see=lambda *call: expected.append(call))
+    expected.append((0, expected_x))
+    assert len(seen) - 1 == nfe == num_steps + (name == "pndm")
+    tolerance = 2e-5 if (name, num_steps) == ("euler", 1) else 1e-5  # it begins at timestep 0, of which diffusers' sigma is 1.3e-5 off
+    for (t, x_t), (expected_t, expected_x_t) in zip(seen, expected, strict=True):
+        assert t == pytest.approx(expected_t, rel=1e-7)
+        assert difference(x_t, expected_x_t) < tolerance
+
+
+@pytest.mark.parametrize("name", ["leading", "trailing", "linspace", "dpm_solver_pp", "euler"])
+def test_networks_of_v_are_sampled_as_by_diffusers(name):
+    assert difference(ours(name, 7, denoiser_lib.v)[0], theirs(name, 7, prediction_type="v_prediction")) < 1e-5
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_float64_on_eight_devices_agrees_with_diffusers(name):
+    make, settings, _, _ = SCHEDULERS[name]
+    denoise = denoiser_lib.Denoiser(lambda params, x, t, cond: network(jnp, x, process_lib.expand(t, x)), VP, denoiser_lib.eps)
+    sampler = make(denoise, VP, num_steps=20, **settings)
+    sample = sampling.make_sample(sampler, sharding.Parallel(sharding.make_mesh()), 8)
+    x = sample({}, dict(z=np.tile(Z, (4, 1, 1, 1)), key=np.zeros((8, 2), np.uint32), cond=np.zeros(8, np.int32)))
+    assert difference(x, np.tile(theirs(name, 20), (4, 1, 1, 1))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("leading", dict(set_alpha_to_one=True)),
+        ("pndm", dict(set_alpha_to_one=True)),
+        ("dpm_solver_pp", dict(final_sigmas_type="sigma_min")),
+        ("dpm_solver_pp", dict(solver_order=1)),
+        ("dpm_solver_pp", dict(solver_type="heun")),
+        ("euler", dict(timestep_spacing="leading")),
+    ],
+)
+def test_other_settings_of_diffusers_are_far_away(name, changes):
+    assert difference(ours(name, 20)[0], theirs(name, 20, **changes)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["pndm", "dpm_solver_pp"])
+def test_the_order_of_the_predictions_matters(name, monkeypatch):
+    expected, multistep = ours(name, 20)[0], samplers._multistep
+    monkeypatch.setattr(samplers, "_multistep", lambda *args: multistep(*args[:3], (*args[3][:2], args[3][2][:, ::-1])))
+    assert not difference(ours(name, 20)[0], expected) < 1e-4
+
+
+def test_plms_forgets_the_second_call(monkeypatch):
+    expected = ours("pndm", 20)[0]
+    monkeypatch.setattr(samplers, "PLMS", np.array([sorted(row, key=lambda weight: weight == 0) for row in samplers.PLMS]))
+    assert difference(ours("pndm", 20)[0], expected) > 1e-4
+
+
+def test_ddim_is_euler_on_the_straight_flow():
+    """x_t / (alpha + sigma) moves along x_hat - eps_hat by as much as alpha / (alpha + sigma) does."""
+    grid = VP.timesteps(20, "leading")
+    total = VP.alpha(grid) + VP.sigma(grid)
+    tau, x = VP.alpha(grid) / total, Z / total[0]
+    for i, t in enumerate(grid[:-1]):
+        velocity = (x - network(np, total[i] * x, t)) / tau[i]
+        x = x + (tau[i + 1] - tau[i]) * velocity
+    assert difference(ours("leading", 20)[0], total[-1] * x) < 1e-5
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_dpm_solver_pp_has_finite_gradients(num_steps):
+    denoise = lambda params, x_t, t, cond: jnp.tanh(params * x_t)
+    sample = samplers.dpm_solver_pp(denoise, VP, num_steps=num_steps).sample
+    values = jax.value_and_grad(lambda params, z: sample(params, z, None).sum(), argnums=(0, 1))(0.7, jnp.asarray(Z))
+    assert all(np.isfinite(a).all() and np.any(a) for a in jax.tree.leaves(values))
+
+
+@pytest.mark.parametrize(
+    ("make", "process", "settings", "message"),
+    [
+        (samplers.pndm, EDM, dict(num_steps=20), "pndm needs the process VP, got EDM; use euler or heun"),
+        (samplers.dpm_solver_pp, process_lib.RectifiedFlow(), dict(num_steps=20), "got RectifiedFlow"),
+        (samplers.ddim, VP, dict(num_steps=20, spacing="karras"), "no spacing 'karras'; there are: leading"),
+        (samplers.ddim, VP, dict(num_steps=0, spacing="leading"), "num_steps is 0, expected 1 to 999"),
+        (samplers.euler, VP, dict(num_steps=1001), "num_steps is 1001, expected 1 to 999"),
+        (samplers.pndm, VP, dict(num_steps=1), "num_steps of pndm is 1, expected 2 or more; use ddim"),
+    ],
+)
+def test_samplers_that_there_are_not(make, process, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(None, process, **settings)

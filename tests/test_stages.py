@@ -12,7 +12,7 @@ from PIL import Image
 
 from dmd_jax import checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sampling, sharding, train
 from dmd_jax.data import images as images_lib
-from dmd_jax.data import pairs as pairs_data
+from dmd_jax.data import records
 from tests.runs import params_of, smoke
 
 
@@ -109,11 +109,11 @@ def test_not_images():
 def test_truncated_shard(workdir):
     path = sorted((workdir / "pairs").glob("*.arrayrecord"))[1]
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"pair shard .*00001.* is truncated or corrupt; delete it"):
-        pairs_data.read(directory=workdir / "pairs")
+    with pytest.raises(ValueError, match=r"shard .*00001.* is truncated or corrupt; delete it"):
+        records.read(directory=workdir / "pairs")
     path.unlink()
-    with pytest.raises(ValueError, match=r"pair shard .*00001.* is missing"):
-        pairs_data.read(directory=workdir / "pairs")
+    with pytest.raises(ValueError, match=r"shard .*00001.* is missing"):
+        records.read(directory=workdir / "pairs")
 
 
 def test_missing_shards_are_made_again_the_same(workdir, finished):
@@ -121,15 +121,15 @@ def test_missing_shards_are_made_again_the_same(workdir, finished):
     path.unlink()
     assert not pairs.done(smoke(), "pairs", workdir)
     pairs.run(smoke(), "pairs", workdir)
-    ours, theirs = (pairs_data.read(directory=d / "pairs") for d in (workdir, finished))
+    ours, theirs = (records.read(directory=d / "pairs") for d in (workdir, finished))
     assert len(ours) == len(theirs) == 64
     chex.assert_trees_all_equal([ours[i] for i in range(64)], [theirs[i] for i in range(64)])
 
 
 def test_pairs_are_the_teachers_images_of_their_noise(finished):
-    config, source = smoke(), pairs_data.read(directory=finished / "pairs")
+    config, source = smoke(), records.read(directory=finished / "pairs")
     parallel = sharding.Parallel(sharding.make_mesh())
-    sample = sampling.make_sample(experiment.make_sampler(config, "teacher"), parallel, 8)
+    sample = sampling.make_sample(experiment.make_sampler(config, "teacher", finished), parallel, 8)
     rows = [source[i] for i in (3, 17, 40)]
     inputs = sampling.inputs(config.seed, (3, 17, 40), (8, 8, 1), images_lib.labels(num_classes=10))
     np.testing.assert_array_equal(inputs["z"], np.stack([r["noise"] for r in rows]))
@@ -209,7 +209,7 @@ def test_images_do_not_depend_on_the_batch(finished, sampler):
         config.dmd.sampler = dict(name=sampler, num_steps=3, churn=2.0, s_min=0.05, s_max=50.0, s_noise=1.003)
     params, labels = params_of(config, finished, "dmd"), images_lib.labels(num_classes=10)
     eight, one = sharding.Parallel(sharding.make_mesh()), sharding.Parallel(sharding.make_mesh(data=1))
-    sampler = experiment.make_sampler(config, "dmd")
+    sampler = experiment.make_sampler(config, "dmd", finished)
     images = sampling.make_sample(sampler, eight, 8)(params, experiment.inputs(config, range(20), labels))
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.float32
     some = sampling.make_sample(sampler, one, 7)(params, experiment.inputs(config, range(5, 14), labels))
@@ -280,7 +280,7 @@ def test_without_a_running_mean(workdir):
     config.dmd.recipe.ema_decay = 0.0
     shutil.rmtree(workdir / "dmd")
     train.run(config, "dmd", workdir)
-    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()))
+    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()), workdir)
     assert jax.eval_shape(recipe.init, params_of(config, workdir, "teacher")).generator.ema is None
     params = params_of(config, workdir, "dmd")
     assert np.isfinite(params["map_layer0"]["kernel"]).all()

@@ -10,7 +10,7 @@ import chex
 import numpy as np
 import pytest
 
-from dmd_jax.weights import edm, pickles
+from dmd_jax.weights import convert, edm, pickles
 
 torch = pytest.importorskip("torch")
 
@@ -198,9 +198,9 @@ def test_filters_of_ncsnpp():
 
 def test_check_settings():
     found = dict(name="unet_edm.adm", num_classes=10, multipliers=(1, 2), augment_dim=None)
-    edm.check_settings(found, dict(multipliers=[1, 2], augment_dim=9, dtype="float32"))
+    convert.check_settings(found, dict(multipliers=[1, 2], augment_dim=9, dtype="float32"))
     with pytest.raises(ValueError, match=r"num_classes is 10 in the checkpoint, 0 in the config; multipliers is \[1, 2\]"):
-        edm.check_settings({**found}, dict(num_classes=0, multipliers=[2, 2]))
+        convert.check_settings({**found}, dict(num_classes=0, multipliers=[2, 2]))
 
 
 @pytest.mark.parametrize("new", [True, False])

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -80,9 +81,9 @@ def read(*, path: str, size: int, num_classes: int = 0, x_flips: bool = False):
     Raises:
       ValueError: no images; labels missing, out of range or damaged; an image is unlike the others or corrupt (when it is reached).
     """
-    files = _open(pathlib.Path(path).expanduser())
+    files = open_files(path)
     everything = set(files.names())
-    names = sorted(name for name in everything if name.lower().endswith(SUFFIXES) and not pathlib.PurePath(name).name.startswith("._"))
+    names = image_names(everything)
     if not names:
         raise ValueError(
             f"{path}: no images; expected files that end in {', '.join(SUFFIXES)}, got {len(everything)} others; check the path."
@@ -94,7 +95,13 @@ def read(*, path: str, size: int, num_classes: int = 0, x_flips: bool = False):
     return images.Flipped(source) if x_flips else source
 
 
-def _open(path):
+def open_files(path: str | os.PathLike) -> Directory | Archive:
+    """A directory or a .zip.
+
+    Raises:
+      ValueError: it is neither, or damaged.
+    """
+    path = pathlib.Path(path).expanduser()
     if path.is_dir():
         return Directory(path)
     if path.suffix.lower() == ".zip" and path.exists():
@@ -104,6 +111,11 @@ def _open(path):
             raise ValueError(f"{path} is a damaged .zip ({error}); copy it again.") from error
     what = "another file" if path.exists() else "nothing there"
     raise ValueError(f"{path}: expected a directory or a .zip of images, got {what}; check the path.")
+
+
+def image_names(names: Iterable[str]) -> list[str]:
+    """Those of images, sorted."""
+    return sorted(name for name in names if name.lower().endswith(SUFFIXES) and not pathlib.PurePath(name).name.startswith("._"))
 
 
 def _labels(text, names, num_classes, origin):

@@ -1,6 +1,7 @@
 """Datasets that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets
@@ -38,13 +39,24 @@ def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_fli
     Raises:
       ValueError: the dataset is not there as ArrayRecord files, or has no such split; an image is unlike the others or corrupt.
     """
+    examples, features, origin = open_split(name, split, data_dir)
+    label = features.get("label")
+    if label is not None and (label.shape or not np.issubdtype(label.np_dtype, np.integer)):
+        raise ValueError(f'{origin}: expected a whole number as "label", got {label}; prepare it with class labels.')
+    source = images.Files(Examples(examples, labelled=label is not None), origin=origin, size=size)
+    return images.Flipped(source) if x_flips else source
+
+
+def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], dict, str]:
+    """The examples of a prepared dataset of images, which are left as files; its features; and what errors call it. See `read`.
+
+    Raises:
+      ValueError: the dataset is not there as ArrayRecord files, has no such split or no images.
+    """
     builder = tensorflow_datasets.builder_from_directory(_find(name, pathlib.Path(data_dir).expanduser()))
     origin, features = f"{name} in {data_dir}", dict(builder.info.features.items())
     if not isinstance(features.get("image"), tensorflow_datasets.features.Image):
         raise ValueError(f'{origin}: expected a feature "image", got {", ".join(features)}; use a dataset of images.')
-    label = features.get("label")
-    if label is not None and (label.shape or not np.issubdtype(label.np_dtype, np.integer)):
-        raise ValueError(f'{origin}: expected a whole number as "label", got {label}; prepare it with class labels.')
     try:
         examples = builder.as_data_source(split, decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
     except NotImplementedError as error:
@@ -52,8 +64,7 @@ def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_fli
         raise ValueError(f"{origin}: expected array_record files, got {got}; {_how(name, data_dir)}") from error
     except ValueError as error:
         raise ValueError(f"{origin} has no split {split!r} ({error}); there are: {', '.join(builder.info.splits)}.") from error
-    source = images.Files(Examples(examples, labelled=label is not None), origin=f"{origin}, {split}", size=size)
-    return images.Flipped(source) if x_flips else source
+    return examples, features, f"{origin}, {split}"
 
 
 def _find(name, data_dir):

@@ -1,6 +1,7 @@
 """The picture and the table of an evaluation."""
 
 import os
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -49,6 +50,40 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
     axes["e"].set_yscale("log")
     axes["t"].axis("off")
     axes["t"].text(0, 1, table(result, teacher, student), family="monospace", va="top", fontsize=11)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_captions(path: str | os.PathLike, captioned: dict, credit: str, columns: int = 10):
+    """For some prompts of each kind the real image and every model's, under one another.
+
+    Args:
+      path: of the PNG file.
+      captioned: {model: {kind of prompt: (texts N, real images [N, H, W, C], images [N, H, W, C])}}.
+      credit: of the real images.
+      columns: prompts of a row; there are two rows of each kind.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = next(iter(captioned.values()))
+    rows = len(captioned) + 1
+    figure, axes = pyplot.subplots(2 * rows * len(kinds), columns, figsize=(1.3 * columns, 2.9 * rows * len(kinds)), squeeze=False)
+    for top, (kind, (texts, real, _)) in enumerate(kinds.items()):
+        chosen = np.linspace(0, len(texts) - 1, 2 * columns).astype(int)
+        shown = [("real", real), *((name, models[kind][2]) for name, models in captioned.items())]
+        for place, i in enumerate(chosen):
+            for k, (name, images) in enumerate(shown):
+                ax = axes[(2 * top + place // columns) * rows + k, place % columns]
+                ax.imshow(metrics.to_uint8(images[i]), interpolation="nearest")
+                ax.set_xticks([])
+                ax.set_yticks([])
+                if k == 0:
+                    ax.set_title("\n".join(textwrap.wrap(texts[i], 16)[:2]), fontsize=8)
+                if place % columns == 0:
+                    ax.set_ylabel(f"{name}\n({kind})", fontsize=8)
+    figure.text(0.5, 0.005, credit, ha="center", fontsize=8)
+    figure.tight_layout(rect=(0, 0.01, 1, 1))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 

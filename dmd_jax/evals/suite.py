@@ -52,7 +52,8 @@ def collect_source(features: features_lib.Features, source, neighbours: int, dir
     if not path.exists():
         rows = (range(start, min(start + 500, len(source))) for start in range(0, len(source), 500))
         items = ([source[i] for i in r] for r in rows)
-        real = collect(features, ((np.stack([i["image"] for i in b]), np.stack([i["cond"] for i in b])) for b in items), neighbours)
+        batches = ((np.stack([i["image"] for i in b]), np.stack([i.get("cond", 0) for i in b])) for b in items)
+        real = collect(features, batches, neighbours)
         partial = path.with_suffix(".partial.npz")
         agreement = np.nan if real.agreement is None else real.agreement
         np.savez(partial, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,

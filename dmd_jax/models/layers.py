@@ -1,6 +1,7 @@
 """What the networks share: layers of flax with this package's defaults, and a module as a function of its parameters."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from dmd_jax import rules
+
+POLICIES = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
 class Network(NamedTuple):
@@ -49,6 +52,37 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tupl
     return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind)
 
 
+def numbered(modules: Sequence) -> nnx.Dict:
+    """Children under the names "0", "1", ..., as in PyTorch's ModuleList."""
+    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+
+
+def in_order(modules: nnx.Dict) -> list:
+    """What `numbered` was given."""
+    return [modules[str(i)] for i in range(len(modules))]
+
+
+def runner(remat: bool | str) -> Callable:
+    """`(module, *inputs) -> output`.
+
+    Args:
+      remat: recompute the module's activations in the backward pass instead of storing them: all of them, or those that the named one of
+        jax.checkpoint_policies does not save.
+
+    Raises:
+      ValueError: no such policy.
+    """
+    if isinstance(remat, str) and remat not in POLICIES:
+        raise ValueError(f"no remat policy {remat!r}; use True, False or one of {', '.join(POLICIES)}.")
+    if not remat:
+        return _run
+    return nnx.remat(_run, policy=getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None)
+
+
+def _run(module, *inputs):
+    return module(*inputs)
+
+
 class GroupNorm(nnx.Module):
     """Group normalisation of [B, H, W, C], statistics in float32.
 
@@ -72,6 +106,54 @@ class GroupNorm(nnx.Module):
         b, _, _, c = x.shape
         mean = x.mean(axis=(1, 2)).reshape(b, self.num_groups, -1).mean(axis=-1)
         return jnp.repeat(mean, c // self.num_groups, axis=-1)[:, None, None]
+
+
+def layer_norm(channels: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """PyTorch's layer normalisation, statistics in float32; the variance is the mean of (x - mean)^2."""
+    return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class ResnetBlock(nnx.Module):
+    """The residual block of diffusers, [B, H, W, c_in] to [B, H, W, c_out], with an embedding [B, c_emb] or without."""
+
+    def __init__(self, c_in: int, c_out: int, *, c_emb: int | None = None, num_groups: int, epsilon: float, dtype, rngs: nnx.Rngs):
+        conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
+        norm = functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, (3, 3))
+        if c_emb:
+            self.time_emb_proj = nnx.Linear(c_emb, c_out, rngs=rngs)
+        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, (3, 3))
+        if c_in != c_out:
+            self.conv_shortcut = conv(c_in, c_out, (1, 1))
+
+    def __call__(self, x, emb=None):
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        if emb is not None:
+            h += self.time_emb_proj(nnx.silu(emb))[:, None, None].astype(h.dtype)
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+def stage(resnets: Sequence, attentions: Sequence = (), *, down: nnx.Conv | None = None, up: nnx.Conv | None = None) -> nnx.Dict:
+    """What a UNet or an autoencoder has at one resolution, by diffusers' names.
+
+    Args:
+      resnets: residual blocks.
+      attentions: each follows the residual block of its number.
+      down: the convolution that halves the resolution afterwards.
+      up: the convolution after the resolution was doubled.
+    """
+    resamplers = {name: numbered([nnx.Dict(conv=conv)]) for name, conv in (("downsamplers", down), ("upsamplers", up)) if conv}
+    return nnx.Dict(resnets=numbered(resnets), attentions=numbered(attentions), **resamplers)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
+    """Softmax attention of queries [B, L, heads, D] over keys and values [B, M, heads, D]: [B, L, heads, D], softmax in float32.
+
+    On GPUs by cuDNN's flash attention, where that can: 16 bits, and heads of a multiple of 8 up to 128 wide.
+    """
+    flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn" if flash else "xla")
 
 
 def zeros(rng, shape):

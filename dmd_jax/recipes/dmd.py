@@ -24,6 +24,7 @@ def make(
     guidance_scale: float,
     matching_levels: tuple[int, int],
     fake_score_levels: tuple[int, int],
+    matched: tuple[str, ...] = ("fresh",),
     distance: Callable = losses.squared_error,
     distance_params=None,
 ) -> recipes.Recipe:
@@ -42,9 +43,13 @@ def make(
       guidance_scale: of the real score; 1 for none.
       matching_levels: lowest and highest noise level of the distribution matching loss.
       fake_score_levels: the same of the fake score's training.
+      matched: whose images the distribution matching loss and the fake score see: ("fresh",), or ("fresh", "pairs") as Algorithm 1
+        has it for LAION.
       distance: of the regression loss, see `losses.regression_loss`.
       distance_params: what it needs.
     """
+    if tuple(matched) not in (("fresh",), ("fresh", "pairs")):
+        raise ValueError(f"matched is {matched}; expected ('fresh',), or ('fresh', 'pairs').")
     process = denoiser.process
     real_score = denoiser_lib.guided(denoiser, guidance_scale, null_cond)
     generate = samplers.one_step(denoiser, process).sample
@@ -55,44 +60,58 @@ def make(
         frozen = jax.tree.map(jnp.array, {"real_score": params, "distance": distance_params})
         return state.TrainState(jnp.zeros((), jnp.int32), generator, fake_score, frozen)
 
-    def generator_loss(params, fake_score, frozen, fresh, pairs):
-        """Equation 10; also returns the fresh images."""
-        both = jax.tree.map(lambda *a: jnp.concatenate(a), (fresh["z"], fresh["cond"]), (pairs["noise"], pairs["cond"]))
-        x, x_pairs = jnp.split(generate(params, *both), fresh["z"].shape[:1])
-        x_const = jax.lax.stop_gradient(x)
-        x_t = process_lib.add_noise(process, x_const, fresh["eps"], fresh["t"])
-        x_real = real_score(frozen["real_score"], x_t, fresh["t"], fresh["cond"])
-        x_fake = denoiser(fake_score, x_t, fresh["t"], fresh["cond"])
+    def generator_loss(params, fake_score, frozen, batch):
+        """Equation 10; also returns the images that the matching loss saw."""
+        pairs, noised = batch["pairs"], batch["noised"]
+        x = generate(params, batch["z"], batch["cond"])
+        x, x_pairs = x[: len(noised["t"])], x[-len(pairs["image"]) :]
+        cond, x_const = batch["cond"][: len(x)], jax.lax.stop_gradient(x)
+        x_t = process_lib.add_noise(process, x_const, noised["eps"], noised["t"])
+        x_real = real_score(frozen["real_score"], x_t, noised["t"], cond)
+        x_fake = denoiser(fake_score, x_t, noised["t"], cond)
         matching = losses.distribution_matching_loss(x, x_real, x_fake)
         regression = losses.regression_loss(x_pairs, pairs["image"], frozen["distance"], distance=distance)
         metrics = {"matching": matching, "regression": regression, "real_fake": jnp.mean(jnp.abs(x_real - x_fake))}
         return matching_weight * matching + regression_weight * regression, (x_const, metrics)
 
-    def fake_score_loss(params, x, fresh):
-        return losses.denoising_loss(*denoiser.output_and_target(params, x, fresh["fake_eps"], fresh["fake_t"], fresh["cond"]))
+    def fake_score_loss(params, x, batch):
+        eps, t = batch["noised"]["fake_eps"], batch["noised"]["fake_t"]
+        return losses.denoising_loss(*denoiser.output_and_target(params, x, eps, t, batch["cond"][: len(x)]))
 
     def gradients(params, batch):
         generator, fake_score, frozen = params
         fresh, pairs = batch["fresh"], batch["pairs"]
+        batch = {
+            "z": jnp.concatenate([fresh["z"], pairs["noise"]]),
+            "cond": jnp.concatenate([fresh["cond"], pairs["cond"]]),
+            "noised": jax.tree.map(lambda *a: jnp.concatenate(a), *(batch["noised"][name] for name in matched)),
+            "pairs": pairs,
+        }
         grad_generator = jax.grad(generator_loss, has_aux=True)
-        generator_grads, (x, metrics) = grad_generator(generator, fake_score, frozen, fresh, pairs)
-        loss, fake_grads = jax.value_and_grad(fake_score_loss)(fake_score, x, fresh)
+        generator_grads, (x, metrics) = grad_generator(generator, fake_score, frozen, batch)
+        loss, fake_grads = jax.value_and_grad(fake_score_loss)(fake_score, x, batch)
         return generator_grads, fake_grads, metrics | {"fake_score": loss}
+
+    def noised(keys, shape):
+        """The times and the noise of both denoisings of one stream."""
+        k_t, k_eps, k_fake_t, k_fake_eps = keys
+        return {
+            "t": process_lib.sample_levels(process, k_t, shape[:1], *matching_levels),
+            "eps": jax.random.normal(k_eps, shape),
+            "fake_t": process_lib.sample_levels(process, k_fake_t, shape[:1], *fake_score_levels),
+            "fake_eps": jax.random.normal(k_fake_eps, shape),
+        }
 
     def train_step(train_state, batch):
         generator, fake_score = train_state.generator, train_state.fake_score
-        cond, shape = batch["fresh"]["cond"], batch["pairs"]["noise"].shape[1:]
-        shape, n = (cond.shape[0], *shape), cond.shape[:1]
-        k_z, k_t, k_eps, k_fake_t, k_fake_eps = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step), 5)
-        fresh = {
-            "cond": cond,
-            "z": jax.random.normal(k_z, shape),
-            "t": process_lib.sample_levels(process, k_t, n, *matching_levels),
-            "eps": jax.random.normal(k_eps, shape),
-            "fake_t": process_lib.sample_levels(process, k_fake_t, n, *fake_score_levels),
-            "fake_eps": jax.random.normal(k_fake_eps, shape),
-        }
-        batch = parallel.split({"fresh": fresh, "pairs": batch["pairs"]})
+        shape = batch["pairs"]["noise"].shape
+        shapes = {"fresh": (len(batch["fresh"]["cond"]), *shape[1:]), "pairs": shape}
+        key = jax.random.fold_in(jax.random.key(seed), train_state.step)
+        k_z, *k_fresh = jax.random.split(key, 5)
+        keys = {"fresh": k_fresh, "pairs": jax.random.split(jax.random.fold_in(key, 1), 4)}
+        fresh = {"z": jax.random.normal(k_z, shapes["fresh"]), "cond": batch["fresh"]["cond"]}
+        draws = {name: noised(keys[name], shapes[name]) for name in matched}
+        batch = parallel.split({"fresh": fresh, "pairs": batch["pairs"], "noised": draws})
 
         generator_grads, fake_grads, metrics = parallel.mean(gradients)((generator.params, fake_score.params, train_state.frozen), batch)
         generator, norm = optim.apply_gradients(generator, generator_grads, tx, ema_decay=ema_decay)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import losses, optim, recipes, sharding, state
+from dmd_jax import process as process_lib
 
 
 def make(
@@ -47,7 +48,8 @@ def make(
         k_t, k_eps, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step), 3)
         t = process.sample_t(k_t, image.shape[:1])
         dropped = jax.random.bernoulli(k_drop, cond_dropout, image.shape[:1])
-        cond = jnp.where(dropped.reshape((-1,) + (1,) * (cond.ndim - 1)), jnp.asarray(null_cond, cond.dtype), cond)
+        null = jnp.broadcast_to(jnp.asarray(null_cond, cond.dtype), cond.shape)
+        cond = jnp.where(process_lib.expand(dropped, cond), null, cond)
         batch = parallel.split({"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)})
 
         grads, metrics = parallel.mean(gradients)(train_state.generator.params, batch)

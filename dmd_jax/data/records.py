@@ -1,0 +1,112 @@
+"""Rows of arrays that a stage has made, as ArrayRecord shards and a manifest.
+
+A record is the bytes of its arrays one after another, in the order of the manifest's "features". The manifest also says how many
+"shards" there are, the "count" of rows once all are there, and what made them: see dmd_jax/pairs.py and dmd_jax/embed.py.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+from array_record.python import array_record_module
+from grain import sources
+
+from dmd_jax import metrics
+
+MANIFEST, TEXTS = "manifest.json", "texts.json"
+
+
+def shard_paths(directory: str | os.PathLike, manifest: dict) -> list[pathlib.Path]:
+    """Every shard that `manifest` asks for."""
+    n = manifest["shards"]
+    return [pathlib.Path(directory) / f"shard-{i:05d}-of-{n:05d}.arrayrecord" for i in range(n)]
+
+
+def write_shard(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+    """Writes arrays of equal length as one shard; a shard that exists is whole."""
+    partial = path.with_suffix(".partial")
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    for row in zip(*arrays.values(), strict=True):
+        writer.write(b"".join(np.ascontiguousarray(a).tobytes() for a in row))
+    writer.close()
+    partial.rename(path)
+
+
+def read_manifest(directory: str | os.PathLike) -> dict:
+    """Raises ValueError if there are no records, or the manifest is damaged."""
+    path = pathlib.Path(directory) / MANIFEST
+    if not path.exists():
+        raise ValueError(f"no records in {directory}: {path} does not exist; run the stage that makes them first.")
+    return metrics.read_json(path)
+
+
+def claim(directory: pathlib.Path, manifest: dict):
+    """Writes `manifest` where there is none; what another one has besides may differ.
+
+    Raises:
+      ValueError: there are records in `directory` that were made in another way.
+    """
+    manifest = json.loads(json.dumps(manifest))
+    if (directory / MANIFEST).exists():
+        found = read_manifest(directory)
+        differing = [f"{key} is {found.get(key)}, expected {manifest[key]}" for key in manifest if found.get(key) != manifest[key]]
+        if differing:
+            raise ValueError(f"{directory} holds others than the config asks for: {'; '.join(differing)}; use another workdir.")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(directory / MANIFEST, manifest)
+
+
+class Records:
+    """A source of {name: array} for the manifest's "features", or those of them that `fields` names."""
+
+    def __init__(self, directory: str, fields: tuple[str, ...] = ()):
+        self.directory, self.manifest = str(directory), read_manifest(directory)
+        features = self.manifest["features"]
+        self._fields = tuple(fields) or tuple(features)
+        if unknown := [name for name in self._fields if name not in features]:
+            raise ValueError(f"the records in {directory} have no {', '.join(unknown)}; there are: {', '.join(features)}.")
+        paths = shard_paths(directory, self.manifest)
+        for path in paths:
+            _check_shard(path)
+        self._records = sources.ArrayRecordDataSource([str(path) for path in paths])
+        if len(self) != self.manifest.get("count"):
+            raise ValueError(
+                f"{directory} holds {len(self)} records, its manifest says {self.manifest.get('count')}; delete it and make them again."
+            )
+
+    @property
+    def texts(self) -> list[str]:
+        """Of each row, where the rows are of texts."""
+        return metrics.read_json(pathlib.Path(self.directory) / TEXTS)["texts"]
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        record, offset, row = self._records[index], 0, {}
+        for name, feature in self.manifest["features"].items():
+            dtype, shape = np.dtype(feature["dtype"]), tuple(feature["shape"])
+            n = math.prod(shape)
+            row[name] = np.frombuffer(record, dtype, n, offset).reshape(shape)
+            offset += n * dtype.itemsize
+        return {name: row[name] for name in self._fields}
+
+    def __repr__(self):
+        return f"Records({json.dumps(self.manifest, sort_keys=True)}, {self._fields})"
+
+
+def read(*, directory: str, fields: tuple[str, ...] = ()) -> Records:
+    """The records in `directory`; of each row all that there is, or `fields` alone."""
+    return Records(directory, fields)
+
+
+def _check_shard(path):
+    """Raises ValueError unless the shard is there and whole."""
+    try:
+        array_record_module.ArrayRecordReader(str(path)).close()
+    except RuntimeError as error:
+        what = "truncated or corrupt" if path.exists() else "missing"
+        raise ValueError(f"shard {path} is {what}; delete it and run the stage that makes it again.") from error

@@ -1,0 +1,96 @@
+"""The text encoder of CLIP (Radford et al., arXiv 2103.00020), transformers' CLIPTextModel.
+
+Attribute names are the keys of the checkpoints without their "text_model.". Padding is not masked: Stable Diffusion sees it too.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dmd_jax.models import layers
+
+
+def quick_gelu(x):
+    """OpenAI's approximation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable] = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+INITIALIZERS = ((r"scale$", layers.ones), (r"bias$", layers.zeros), (r"(kernel|embedding)$", layers.normal(0.02)))
+
+
+class Layer(nnx.Module):
+    """Causal self-attention and a feed-forward layer on [B, L, D]."""
+
+    def __init__(self, c, c_hidden, heads, *, act, dtype, rngs):
+        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        self.heads, self.act = heads, act
+        self.layer_norm1, self.layer_norm2 = (layers.layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.self_attn = nnx.Dict({f"{name}_proj": linear(c, c) for name in ("q", "k", "v", "out")})
+        self.mlp = nnx.Dict(fc1=linear(c, c_hidden), fc2=linear(c_hidden, c))
+
+    def __call__(self, x):
+        h, attn = self.layer_norm1(x), self.self_attn
+        q, k, v = (project(h).reshape(*h.shape[:2], self.heads, -1) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        x = x + attn.out_proj(layers.attention(q, k, v, is_causal=True).reshape(x.shape))
+        return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class TextEncoder(nnx.Module):
+    """See `clip` for the arguments."""
+
+    def __init__(self, *, rngs, vocab_size, width, c_hidden, num_layers, heads, max_length, act, dtype):
+        embed = functools.partial(nnx.Embed, features=width, dtype=dtype, rngs=rngs)
+        layer = functools.partial(Layer, width, c_hidden, heads, act=act, dtype=dtype, rngs=rngs)
+        self.embeddings = nnx.Dict(token_embedding=embed(vocab_size), position_embedding=embed(max_length))
+        self.encoder = nnx.Dict(layers=layers.numbered([layer() for _ in range(num_layers)]))
+        self.final_layer_norm = layers.layer_norm(width, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, ids):
+        max_length = self.embeddings.position_embedding.num_embeddings
+        if ids.shape[1] > max_length:
+            raise ValueError(f"the text has {ids.shape[1]} tokens, expected at most {max_length}; cut it.")
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding(jnp.arange(ids.shape[1]))[None]
+        for layer in layers.in_order(self.encoder.layers):
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+
+def clip(
+    *,
+    vocab_size: int = 49408,
+    hidden_size: int = 768,
+    intermediate_size: int = 3072,
+    num_layers: int = 12,
+    num_heads: int = 12,
+    max_length: int = 77,
+    act: str = "quick_gelu",
+    dtype: str = "float32",
+) -> layers.Network:
+    """The network `(params, ids [B, L]) -> last hidden state [B, L, hidden_size]`, float32, after the last norm; L up to `max_length`.
+
+    The defaults are those of Stable Diffusion 1.x. 2.x: hidden_size 1024, intermediate_size 4096, num_layers 23, num_heads 16, act "gelu".
+
+    Args:
+      vocab_size: ids are below it.
+      hidden_size: channels.
+      intermediate_size: channels in the feed-forward layers.
+      num_layers: of the transformer.
+      num_heads: of each attention.
+      max_length: positions that have an embedding.
+      act: activation of the feed-forward layers, "quick_gelu" or "gelu".
+      dtype: of everything but the last norm.
+
+    Raises:
+      ValueError: an unknown activation, or heads that do not divide the channels.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"no activation {act!r}; use one of {', '.join(ACTIVATIONS)}.")
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}; change one of them.")
+    settings = dict(vocab_size=vocab_size, width=hidden_size, c_hidden=intermediate_size, num_layers=num_layers, heads=num_heads)
+    settings |= dict(max_length=max_length, act=ACTIVATIONS[act], dtype=jnp.dtype(dtype))
+    return layers.functional(lambda rngs: TextEncoder(rngs=rngs, **settings), INITIALIZERS)

@@ -1,0 +1,198 @@
+"""Images from prompts or labels, by what a run has trained or by a diffusers directory.
+
+python -m dmd_jax.sample --workdir=/data/coco --prompt="a photograph of an astronaut riding a horse" --out=astronaut.png
+
+    from dmd_jax import sample
+    model = sample.load("/data/coco")
+    images = model(["a photograph of an astronaut riding a horse"], seed=0)     # [1, 512, 512, 3] float32 in [-1, 1]
+"""
+
+import argparse
+import math
+import pathlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from dmd_jax import experiment, metrics, samplers, sampling, sharding, text
+from dmd_jax.weights import diffusers
+
+PIPELINE = dict(name="pndm", num_steps=50, guidance_scale=7.5)  # what Stable Diffusion's own pipeline does
+
+
+class Model(NamedTuple):
+    """What makes images: `model(prompts, seed=0)`.
+
+    Attributes:
+      sampler: of the latents.
+      sample: `(params, inputs) -> latents`.
+      decode: `latents -> images`.
+      params: of the network.
+      encoder: of the prompts; None for a network of class labels.
+      shape: of a latent.
+      num_classes: of the labels.
+      seconds: what the last call took, per part; the first one compiles.
+    """
+
+    sampler: samplers.Sampler
+    sample: Callable
+    decode: Callable
+    params: dict
+    encoder: text.Encoder | None
+    shape: tuple[int, int, int]
+    num_classes: int
+    seconds: dict
+
+    def __call__(self, prompts: Sequence[str] | Sequence[int], *, seed: int = 0, noise: np.ndarray | None = None) -> np.ndarray:
+        """Images [N, H, W, C] in [-1, 1], float32, of N prompts, or of N labels.
+
+        Args:
+          prompts: of text, or class labels.
+          seed: image i follows from (seed, i), the weights and prompt i.
+          noise: unit Gaussian [N, h, w, c] in place of the seed's.
+
+        Raises:
+          ValueError: prompts, seed or noise do not fit.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"prompts is {prompts!r}; expected a list of at least one.")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed}; expected 0 to 2^32 - 1.")
+        start = time.perf_counter()
+        cond = self._cond(list(prompts))
+        encoded = time.perf_counter()
+        inputs = sampling.inputs(seed, range(len(cond)), self.shape, [{"cond": row} for row in cond])
+        if noise is not None:
+            if np.shape(noise) != inputs["z"].shape:
+                raise ValueError(f"noise has shape {np.shape(noise)}, expected {inputs['z'].shape}.")
+            inputs["z"] = np.asarray(noise, np.float32)
+        latents = self.sample(self.params, inputs)
+        sampled = time.perf_counter()
+        images = self.decode(latents)
+        self.seconds.update(text=encoded - start, network=sampled - encoded, decoder=time.perf_counter() - sampled)
+        return images
+
+    def _cond(self, prompts):
+        if self.encoder is None:
+            labels = np.array(prompts)
+            if labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= max(self.num_classes, 1):
+                raise ValueError(f"expected labels from 0 to {max(self.num_classes, 1) - 1}, got {prompts}; this network knows no texts.")
+            return labels.astype(np.int32)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"expected texts, got {prompts}.")
+        for i in self.encoder.truncated(prompts):
+            warnings.warn(f"prompt {i} is longer than {self.encoder.shape[0]} tokens and is cut: {prompts[i][:60]!r}...", stacklevel=3)
+        return self.encoder.encode(prompts)
+
+
+def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sampler: dict | None = None) -> Model:
+    """The model of a run, or of a diffusers directory.
+
+    Args:
+      path: a workdir, a diffusers directory, or a name on the hub if huggingface_hub is installed.
+      stage: of a workdir; the evaluation's student if not given.
+      batch_size: images that are made at once, over all devices.
+      dtype: of the network; the config's, or float32, if not given.
+      sampler: as in a config, such as dict(name="pndm", num_steps=50, guidance_scale=7.5). If not given, the stage's; of a directory,
+        one step if its scheduler is for that, and that very one otherwise.
+
+    Raises:
+      ValueError: nothing of the kind lies there, or settings do not fit.
+    """
+    workdir = pathlib.Path(path).absolute()
+    of_run = (workdir / "config.json").exists()
+    config, stage = _of_run(workdir, stage) if of_run else (_of_directory(diffusers.find(path)), "teacher")
+    config.network.dtype = dtype or config.network.dtype
+    settings = sampler or config[stage].sampler.to_dict()
+    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
+    encoder = experiment.make_text_encoder(config, parallel) if "text" in config else None
+    if of_run:
+        params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
+    else:
+        params = experiment.load_directory(config, pathlib.Path(config.checkpoint))
+    null = encoder.encode([""])[0] if encoder else config.null_cond
+    made = experiment.build_sampler(config, settings, null, "sampler")
+    sample = sampling.make_sample(made, parallel, batch_size)
+    decode = experiment.make_decode(config, parallel, batch_size)
+    return Model(made, sample, decode, params, encoder, experiment.image_shape(config), config.network.num_classes, {})
+
+
+def _of_run(workdir, stage):
+    config = ml_collections.ConfigDict(metrics.read_json(workdir / "config.json"))
+    stage = stage or config.evaluate.student
+    if "sampler" not in config.get(stage, {}):
+        having = ", ".join(name for name in config.stages if "sampler" in config[name])
+        raise ValueError(f"{stage!r} is no stage with a sampler in {workdir}; there are: {having}.")
+    return config, stage
+
+
+def _of_directory(directory):
+    """A config of what lies in a diffusers directory."""
+    network, _ = diffusers.unet(directory)
+    one_step = diffusers.is_one_step(directory)
+    config = ml_collections.ConfigDict(diffusers.scheduler(directory))
+    config.mesh = dict(data=-1, fsdp=1)
+    config.network = network | {"dtype": "float32", "remat": False}
+    config.checkpoint = str(directory)
+    config.text = dict(name="clip", checkpoint=str(directory), batch_size=math.lcm(jax.device_count(), 8))
+    config.autoencoder = dict(checkpoint=str(directory))
+    config.teacher = dict(sampler=dict(name="one_step") if one_step else PIPELINE)
+    return config
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m dmd_jax.sample", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", "--model", required=True, dest="path", help="a run's directory, or a diffusers directory")
+    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--prompts", help="a file of prompts, one a line")
+    parser.add_argument("--label", action="append", type=int, help="of a class, in place of a prompt; may be given several times")
+    parser.add_argument("--out", required=True, help="the picture: a grid of all images")
+    parser.add_argument("--count", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=1, help="images at once, over all devices")
+    parser.add_argument("--stage", default="", help="of a run; the evaluation's student if not given")
+    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="of the network")
+    parser.add_argument("--sampler", default="", choices=["", *experiment.SAMPLERS], help="another one than the model's own")
+    parser.add_argument("--num_steps", type=int, default=50, help="of that sampler")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of that sampler; 1 for none")
+    parser.add_argument("--repeats", type=int, default=0, help="make the images so many times more, to time what needs no compiling")
+    try:
+        _run(parser.parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(arguments):
+    out = pathlib.Path(arguments.out)
+    if out.suffix not in (".png", ".jpg", ".webp") or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists.")
+    prompts = list(arguments.prompt or arguments.label or [])
+    if arguments.prompts:
+        prompts += [line.strip() for line in pathlib.Path(arguments.prompts).read_text().splitlines() if line.strip()]
+    if not prompts or arguments.count < 1 or arguments.repeats < 0:
+        raise ValueError("expected at least one --prompt, --label or line of --prompts, a --count of at least 1 and --repeats of at least 0.")
+    sampler = None
+    if arguments.sampler:
+        steps = {} if arguments.sampler == "one_step" else {"num_steps": arguments.num_steps}
+        sampler = dict(name=arguments.sampler, guidance_scale=arguments.guidance_scale) | steps
+    model = load(arguments.path, stage=arguments.stage, batch_size=arguments.batch_size, dtype=arguments.dtype, sampler=sampler)
+    prompts = [prompt for prompt in prompts for _ in range(arguments.count)]
+    for repeat in range(arguments.repeats + 1):
+        images = model(prompts, seed=arguments.seed)
+        parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in model.seconds.items())
+        compiled = " with compiling" if repeat == 0 else ""
+        print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {model.sampler.nfe} network calls each")
+    columns = min(len(images), 8)
+    Image.fromarray(metrics.grid(images, columns)).save(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Text encoders. Each file but `tokenizer` has `make(parallel, ...) -> Encoder`."""
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Encoder(NamedTuple):
+    """One text encoder. The prompt "" is the null condition of guidance.
+
+    Attributes:
+      encode: N prompts, a list of str, to float32 [N, L, D], numpy.
+      shape: (L, D).
+      digest: of everything that the embeddings follow from: parameters, vocabulary, settings.
+      truncated: prompts to the indices of those that are longer than L tokens; `encode` cuts them.
+    """
+
+    encode: Callable
+    shape: tuple[int, int]
+    digest: str
+    truncated: Callable
+
+
+def digest(everything: str) -> str:
+    """A fingerprint."""
+    return hashlib.sha256(everything.encode()).hexdigest()[:16]

@@ -1,0 +1,226 @@
+"""Parity with diffusers, and the mistakes that would break it."""
+
+import hashlib
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from dmd_jax.models import layers, unet_sd
+from dmd_jax.weights import convert
+from tests import test_features
+
+torch = pytest.importorskip("torch")
+TOLERANCE = 1e-5  # of the largest output, for parity with PyTorch
+
+
+def oracle(name, **config):
+    """A module of diffusers. Nothing in it is as in a fresh network, and signals are small, so that the epsilons of norms count."""
+    test_features.import_torchvision()  # diffusers does, too
+    module = getattr(pytest.importorskip("diffusers"), name)(**config).eval()
+    return randomize(module, r"(conv_in|conv2|proj_in)\.")
+
+
+def randomize(module, quiet):
+    """Draws all parameters of a module; those whose names match `quiet` are small."""
+    rng = np.random.default_rng(0)
+    for name, parameter in module.named_parameters():
+        draw = rng.standard_normal(parameter.shape)
+        if parameter.ndim > 1:
+            draw /= np.sqrt(np.prod(parameter.shape[1:]))
+        else:
+            draw = 0.1 * draw if name.endswith("bias") else 1 + 0.2 * draw
+        parameter.data = torch.from_numpy(np.float32(draw * 0.03 if re.search(quiet, name) else draw))
+    return module
+
+
+def params_of(module, network):
+    return convert.from_torch({name: tensor.numpy() for name, tensor in module.state_dict().items()}, network.abstract)
+
+
+def nhwc(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def error(a, b):
+    """Relative to the largest output."""
+    a, b = (np.asarray(v, np.float64) for v in (a, b))
+    assert a.shape == b.shape
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def checksum(abstract):
+    """Of the sorted names and shapes of a checkpoint."""
+    tensors = convert.to_torch(jax.tree.map(lambda a: np.broadcast_to(np.float32(0), a.shape), abstract))
+    return hashlib.sha256("\n".join(sorted(f"{name} {a.shape}" for name, a in tensors.items())).encode()).hexdigest()
+
+
+SETTINGS = {
+    "sd1": dict(block_out_channels=(16, 32, 32), attention=(True, True, False), num_heads=4, layers_per_block=1),
+    "sd2": dict(block_out_channels=(16, 32, 32), attention=(True, False, True), num_heads=(2, 4, 8), use_linear_projection=True),
+}
+SHAPES = {"sd1": (2, 7, 9, 4), "sd2": (2, 10, 6, 4)}
+
+
+def make(kind, **settings):
+    return unet_sd.unet(cross_attention_dim=24, norm_num_groups=8, **SETTINGS[kind], **settings)
+
+
+def diffusers_unet(*, block_out_channels, attention, num_heads, layers_per_block=2, use_linear_projection=False):
+    return oracle(
+        "UNet2DConditionModel",
+        block_out_channels=block_out_channels,
+        layers_per_block=layers_per_block,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
+        attention_head_dim=num_heads,
+        use_linear_projection=use_linear_projection,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Of each kind: x, labels, cond."""
+    rng, noise = np.random.default_rng(1), np.float32([999, 437.5])
+    return {kind: (rng.standard_normal(s, np.float32), noise, rng.standard_normal((2, 5, 24), np.float32)) for kind, s in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def oracles():
+    return {kind: diffusers_unet(**settings) for kind, settings in SETTINGS.items()}
+
+
+@pytest.fixture(scope="module")
+def params(oracles):
+    return {kind: params_of(module, make(kind)) for kind, module in oracles.items()}
+
+
+@pytest.fixture(scope="module")
+def output(params, inputs):
+    return np.asarray(make("sd1").apply(params["sd1"], *inputs["sd1"]))
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_parity(kind, oracles, params, inputs, output):
+    x, noise, cond = inputs[kind]
+    with torch.no_grad():
+        expected = oracles[kind](test_features.nchw(x), torch.from_numpy(noise), torch.from_numpy(cond)).sample
+    result = output if kind == "sd1" else jax.jit(make(kind).apply)(params[kind], x, noise, cond)
+    print(error(result, nhwc(expected)))
+    assert error(result, nhwc(expected)) < TOLERANCE
+
+
+def pad_as_xla_does(monkeypatch):  # trap 1
+    monkeypatch.setattr(unet_sd, "PADDING", "SAME")
+
+
+def attend(monkeypatch, wrong):
+    right = layers.attention
+    monkeypatch.setattr(layers, "attention", lambda q, k, v: wrong(right, q, k, v))
+
+
+def take_heads_for_their_width(monkeypatch):  # trap 3
+    def wrong(right, *qkv):
+        return right(*(a.reshape(*a.shape[:2], a.shape[3], a.shape[2]) for a in qkv))
+
+    attend(monkeypatch, wrong)
+
+
+def mask_the_padding(monkeypatch):  # trap 13
+    attend(monkeypatch, lambda right, q, k, v: right(q, k[:, :3], v[:, :3]) if k.shape[1] == 5 else right(q, k, v))
+
+
+def swap_sin_and_cos(monkeypatch):  # trap 4
+    right = layers.cos_sin
+    monkeypatch.setattr(layers, "cos_sin", lambda t, freqs: jnp.roll(right(t, freqs), len(freqs), axis=-1))
+
+
+def shift_the_frequencies(monkeypatch):  # trap 4
+    right = layers.positional_frequencies
+    monkeypatch.setattr(layers, "positional_frequencies", lambda n, *, endpoint: right(n, endpoint=True))
+
+
+def round_the_label(monkeypatch):  # trap 5
+    right = layers.cos_sin
+    monkeypatch.setattr(layers, "cos_sin", lambda t, freqs: right(t.astype(jnp.bfloat16), freqs))
+
+
+def approximate_gelu(monkeypatch):  # trap 7
+    right = jax.nn.gelu
+    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: right(x))
+
+
+def swap_value_and_gate(monkeypatch):  # trap 8
+    right = jnp.split
+    monkeypatch.setattr(jnp, "split", lambda a, n, axis: right(a, n, axis=axis)[::-1])
+
+
+def change_epsilon(monkeypatch, where, of, to):
+    right = where.__init__
+    monkeypatch.setattr(where, "__init__", lambda *args, epsilon, **kw: right(*args, epsilon=to if epsilon == of else epsilon, **kw))
+
+
+def one_epsilon(monkeypatch):  # trap 10
+    change_epsilon(monkeypatch, layers.GroupNorm, 1e-6, 1e-5)
+
+
+def the_autoencoders_epsilon(monkeypatch):  # trap 10
+    change_epsilon(monkeypatch, layers.GroupNorm, 1e-5, 1e-6)
+
+
+def flaxs_epsilon(monkeypatch):  # trap 10
+    change_epsilon(monkeypatch, nnx.LayerNorm, 1e-5, 1e-6)
+
+
+def interpolate_between_pixels(monkeypatch):  # trap 19
+    def upsample(x):
+        b, h, w, c = x.shape
+        return jax.image.resize(x, (b, 2 * h, 2 * w, c), "bilinear")
+
+    monkeypatch.setattr(layers, "upsample", upsample)
+
+
+def skip_before_hidden(monkeypatch):  # trap 20
+    right = jnp.concatenate
+    monkeypatch.setattr(jnp, "concatenate", lambda arrays, axis: right(arrays[:: -1 if arrays[0].ndim == 4 else 1], axis=axis))
+
+
+def flatten_by_columns(monkeypatch):  # trap 21
+    def wrong(self, x, cond):
+        b, h, w, c = x.shape
+        tokens = self.proj_in(self.norm(x)).swapaxes(1, 2).reshape(b, h * w, c)
+        return x + self.proj_out(self.transformer_blocks["0"](tokens, cond).reshape(b, h, w, c))
+
+    monkeypatch.setattr(unet_sd.Transformer, "__call__", wrong)
+
+
+MISTAKES = (
+    pad_as_xla_does,
+    take_heads_for_their_width,
+    mask_the_padding,
+    swap_sin_and_cos,
+    shift_the_frequencies,
+    round_the_label,
+    approximate_gelu,
+    swap_value_and_gate,
+    one_epsilon,
+    the_autoencoders_epsilon,
+    flaxs_epsilon,
+    interpolate_between_pixels,
+    skip_before_hidden,
+    flatten_by_columns,
+)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_parity_would_show_mistakes(monkeypatch, params, inputs, output, mistake):
+    mistake(monkeypatch)
+    moved = error(make("sd1").apply(params["sd1"], *inputs["sd1"]), output)
+    print(mistake.__name__, moved)
+    assert moved > 10 * TOLERANCE
