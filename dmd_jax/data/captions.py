@@ -173,7 +173,10 @@ def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, o
     if not rows or not whole:
         raise ValueError(f"{path}: expected {COCO}, got {'captions that are no text' if rows else 'no captions'}; use captions_*.json.")
     if one_per_image:
-        rows = list({image: (key, image, text) for key, image, text in reversed(rows)}.values())[::-1]
+        first = {}
+        for row in rows:
+            first.setdefault(row[1], row)
+        rows = list(first.values())
     rows = rows[: limit or None]
     files = folder_lib.open_files(images) if images else None
     names = [names.get(image, f"image {image}, which is not listed") for _, image, _ in rows]
@@ -294,6 +297,8 @@ def twemoji(*, split: str, size: int = 0, held_out: float = 0.1, seed: int = 0, 
             rows.append((file, text, category))
     if digest.hexdigest()[:16] != TWEMOJI:
         raise ValueError(f"twemoji: expected pictures and names with digest {TWEMOJI}, got {digest.hexdigest()[:16]}; run: {TWEMOJI_PIP}")
+    if not rows:
+        raise ValueError(f"twemoji: expected held_out between 0 and 1, got {held_out}, which leaves nothing to {split!r}; use 0.1.")
     names, texts, categories = (list(column) for column in zip(*rows, strict=True))
     origin = f"twemoji {split}, {held_out} held out, seed {seed}{_without(with_images)}"
     return Captions(Listed(names, texts, files if with_images else None, categories), origin=origin, size=size)

@@ -37,7 +37,7 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tupl
       build: `rngs -> module`; only traced.
       initializers: rules `(regex, (rng, shape) -> array)`, see `rules.assign`.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(_Rngs())))
     abstract = nnx.to_pure_dict(abstract)
 
     def init(seed):
@@ -50,6 +50,13 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tupl
         return nnx.merge(graphdef, params)
 
     return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind)
+
+
+class _Rngs:
+    """Instead of nnx.Rngs, whose counters take most of the time of tracing a large network."""
+
+    def params(self):
+        return jax.random.key(0)
 
 
 def numbered(modules: Sequence) -> nnx.Dict:

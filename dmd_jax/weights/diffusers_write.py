@@ -31,7 +31,7 @@ INDEX = {
 }
 SCHEDULER = dict(zip(("_class_name", "timestep_spacing", "set_alpha_to_one"), diffusers.ONE_STEP, strict=True)) | {
     "beta_schedule": "scaled_linear",
-    "clip_sample": True,
+    "clip_sample": False,
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
@@ -121,7 +121,7 @@ def _unet(params, expected, dtype):
     tensors, shapes = convert.to_torch(params), {name: expected.shape(name) for name in expected}
     problems = [f"missing {name}" for name in shapes if name not in tensors] + [f"unused {name}" for name in tensors if name not in shapes]
     if not problems:
-        differing = [name for name, shape in shapes.items() if tensors[name].size != np.prod(shape)]
+        differing = [name for name, shape in shapes.items() if _plain(tensors[name].shape) != _plain(shape)]
         problems = [f"{name} has shape {tensors[name].shape}, expected {shapes[name]}" for name in differing]
     if problems:
         raise ValueError("the generator does not fit the teacher's UNet: " + "; ".join(problems))
@@ -130,6 +130,11 @@ def _unet(params, expected, dtype):
     if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(f"the generator has values that are no finite {np.dtype(dtype).name}: {', '.join(lost[:5])}; use another dtype.")
     return tensors
+
+
+def _plain(shape):
+    """A 1x1 convolution's as that of a linear layer."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _copy_network(source, target, variant):
