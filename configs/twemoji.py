@@ -155,10 +155,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 def _small(config):
     """16x16 pixels, and a network of a fiftieth of the operations."""
     config.size = 16
-    config.network.update(size=8, block_out_channels=(64, 128), layers_per_block=1, attention=(False, True), dtype="float32")
-    config.teacher.recipe.update(ema_decay=0.995)
-    config.teacher.recipe.optimizer.update(learning_rate=1e-3, warmup_steps=100, decay_steps=3000)
-    config.teacher.update(batch_size=64, num_steps=3000, log_every=50, preview_every=500, preview_images=50, checkpoint_every=500)
+    config.process.update(p_mean=0.0, p_std=1.3)  # structure needs more noise to hide than at 32x32
+    config.network.update(size=8, block_out_channels=(64, 128), layers_per_block=1, attention=(True, True), dtype="float32")
+    config.teacher.recipe.update(ema_decay=0.998)
+    config.teacher.recipe.optimizer.update(learning_rate=1.5e-3, warmup_steps=100, decay_steps=7000)
+    config.teacher.update(batch_size=32, num_steps=7000, log_every=50, preview_every=1000, preview_images=50, checkpoint_every=500)
     config.pairs.update(count=4000, shard_size=500, batch_size=250)
     for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
         optimizer.update(learning_rate=3e-4, warmup_steps=50, decay_steps=800)

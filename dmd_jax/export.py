@@ -48,7 +48,9 @@ def main():
     parser.add_argument("--base_model", default="", help="what the model card of a directory calls the teacher")
     arguments = parser.parse_args()
     try:
-        export(pathlib.Path(arguments.workdir).absolute(), arguments.stage, pathlib.Path(arguments.out), arguments.dtype, arguments.base_model)
+        export(
+            pathlib.Path(arguments.workdir).absolute(), arguments.stage, pathlib.Path(arguments.out), arguments.dtype, arguments.base_model
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

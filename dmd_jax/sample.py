@@ -147,7 +147,8 @@ def _of_directory(directory):
     return config
 
 
-def main():
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dmd_jax.sample", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", "--model", required=True, dest="path", help="a run's directory, or a diffusers directory")
     parser.add_argument("--prompt", action="append", help="may be given several times")
@@ -163,13 +164,11 @@ def main():
     parser.add_argument("--num_steps", type=int, default=50, help="of that sampler")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of that sampler; 1 for none")
     parser.add_argument("--repeats", type=int, default=0, help="make the images so many times more, to time what needs no compiling")
-    try:
-        _run(parser.parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    return parser.parse_args(argv)
 
 
-def _run(arguments):
+def run(arguments: argparse.Namespace):
+    """Writes the picture."""
     out = pathlib.Path(arguments.out)
     if out.suffix not in (".png", ".jpg", ".webp") or not out.absolute().parent.is_dir():
         raise ValueError(f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists.")
@@ -177,7 +176,9 @@ def _run(arguments):
     if arguments.prompts:
         prompts += [line.strip() for line in pathlib.Path(arguments.prompts).read_text().splitlines() if line.strip()]
     if not prompts or arguments.count < 1 or arguments.repeats < 0:
-        raise ValueError("expected at least one --prompt, --label or line of --prompts, a --count of at least 1 and --repeats of at least 0.")
+        raise ValueError(
+            "expected at least one --prompt, --label or line of --prompts, a --count of at least 1 and --repeats of at least 0."
+        )
     sampler = None
     if arguments.sampler:
         steps = {} if arguments.sampler == "one_step" else {"num_steps": arguments.num_steps}
@@ -192,6 +193,14 @@ def _run(arguments):
     columns = min(len(images), 8)
     Image.fromarray(metrics.grid(images, columns)).save(out)
     print(out)
+
+
+def main():
+    arguments = parse(sys.argv[1:])
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the networks share: layers of flax with this package's defaults, and a module as a function of its parameters."""
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -152,6 +153,11 @@ def stage(resnets: Sequence, attentions: Sequence = (), *, down: nnx.Conv | None
     """
     resamplers = {name: numbered([nnx.Dict(conv=conv)]) for name, conv in (("downsamplers", down), ("upsamplers", up)) if conv}
     return nnx.Dict(resnets=numbered(resnets), attentions=numbered(attentions), **resamplers)
+
+
+def residual_layers(block: nnx.Dict) -> Iterator[tuple]:
+    """Each residual block of a `stage`, and the attention that follows it or None."""
+    return itertools.zip_longest(in_order(block.resnets), in_order(block.attentions))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:

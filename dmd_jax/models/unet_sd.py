@@ -5,7 +5,6 @@ attentions, the statistics of norms and the last convolution.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +75,14 @@ class UNet(nnx.Module):
     def __init__(self, *, rngs, channels, widths, layers_per_block, attention, heads, c_cond, linear, num_groups, dtype, remat):
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
         norm = dict(num_groups=num_groups, dtype=dtype, rngs=rngs)
-        resnet = functools.partial(layers.ResnetBlock, c_emb=4 * widths[0], epsilon=1e-5, **norm)
+        c_emb = 4 * widths[0]
+        resnet = functools.partial(layers.ResnetBlock, c_emb=c_emb, epsilon=1e-5, **norm)
         self.run = layers.runner(remat)
 
         def transformers(level, n):
             return [Transformer(widths[level], heads[level], c_cond=c_cond, linear=linear, **norm) for _ in range(n * attention[level])]
 
-        self.time_embedding = nnx.Dict({f"linear_{i}": nnx.Linear(c, 4 * widths[0], rngs=rngs) for i, c in ((1, widths[0]), (2, 4 * widths[0]))})
+        self.time_embedding = nnx.Dict(linear_1=nnx.Linear(widths[0], c_emb, rngs=rngs), linear_2=nnx.Linear(c_emb, c_emb, rngs=rngs))
         self.conv_in = conv(channels, widths[0], dtype=dtype)
         c, skips, down, up = widths[0], [widths[0]], [], []
         for level, width in enumerate(widths):
@@ -105,16 +105,16 @@ class UNet(nnx.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in layers.in_order(self.down_blocks):
-            for resnet, transformer in _layers(block):
+            for resnet, transformer in layers.residual_layers(block):
                 x = self._layer(resnet, transformer, x, emb, cond)
                 skips.append(x)
             if "downsamplers" in block:
                 x = block.downsamplers["0"].conv(x)
                 skips.append(x)
-        for resnet, transformer in _layers(self.mid_block):
+        for resnet, transformer in layers.residual_layers(self.mid_block):
             x = self._layer(resnet, transformer, x, emb, cond)
         for block in layers.in_order(self.up_blocks):
-            for resnet, transformer in _layers(block):
+            for resnet, transformer in layers.residual_layers(block):
                 x = self._layer(resnet, transformer, jnp.concatenate([x, skips.pop()], axis=-1), emb, cond)
             if "upsamplers" in block:
                 _, h, w, _ = skips[-1].shape
@@ -129,11 +129,6 @@ class UNet(nnx.Module):
     def _layer(self, resnet, transformer, x, emb, cond):
         x = self.run(resnet, x, emb)
         return self.run(transformer, x, cond) if transformer else x
-
-
-def _layers(block):
-    """Each residual block with the transformer after it, or None."""
-    return itertools.zip_longest(layers.in_order(block.resnets), layers.in_order(block.attentions))
 
 
 def unet(

@@ -6,7 +6,6 @@ the checkpoints. The modules they make have `encode` and `decode`.
 """
 
 import functools
-import itertools
 
 import jax.numpy as jnp
 from flax import nnx
@@ -32,7 +31,7 @@ class Attention(nnx.Module):
 
 
 class Half(nnx.Module):
-    """The encoder or the decoder of `kl`: stages of `widths`, from each to the next by `resample`."""
+    """The encoder or the decoder of `kl`: `down` or up through stages of `widths`, attention at the lowest resolution."""
 
     def __init__(self, c_in, c_out, widths, *, down, num_layers, num_groups, dtype, rngs, remat):
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
@@ -55,8 +54,9 @@ class Half(nnx.Module):
 
     def __call__(self, x):
         x = self.conv_in(x)
-        for block in [*layers.in_order(self.down_blocks), self.mid_block] if self.down else [self.mid_block, *layers.in_order(self.up_blocks)]:
-            for resnet, attention in itertools.zip_longest(layers.in_order(block.resnets), layers.in_order(block.attentions)):
+        blocks = layers.in_order(self.down_blocks if self.down else self.up_blocks)
+        for block in [*blocks, self.mid_block] if self.down else [self.mid_block, *blocks]:
+            for resnet, attention in layers.residual_layers(block):
                 x = self.run(resnet, x)
                 if attention:
                     x = self.run(attention, x)

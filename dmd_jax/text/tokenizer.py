@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 
 from dmd_jax import text
 
@@ -40,12 +41,12 @@ def load(directory: str | os.PathLike, *, length: int = 77) -> Tokenizer:
     Raises:
       ValueError: the files are missing, damaged or of another tokenizer.
     """
-    directory, tokenizers = pathlib.Path(directory).expanduser(), library()
+    directory = pathlib.Path(directory).expanduser()
     try:
         vocabulary, merges = _vocabulary(directory)
         pad = _pad_token(directory)
         bos_id, eos_id, pad_id = (vocabulary[token] for token in (BOS, EOS, pad))
-        encoder = _build(tokenizers, vocabulary, merges, pad)
+        encoder = _build(vocabulary, merges, pad)
     except Exception as error:  # the library raises bare ones
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -69,20 +70,7 @@ def load(directory: str | os.PathLike, *, length: int = 77) -> Tokenizer:
     return Tokenizer(ids, truncated, text.digest(everything))
 
 
-def library():
-    """The package tokenizers.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ValueError('text encoders need tokenizers; run: pip install "dmd_jax[text]"') from error
-    return tokenizers
-
-
-def _build(tokenizers, vocabulary, merges, pad):
+def _build(vocabulary, merges, pad):
     """The same pipeline as CLIPTokenizer of transformers, without its template."""
     model = tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=EOS)
     encoder = tokenizers.Tokenizer(model)

@@ -4,10 +4,10 @@ import importlib.util
 import pathlib
 
 import numpy as np
+import tokenizers
 from safetensors import numpy as safetensors
 
 from dmd_jax import text
-from dmd_jax.text import tokenizer
 from dmd_jax.weights import files
 
 PACKAGE = "wordllama"
@@ -30,7 +30,7 @@ def make(parallel, *, length: int = 16, dim: int = 256) -> text.Encoder:
     """
     if length < 2 or not 2 <= dim <= 256 or dim % 2:
         raise ValueError(f"wordllama: expected a length of at least 2 and an even dim up to 256, got {length} and {dim}; use 16 and 256.")
-    words = tokenizer.library().Tokenizer.from_file(str(_installed(*VOCABULARY)))
+    words = tokenizers.Tokenizer.from_file(str(_installed(*VOCABULARY)))
     table = safetensors.load_file(_installed(*WEIGHTS))["embedding.weight"][:, :dim].astype(np.float32)
     table /= np.sqrt(np.mean(table**2))
     codes = _codes(length, dim)
