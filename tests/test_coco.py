@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import bench, convert, embed, experiment, export, main, metrics, sample, train
+from dmd_jax import bench, convert, embed, experiment, export, main, metrics, sample
 from dmd_jax.data import records
 from dmd_jax.models import vgg
 from dmd_jax.weights import convert as convert_lib
 
 pytest.importorskip("diffusers")
 from tests import sd
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEXTS = ("a red flower", "a temple in china", "the roof of a house", "petals and leaves", "a photo of trees", "blue sky")
 
@@ -75,7 +77,7 @@ def run(files, tmp_path_factory):
 
 
 def test_every_stage_leaves_what_the_next_one_reads(run):
-    config, workdir = run
+    _, workdir = run
     prompts, captions = (records.read(directory=workdir / name) for name in ("prompts", "captions"))
     assert len(prompts) == 19 and len(captions) == 23 and prompts[0]["cond"].shape == (77, 32)
     assert metrics.read_json(workdir / "captions" / records.TEXTS)["skipped"][0].startswith("row 9: ")
@@ -175,23 +177,6 @@ def test_embeddings_go_on_where_they_stopped(files, tmp_path):
         embed.run(config, "captions", tmp_path)
 
 
-def test_a_stage_that_continues_another(run, tmp_path):
-    """Guidance 8 is a chain of stages: optimizers, fake score and steps go on."""
-    config, workdir = run
-    config = config.copy_and_resolve_references()
-    shutil.copytree(workdir, tmp_path / "run")
-    with config.unlocked():
-        config.more = config.dmd.copy_and_resolve_references()
-    config.more.update(continues="dmd", num_steps=5)
-    config.more.recipe.regression_weight = 1.0
-    train.run(config, "more", tmp_path / "run")
-    assert [row["step"] for row in metrics.read(tmp_path / "run/more")] == [5]
-    config.more.continues = "absent"
-    shutil.rmtree(tmp_path / "run/more")
-    with pytest.raises(ValueError, match="no checkpoint in .*absent; run the stage 'absent' first"):
-        train.run(config, "more", tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -221,7 +206,7 @@ def test_a_teacher_that_has_changed(run, files, tmp_path):
     path = next((files / "sd/unet").glob("*.safetensors"))
     data = path.read_bytes()
     path.write_bytes(data[:-4] + b"1234")
-    with pytest.raises(ValueError, match="is about other weights than .* has now; use another workdir"):
+    with pytest.raises(ValueError, match=r"is about other weights than .* has now; use another workdir"):
         convert.done(config, "teacher", workdir)
     path.write_bytes(data)
     assert convert.done(config, "teacher", workdir)

@@ -193,11 +193,10 @@ def test_a_step_is_traced_once(recipe):
 @pytest.mark.parametrize("matched", [("fresh",), ("fresh", "pairs")])
 def test_a_dmd_step_is_the_papers(monkeypatch, matched):
     state, metrics, drawn = recorded_step(monkeypatch, dmd, matched=matched)
-    fresh, pairs = drawn["fresh"], drawn["pairs"]
+    pairs = drawn["pairs"]
     noised = {name: np.concatenate([drawn["noised"][m][name] for m in matched]) for name in ("t", "eps", "fake_t", "fake_eps")}
-    z, cond = (
-        np.concatenate([drawn[m][name] for m, name in zip(matched, names, strict=False)]) for names in (("z", "noise"), ("cond",) * 2)
-    )
+    z, cond = (np.concatenate([drawn["fresh"][name], pairs[paired]]) for name, paired in (("z", "noise"), ("cond", "cond")))
+    z, cond = z[: len(noised["t"])], cond[: len(noised["t"])]
     t, fake_t = noised["t"], noised["fake_t"]
 
     x, dx = denoise(0.7, 80 * z, 80.0, cond)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sampling, sharding, train
+from dmd_jax import checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sample, sampling, sharding, train
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import records
 from tests.runs import params_of, smoke
@@ -305,3 +305,27 @@ def test_a_workdir_does_not_change_hands(workdir):
         with pytest.raises(ValueError, match=rf"belongs to another config: {key} is "):
             main.run(config, workdir)
     main.claim(smoke(), workdir)
+
+
+def test_a_stage_that_continues_another(workdir):
+    """Optimizers, fake score and steps go on."""
+    config = smoke()
+    with config.unlocked():
+        config.more = config.dmd.copy_and_resolve_references()
+        config.more.continues = "dmd"
+    config.more.num_steps = config.dmd.num_steps + 1
+    train.run(config, "more", workdir)
+    assert [row["step"] for row in metrics.read(workdir / "more")] == [config.more.num_steps]
+    config.more.continues = "absent"
+    shutil.rmtree(workdir / "more")
+    with pytest.raises(ValueError, match=r"no checkpoint in .*absent; run the stage 'absent' first"):
+        train.run(config, "more", workdir)
+
+
+def test_images_of_labels(finished):
+    model = sample.load(finished, batch_size=8)
+    images = model([3, 4], seed=1)
+    assert images.shape == (2, 8, 8, 1) and model.sampler.nfe == 1
+    np.testing.assert_allclose(model([3], seed=1)[0], images[0], atol=1e-5)
+    with pytest.raises(ValueError, match="expected labels from 0 to 9"):
+        model(["three"])
