@@ -160,13 +160,15 @@ def _small(config):
     config.teacher.recipe.update(ema_decay=0.998)
     config.teacher.recipe.optimizer.update(learning_rate=1.5e-3, warmup_steps=100, decay_steps=7000)
     config.teacher.update(batch_size=32, num_steps=7000, log_every=50, preview_every=1000, preview_images=50, checkpoint_every=500)
-    config.pairs.update(count=4000, shard_size=500, batch_size=250)
+    config.teacher.sampler.num_steps = 12  # 23 calls, each for caption and no caption
+    config.pairs.update(count=2000, shard_size=500, batch_size=250)
     for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
-        optimizer.update(learning_rate=3e-4, warmup_steps=50, decay_steps=800)
-    config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
+        optimizer.update(learning_rate=3e-4, warmup_steps=50, decay_steps=400)
+    config.dmd.recipe.update(ema_decay=0.98, regression_weight=2.0, matched=("fresh",))
     config.dmd.recipe.distance = dict(name="squared_error")
-    config.dmd.update(batch_size=32, num_steps=800, log_every=20, preview_every=200, preview_images=50, checkpoint_every=200)
-    config.evaluate.update(batch_size=100, timing_repeats=3)
+    config.dmd.update(batch_size=32, num_steps=400, log_every=20, preview_every=100, preview_images=50, checkpoint_every=100)
+    config.evaluate.update(count=1000, neighbours=1000, batch_size=100)
+    config.evaluate.retrieval.count = 200
     return config
 
 

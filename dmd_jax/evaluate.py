@@ -104,9 +104,10 @@ def _retrieval(config, settings, features, workdir):
         scores, shown = {}, {}
         for kind, source in settings.retrieval.prompts.items():
             prompts = experiment.make_source(config, source, workdir)
-            count = min(len(prompts), settings.retrieval.count)
-            wanted = prompts.texts[:count]
-            images = np.concatenate([sample(inputs) for inputs in _inputs(config, settings, range(count), prompts)])
+            chosen = np.linspace(0, len(prompts) - 1, min(len(prompts), settings.retrieval.count)).astype(int).tolist()
+            all_texts = prompts.texts
+            wanted = [all_texts[i] for i in chosen]
+            images = np.concatenate([sample(inputs) for inputs in _inputs(config, settings, chosen, prompts)])
             found = retrieval.recall(features.extract(images), wanted, real_features, texts)
             scores |= {f"{name} {kind}": value for name, value in found.items()}
             shown[kind] = wanted, real[[texts.index(text) for text in wanted]], images

@@ -237,7 +237,7 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
         ("teacher.keep_checkpoints", 0, r"^teacher\.keep_checkpoints is 0; expected at least 1\.$"),
         ("mesh.fsdp", 0, r"^mesh\.fsdp is 0; expected at least 1\.$"),
         ("seed", -1, r"^seed is -1; expected 0 to 2\^32 - 1\.$"),
-        ("dmd.program", "trian", r"^stage 'dmd' needs a key of that name with a program, one of train, convert, pairs, evaluate\.$"),
+        ("dmd.program", "trian", r"^stage 'dmd' needs a key of that name with a program, one of convert, embed, train, pairs, evaluate\.$"),
         ("network.name", "unet", r"^dmd_jax/models has no file 'unet'"),
         (
             "teacher.sampler.name",
