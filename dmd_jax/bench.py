@@ -1,10 +1,15 @@
-"""Benchmarks: the time of a config's own DMD step, at its real size, with random weights.
+"""Benchmarks of a config's own networks, at their real size, with random weights.
 
 python -m dmd_jax.bench step --network=cifar10 --batch_size=2
 python -m dmd_jax.bench step --network=cifar10 --batch_size=2 --against=torch
+python -m dmd_jax.bench forward --network=coco --against=torch
+python -m dmd_jax.bench sample --network=coco --teacher_steps=3
+python -m dmd_jax.bench lower --network=coco --devices=64 --fsdp=8
 
-Prints parameters, memory and seconds per step; beside them the time that XLA's own convolutions and matrix products of the step take
-alone, one after another. `--against=torch` runs the same step in PyTorch in between, same network, losses, optimizers and batch.
+`step` prints parameters, memory and seconds of the DMD step; beside them the time that XLA's own convolutions and matrix products of the
+step take alone, one after another. `--against=torch` runs the same step in PyTorch in between, same network, losses, optimizers and batch.
+`forward` does so for the UNet of Stable Diffusion and diffusers' with the same weights, and prints how far apart they are. `sample` times
+one step against the teacher's sampler. `lower` traces the DMD step for devices that need not be there, and prints what its state takes.
 """
 
 import argparse
@@ -13,7 +18,6 @@ import functools
 import importlib.util
 import math
 import pathlib
-import resource
 import statistics
 import sys
 import tempfile
@@ -21,11 +25,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dmd_jax import checkpoint, experiment, sharding, train
-from dmd_jax.models import vgg
-from dmd_jax.weights import convert
+from dmd_jax import bench_parts, bench_sd, checkpoint, experiment, sharding, train
+from dmd_jax.models import clip_text, vae
 
 
 def load_config(name: str):
@@ -41,28 +43,17 @@ def load_config(name: str):
 
 
 def make_step(config, batch_size: int, directory: pathlib.Path):
-    """The step of `config`, compiled, with its state and a batch; LPIPS has random weights, written to `directory`."""
+    """The step of `config`, compiled, with its state and a batch; what else it reads is random and written to `directory`."""
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
     parallel.check_batch("batch_size", batch_size)
-    distance = config.dmd.recipe.distance
-    if "weights" in distance:
-        distance.weights = str(directory / "lpips.npz")
-        np.savez(distance.weights, **convert.to_torch(vgg.make().init(0)))
+    bench_parts.write_files(config, directory)
     recipe, params = experiment.make_recipe(config, "dmd", parallel, directory), experiment.make_network(config).init(0)
     state, shardings = train.first_state(recipe, params, parallel)
-    batch = jax.device_put(random_batch(config, batch_size), parallel.batch_sharding)
+    batch = jax.device_put(bench_parts.random_batch(config, batch_size), parallel.batch_sharding)
     began = time.perf_counter()
     step = train.compile_step(recipe.train_step, state, batch, shardings)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return recipe, step, state, batch
-
-
-def random_batch(config, n: int) -> dict:
-    """Noise in place of images."""
-    rng = np.random.default_rng(0)
-    shape, cond = (n, *experiment.image_shape(config)), np.arange(n, dtype=np.int32) % 10
-    pairs = {"noise": rng.standard_normal(shape, np.float32), "image": np.tanh(rng.standard_normal(shape, np.float32)), "cond": cond}
-    return {"fresh": {"cond": cond}, "pairs": pairs}
 
 
 def products(jaxpr, times: int = 1) -> collections.Counter:
@@ -86,7 +77,7 @@ def seconds_alone(recipe, state, batch) -> float:
     for (primitive, avals, params), count in products(jax.make_jaxpr(recipe.train_step)(state, batch).jaxpr).items():
         arrays = [jnp.ones(shape, dtype) for shape, dtype in avals]
         program = jax.jit(functools.partial(primitive.bind, **dict(params))).lower(*arrays).compile()
-        total += count * min(_timed(lambda p=program, a=arrays: jax.block_until_ready(p(*a)))[0] for _ in range(3))
+        total += count * min(bench_parts.timed(lambda p=program, a=arrays: jax.block_until_ready(p(*a)))[0] for _ in range(3))
     return total
 
 
@@ -97,16 +88,18 @@ def step(arguments: argparse.Namespace):
     config = load_config(arguments.network)
     config.network.remat = arguments.remat
     config.network.dtype = arguments.dtype or config.network.dtype
+    if arguments.against and not config.network.name.startswith("unet_edm."):
+        raise ValueError(f"--against=torch knows the networks of unet_edm alone, not {config.network.name}; for that one use forward.")
     with tempfile.TemporaryDirectory() as directory:
         recipe, compiled, state, batch = make_step(config, arguments.batch_size, pathlib.Path(directory))
         other = None
         if arguments.against:
             from dmd_jax import bench_torch
 
-            other = bench_torch.Step(config, jax.device_get(state.frozen), random_batch(config, arguments.batch_size))
+            other = bench_torch.Step(config, jax.device_get(state.frozen), bench_parts.random_batch(config, arguments.batch_size))
     count = sum(a.size for a in jax.tree.leaves(state.generator.params))
     flops = compiled.cost_analysis()["flops"]
-    print(f"device: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(bench_parts.devices())
     print(f"{arguments.network}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}")
     print(f"batch {arguments.batch_size} + {arguments.batch_size} pairs")
     memory = compiled.memory_analysis()
@@ -119,21 +112,20 @@ def step(arguments: argparse.Namespace):
     if other:
         other()
     for _ in range(arguments.steps):
-        seconds, (state, metrics) = _timed(lambda s=state: jax.block_until_ready(compiled(s, batch)))
+        seconds, (state, metrics) = bench_parts.timed(lambda s=state: jax.block_until_ready(compiled(s, batch)))
         ours.append(seconds)
-        theirs += [_timed(other)[0]] if other else []
-    print(f"jax: {_spread(ours)} s a step, {flops / statistics.median(ours) / 1e9:.0f} GFLOP/s")
+        theirs += [bench_parts.timed(other)[0]] if other else []
+    print(f"jax: {bench_parts.spread(ours)} s a step, {flops / statistics.median(ours) / 1e9:.0f} GFLOP/s")
     if alone:
         print(f"its convolutions and matrix products alone: {alone:.3f} s, {alone / statistics.median(ours):.2f} of the step")
     if other:
-        print(f"torch {other.version}: {_spread(theirs)} s a step")
-        print(f"jax is {_spread([b / a for a, b in zip(ours, theirs, strict=True)])} times as fast")
+        print(f"torch {other.version}: {bench_parts.spread(theirs)} s a step")
+        print(f"jax is {bench_parts.spread([b / a for a, b in zip(ours, theirs, strict=True)])} times as fast")
     if not all(math.isfinite(float(value)) for value in metrics.values()):
         raise ValueError(f"the step is not finite: {jax.device_get(metrics)}.")
     if arguments.checkpoint:
         _checkpoint(state, pathlib.Path(arguments.checkpoint))
-    stats = jax.devices()[0].memory_stats() or {}
-    print(f"peak memory: {stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30:.1f} GiB")
+    print(f"peak memory: {bench_parts.peak_memory()}")
 
 
 def _checkpoint(state, directory):
@@ -144,33 +136,101 @@ def _checkpoint(state, directory):
         checkpoint.save(manager, state, int(state.step), fingerprint="bench", metrics={})
         manager.wait_until_finished()
 
-    seconds, _ = _timed(save)
-    expected = float(jnp.sum(state.generator.params["map_layer0"]["kernel"]))
+    seconds, _ = bench_parts.timed(save)
+    total = lambda state: float(jnp.sum(jax.tree.leaves(state.generator.params)[-1]))
+    expected = total(state)
     step = int(state.step)
     jax.tree.map(lambda a: a.delete(), state)
     restored = checkpoint.restore(manager, abstract, fingerprint="bench")
-    if float(jnp.sum(restored.generator.params["map_layer0"]["kernel"])) != expected:
+    if total(restored) != expected:
         raise ValueError(f"the checkpoint in {directory} differs from what was saved.")
     size = sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
     print(f"checkpoint of step {step}: {size / 1e9:.2f} GB, saved in {seconds:.0f} s, read back the same")
 
 
-def _timed(function):
-    began = time.perf_counter()
-    result = function()
-    return time.perf_counter() - began, result
+def forward(arguments: argparse.Namespace):
+    """Times the UNet of Stable Diffusion, and holds it against diffusers'."""
+    config = _of_stable_diffusion(arguments)
+    found = bench_sd.forward(config, batch_size=arguments.batch_size, repeats=arguments.repeats, against=arguments.against)
+    print(f"jax: {bench_parts.spread(found.seconds)} s a call, compiled in {found.compile_seconds:.0f} s; {found.parameters:,} parameters")
+    if found.other:
+        name, seconds = found.other
+        print(f"{name}: {bench_parts.spread(seconds)} s a call")
+        print(f"jax is {bench_parts.spread([b / a for a, b in zip(found.seconds, seconds, strict=True)])} times as fast")
+        print(f"largest difference: {found.difference:.1e} of the largest output")
+    print(f"peak memory: {bench_parts.peak_memory()}")
 
 
-def _spread(values):
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def sample(arguments: argparse.Namespace):
+    """Times one step against the teacher's sampler, from texts to images."""
+    config = _of_stable_diffusion(arguments)
+    if config.text.name != "clip":
+        raise ValueError(f"{arguments.network} takes its texts from {config.text.name}, expected clip; use --network=coco.")
+    width = config.network.cross_attention_dim
+    encoder = clip_text.clip(hidden_size=width, intermediate_size=4 * width, num_heads=max(width // 64, 1))
+    decoder = vae.kl(latent_channels=config.network.channels)
+    sizes = dict(batch_size=arguments.batch_size, teacher_steps=arguments.teacher_steps, repeats=arguments.repeats)
+    found = bench_sd.sample(config, encoder, decoder, **sizes)
+    part = found.nfe / found.calls
+    print(f"text encoder: {bench_parts.spread(found.text)} s; decoder: {bench_parts.spread(found.decoder)} s")
+    print(f"one step: {bench_parts.spread(found.one_step)} s")
+    calls = [seconds / found.calls for seconds in found.teacher]
+    print(f"teacher, {found.calls} guided calls: {bench_parts.spread(found.teacher)} s, {bench_parts.spread(calls)} s a call")
+    if part != 1:
+        print(f"below, the teacher's {found.nfe} calls are extrapolated from {found.calls}")
+    rows = list(zip(found.text, found.one_step, found.teacher, found.decoder, strict=True))
+    networks = [part * teacher / one for _, one, teacher, _ in rows]
+    images = [(text + part * teacher + decoder) / (text + one + decoder) for text, one, teacher, decoder in rows]
+    print(f"one step is {bench_parts.spread(images)} times as fast from text to image; the network alone {bench_parts.spread(networks)}")
+    print(f"peak memory: {bench_parts.peak_memory()}")
+
+
+def lower(arguments: argparse.Namespace):
+    """Traces and lowers the DMD step for devices that need not be there."""
+    jax.config.update("jax_platforms", "cpu")  # the program must not depend on where it is made
+    config = load_config(arguments.network)
+    with tempfile.TemporaryDirectory() as directory:
+        bench_parts.write_files(config, pathlib.Path(directory))
+        found = bench_sd.lower(config, pathlib.Path(directory), devices=arguments.devices, fsdp=arguments.fsdp)
+    mesh = f"data={arguments.devices // arguments.fsdp} x fsdp={arguments.fsdp}"
+    print(f"{arguments.network}, {config.network.dtype}, batch {config.dmd.batch_size} + {config.dmd.batch_size} pairs, {mesh}")
+    size = f"{len(found.text) / 1e6:.1f} MB of StableHLO"
+    print(f"traced in {found.trace_seconds:.1f} s, lowered for TPUs in {found.lower_seconds:.1f} s; {size}")
+    print("GiB of state on each device at rest, between steps:")
+    for fsdp in sorted({1, 8, arguments.fsdp, arguments.devices}):
+        parts = bench_sd.at_rest(found.state, fsdp)
+        sizes = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in parts.items() if size)
+        print(f"fsdp={fsdp}: {sum(parts.values()) / 2**30:.2f} = {sizes}")
+    whole = sum(size for name, size in bench_sd.at_rest(found.state, 1).items() if name not in bench_sd.NOT_GATHERED)
+    print(f"while a step runs, every device also gathers what its networks compute with: {whole / 2**30:.2f}")
+    print(f"peak memory here: {bench_parts.peak_memory()}")
+
+
+def _of_stable_diffusion(arguments):
+    """The config, after the first lines."""
+    if min(arguments.repeats, arguments.batch_size) < 1:
+        raise ValueError(f"repeats is {arguments.repeats} and batch_size {arguments.batch_size}; expected at least 1.")
+    config = load_config(arguments.network)
+    if config.network.name != "unet_sd.unet":
+        raise ValueError(f"the network of {arguments.network} is {config.network.name}, expected unet_sd.unet; use --network=coco.")
+    config.network.dtype = arguments.dtype
+    print(bench_parts.devices())
+    print(f"{arguments.network}, {config.network.dtype}, batch {arguments.batch_size}", flush=True)
+    return config
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m dmd_jax.bench", description=__doc__.split("\n")[0])
-    command = parser.add_subparsers(required=True).add_parser("step", help="the DMD step of a config")
-    command.set_defaults(run=step)
-    command.add_argument("--network", default="cifar10", help="a config of configs/, by name, such as fashion_mnist:small")
+    commands = parser.add_subparsers(required=True)
+
+    def add(run, network):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--network", default=network, help="a config of configs/, by name, such as fashion_mnist:small")
+        return command
+
+    command = add(step, "cifar10")
     command.add_argument("--batch_size", type=int, default=2, help="fresh images, and as many pairs, over all devices")
     command.add_argument("--steps", type=int, default=5, help="to be timed, after one that is not")
     command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
@@ -178,6 +238,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--remat", action="store_true", help="recompute activations")
     command.add_argument("--checkpoint", default="", help="directory to which the state is saved, and from which it is read back")
     command.add_argument("--no-alone", dest="alone", action="store_false", help="do not time convolutions and matrix products alone")
+
+    for run in (forward, sample):
+        command = add(run, "coco")
+        command.add_argument("--batch_size", type=int, default=1, help="over all devices")
+        command.add_argument("--repeats", type=int, default=3, help="to be timed, after one that is not")
+        command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the UNet")
+        if run is forward:
+            command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
+        else:
+            command.add_argument("--teacher_steps", type=int, default=0, help="of the teacher; all the config's if not given")
+
+    command = add(lower, "coco")
+    command.add_argument("--devices", type=int, default=64, help="of the mesh")
+    command.add_argument("--fsdp", type=int, default=8, help="devices over which the state is split")
     return parser.parse_args(argv)
 
 

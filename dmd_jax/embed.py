@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import experiment, metrics
+from dmd_jax import experiment, latents, metrics
 from dmd_jax.data import captions, records
 
 NULL = "null.npy"  # the embedding of the empty text
@@ -75,7 +75,7 @@ def _prepare(config, stage, workdir):
     features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
     encode_images = None
     if settings.latents:
-        encode_images = experiment.make_encode(config, parallel, settings.batch_size)
+        encode_images = latents.make_encode(experiment.autoencoder(config), parallel, settings.batch_size)
         features["image"] = {"shape": list(experiment.image_shape(config)), "dtype": "float32"}
     manifest = {
         "shards": math.ceil(len(source) / settings.shard_size),

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, experiment, metrics, sampling
+from dmd_jax import checkpoint, experiment, latents, metrics, sampling
 from dmd_jax.evals import report, retrieval, suite
 from dmd_jax.weights import files
 
@@ -33,7 +33,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     features = experiment.make_features(config, workdir, parallel)
     real = _reference(config, settings, features, workdir)
     conditions = experiment.make_source(config, settings.conditions, workdir)
-    decode = experiment.make_decode(config, parallel, settings.batch_size)
+    decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.batch_size)
     retrieve = _retrieval(config, settings, features, workdir) if settings.get("retrieval") else None
 
     scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}

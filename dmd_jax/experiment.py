@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, lookup, losses, metrics, recipes, samplers, sampling, sharding, text
+from dmd_jax import checkpoint, latents, lookup, losses, metrics, recipes, samplers, sampling, sharding, text
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import pipeline
@@ -90,42 +90,23 @@ def make_distance(name: str, *, weights: str = "", decoder: dict | None = None, 
     params = convert.from_torch(lpips.read(weights), network.abstract)
     if not decoder:
         return network.apply, params
-    autoencoder, decoder_params = make_autoencoder(decoder)
+    autoencoder, decoder_params = latents.load(decoder)
 
     def distance(params, x, y):
-        return network.apply(params["lpips"], *(autoencoder.apply(params["decoder"], latents) for latents in (x, y)))
+        return network.apply(params["lpips"], *(autoencoder.apply(params["decoder"], a) for a in (x, y)))
 
     return distance, {"lpips": params, "decoder": decoder_params}
-
-
-def make_autoencoder(settings) -> tuple[layers.Network, dict]:
-    """An autoencoder and its parameters: that of the diffusers directory `checkpoint`, or one without parameters by its `name`."""
-    network, tensors = _autoencoder(dict(settings))
-    return network, convert.from_torch(tensors, network.abstract)
-
-
-def make_decode(config: ml_collections.ConfigDict, parallel: sharding.Parallel, batch_size: int) -> Callable:
-    """`latents [N, h, w, c] -> images [N, H, W, C]`, numpy, for any N; without an autoencoder they are the same."""
-    if "autoencoder" not in config:
-        return lambda latents: latents
-    network, params = make_autoencoder(config.autoencoder.to_dict())
-    params = jax.device_put(params, jax.sharding.NamedSharding(parallel.mesh, jax.P()))
-    run = parallel.in_batches("decoding batch_size", network.apply, batch_size)
-    return lambda latents: run(params, latents)
-
-
-def make_encode(config: ml_collections.ConfigDict, parallel: sharding.Parallel, batch_size: int) -> Callable:
-    """`images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N."""
-    network, params = make_autoencoder(config.autoencoder.to_dict())
-    params = jax.device_put(params, jax.sharding.NamedSharding(parallel.mesh, jax.P()))
-    run = parallel.in_batches("encoding batch_size", lambda params, x: network.bind(params).encode(x), batch_size)
-    return lambda images: run(params, images)
 
 
 def make_text_encoder(config: ml_collections.ConfigDict, parallel: sharding.Parallel) -> text.Encoder:
     """What turns prompts into conditions."""
     settings = config.text.to_dict()
     return lookup.find("text", settings.pop("name"))(parallel, **settings)
+
+
+def autoencoder(config: ml_collections.ConfigDict) -> dict | None:
+    """The settings `config.autoencoder`, for dmd_jax/latents.py; None if the networks see images."""
+    return config.autoencoder.to_dict() if "autoencoder" in config else None
 
 
 def null_cond(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -178,7 +159,8 @@ def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: path
     Raises:
       ValueError: there is no such source, or some of its images or labels are not what the network takes.
     """
-    source, name, n, shapes = open_source(settings, workdir), settings["source"], config.network.num_classes, _shapes(config)
+    source, name, n = open_source(settings, workdir), settings["source"], config.network.num_classes
+    shapes = {image_shape(config), latents.image_shape(autoencoder(config), image_shape(config))}
     for i in {*range(min(len(source), 100)), len(source) - 1}:
         row = source[i]
         if "image" in row and row["image"].shape not in shapes:
@@ -202,8 +184,7 @@ def load_params(config: ml_collections.ConfigDict, directory: str, workdir: path
     directory = pathlib.Path(directory.format(workdir=workdir))
     if (directory / SOURCE).exists() and (found := metrics.read_json(directory / SOURCE)).get("directory"):
         return load_directory(config, pathlib.Path(found["directory"]))
-    replicated = jax.sharding.NamedSharding(sharding.make_mesh(**config.mesh), jax.P())
-    abstract = make_network(config).abstract
+    abstract, replicated = make_network(config).abstract, _replicated(config)
     if (directory / WEIGHTS).exists():
         tensors, _ = edm.read(directory / WEIGHTS)
         return jax.device_put(edm.to_params(tensors, abstract), replicated)
@@ -213,7 +194,7 @@ def load_params(config: ml_collections.ConfigDict, directory: str, workdir: path
 
 def load_directory(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict:
     """The UNet of a diffusers directory, on all devices; read and placed one tensor at a time."""
-    replicated = jax.sharding.NamedSharding(sharding.make_mesh(**config.mesh), jax.P())
+    replicated = _replicated(config)
     _, tensors = diffusers.unet(directory)
     return convert.from_torch(tensors, make_network(config).abstract, place=lambda array, path: jax.device_put(array, replicated))
 
@@ -240,28 +221,13 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
     return config.network.size, config.network.size, config.network.channels
 
 
-def _shapes(config):
-    """Of what the network makes, and of the images it stands for."""
-    latent = image_shape(config)
-    if "autoencoder" not in config:
-        return (latent,)
-    network, _ = _autoencoder(config.autoencoder.to_dict())
-    image = jax.eval_shape(network.apply, network.abstract, jax.ShapeDtypeStruct((1, *latent), np.float32))
-    return latent, image.shape[1:]
-
-
 def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
     """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
     return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
 
 
-def _autoencoder(settings):
-    """The network, and its tensors yet to be read."""
-    checkpoint, tensors = settings.pop("checkpoint", ""), {}
-    if checkpoint:
-        found, tensors = diffusers.vae(diffusers.find(checkpoint))
-        settings = found | settings
-    return lookup.find("models", settings.pop("name"))(**settings), tensors
+def _replicated(config):
+    return sharding.Parallel(sharding.make_mesh(**config.mesh)).replicated
 
 
 def _sampler(settings, denoise, process, name):

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dmd_jax import experiment, metrics, samplers, sampling, sharding, text
+from dmd_jax import experiment, latents, metrics, samplers, sampling, sharding, text
 from dmd_jax.weights import diffusers
 
 PIPELINE = dict(name="pndm", num_steps=50, guidance_scale=7.5)  # what Stable Diffusion's own pipeline does
@@ -73,9 +73,9 @@ class Model(NamedTuple):
             if np.shape(noise) != inputs["z"].shape:
                 raise ValueError(f"noise has shape {np.shape(noise)}, expected {inputs['z'].shape}.")
             inputs["z"] = np.asarray(noise, np.float32)
-        latents = self.sample(self.params, inputs)
+        made = self.sample(self.params, inputs)
         sampled = time.perf_counter()
-        images = self.decode(latents)
+        images = self.decode(made)
         self.seconds.update(text=encoded - start, network=sampled - encoded, decoder=time.perf_counter() - sampled)
         return images
 
@@ -120,7 +120,7 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
     null = encoder.encode([""])[0] if encoder else config.null_cond
     made = experiment.build_sampler(config, settings, null, "sampler")
     sample = sampling.make_sample(made, parallel, batch_size)
-    decode = experiment.make_decode(config, parallel, batch_size)
+    decode = latents.make_decode(experiment.autoencoder(config), parallel, batch_size)
     return Model(made, sample, decode, params, encoder, experiment.image_shape(config), config.network.num_classes, {})
 
 

@@ -59,6 +59,10 @@ class Parallel:
     def batch_sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, P(AXES))
 
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P())
+
     def state_shardings(self, tree):
         """One sharding per leaf: the largest axis that `fsdp` divides is split, small arrays are replicated."""
         fsdp = self.mesh.shape["fsdp"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from dmd_jax import checkpoint, experiment, metrics, recipes, sampling, sharding
+from dmd_jax import checkpoint, experiment, latents, metrics, recipes, sampling, sharding
 from dmd_jax.data import pipeline
 from dmd_jax.evals import suite
 
@@ -109,7 +109,7 @@ def _previews(config, stage, workdir, parallel):
     conditions = experiment.make_source(config, config.evaluate.conditions, workdir)
     inputs = experiment.inputs(config, range(settings.preview_images), conditions)
     sample = sampling.make_sample(experiment.make_sampler(config, stage, workdir), parallel, settings.preview_images)
-    decode = experiment.make_decode(config, parallel, settings.preview_images)
+    decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.preview_images)
     if not settings.preview_scores:
         return lambda params: (decode(sample(params, inputs))[:100], {})
     features = experiment.make_features(config, workdir, parallel)

@@ -379,3 +379,10 @@ def test_twemoji_refuses(emoji, monkeypatch):
 def test_sources_are_found_by_name():
     for name in ("coco", "tfds", "folder", "prompts", "twemoji"):
         assert lookup.find("data", f"captions.{name}") is getattr(captions, name)
+
+
+def test_twemoji_of_some_categories():
+    food = captions.twemoji(split="all", categories=("Food & Drink",), size=16)
+    assert len(food) == 135 and {food[i]["category"] for i in range(len(food))} == {"Food & Drink"}
+    with pytest.raises(ValueError, match="no category 'Food'; there are: Activities, Animals & Nature"):
+        captions.twemoji(split="all", categories=("Food",))

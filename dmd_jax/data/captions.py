@@ -264,7 +264,9 @@ def prompts(*, path: str, limit: int = 0) -> Captions:
     return Captions(Listed([f"line {i + 1}" for i in range(len(texts))], texts, None), origin=f"prompts {path}")
 
 
-def twemoji(*, split: str, size: int = 0, held_out: float = 0.1, seed: int = 0, with_images: bool = True) -> Captions:
+def twemoji(
+    *, split: str, size: int = 0, categories: Sequence[str] = (), held_out: float = 0.1, seed: int = 0, with_images: bool = True
+) -> Captions:
     """1,903 emoji of 72x72 pixels on white, with their names in lower case ("open book") and "category"; see CREDIT.
 
     The split is by concept: emoji that differ in the gender of a person, or the direction that it faces, are on the same side. Skin is
@@ -273,12 +275,13 @@ def twemoji(*, split: str, size: int = 0, held_out: float = 0.1, seed: int = 0, 
     Args:
       split: "train", "held_out" or "all".
       size: height and width of the images.
+      categories: only these, such as "Food & Drink"; none = all.
       held_out: share of the concepts that are kept apart, about.
       seed: of the split.
       with_images: False = texts only.
 
     Raises:
-      ValueError: no such split; the packages are not installed, or in other versions.
+      ValueError: no such split or category; the packages are not installed, or in other versions.
     """
     splits = ("train", "held_out", "all")
     if split not in splits:
@@ -293,15 +296,18 @@ def twemoji(*, split: str, size: int = 0, held_out: float = 0.1, seed: int = 0, 
         digest.update(f"{file} {text} {category}".encode() + (files.read(file) if file else b""))
         concept = _concept(codes[re.split("-200d-(?:2640|2642|27a1)", code)[0]]["name"])
         apart = int.from_bytes(hashlib.sha256(f"{seed} {concept}".encode()).digest()[:4]) < held_out * 2**32
-        if split in ("all", "held_out" if apart else "train"):
+        if split in ("all", "held_out" if apart else "train") and (not categories or category in categories):
             rows.append((file, text, category))
     if digest.hexdigest()[:16] != TWEMOJI:
         raise ValueError(f"twemoji: expected pictures and names with digest {TWEMOJI}, got {digest.hexdigest()[:16]}; run: {TWEMOJI_PIP}")
+    known = sorted({entry["category"] for entry in codes.values()})
+    if unknown := [category for category in categories if category not in known]:
+        raise ValueError(f"twemoji has no category {unknown[0]!r}; there are: {', '.join(known)}.")
     if not rows:
         raise ValueError(f"twemoji: expected held_out between 0 and 1, got {held_out}, which leaves nothing to {split!r}; use 0.1.")
-    names, texts, categories = (list(column) for column in zip(*rows, strict=True))
-    origin = f"twemoji {split}, {held_out} held out, seed {seed}{_without(with_images)}"
-    return Captions(Listed(names, texts, files if with_images else None, categories), origin=origin, size=size)
+    names, texts, kinds = (list(column) for column in zip(*rows, strict=True))
+    origin = f"twemoji {split} {', '.join(categories) or 'of all categories'}, {held_out} held out, seed {seed}{_without(with_images)}"
+    return Captions(Listed(names, texts, files if with_images else None, kinds), origin=origin, size=size)
 
 
 def _checked(rows, origin, size):

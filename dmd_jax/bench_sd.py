@@ -1,0 +1,186 @@
+"""Stable Diffusion at its real size: the UNet beside diffusers', one step beside the teacher's many, and DMD's step for a pod.
+
+Weights are random. What is returned is printed by `bench.py`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dmd_jax import bench_parts, experiment, sampling, sharding
+from dmd_jax.models import layers
+
+NOT_GATHERED = ("Adam", "running mean")  # parts of a state that a step needs only where they lie
+
+
+class Forward(NamedTuple):
+    """What `forward` found.
+
+    Attributes:
+      parameters: how many.
+      compile_seconds: of ours.
+      seconds: of each call of ours.
+      other: the name of what it was compared with, and its seconds; None for nothing.
+      difference: the largest, relative to the largest output of the other.
+    """
+
+    parameters: int
+    compile_seconds: float
+    seconds: list[float]
+    other: tuple[str, list[float]] | None
+    difference: float
+
+
+def forward(config, *, batch_size: int, repeats: int, against: str) -> Forward:
+    """The UNet of `config` on noise, and diffusers' in turn with it if `against` is "torch".
+
+    Raises:
+      ValueError: something is not finite, or diffusers is missing.
+    """
+    network, rng = experiment.make_network(config), np.random.default_rng(0)
+    params = bench_parts.random_params(network.abstract)
+    x = rng.standard_normal((batch_size, *experiment.image_shape(config)), np.float32)
+    inputs = x, np.linspace(999, 1, batch_size, dtype=np.float32), bench_parts.random_cond(config, batch_size).astype(np.float32)
+    compile_seconds, program = bench_parts.timed(lambda: jax.jit(network.apply).lower(params, *inputs).compile())
+    output = np.asarray(program(params, *inputs))
+    other, difference = None, 0.0
+    if against:
+        try:
+            from dmd_jax import bench_diffusers
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f'--against=torch needs diffusers ({error}); run: pip install "dmd_jax[torch]"') from error
+        other = bench_diffusers.unet(config.network.to_dict(), params, inputs)
+        expected = other().cpu().numpy()
+        difference = float(np.abs(output - expected).max() / np.abs(expected).max())
+    if not np.isfinite(output).all() or not math.isfinite(difference):
+        raise ValueError("the output is not finite.")
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(bench_parts.timed(lambda: jax.block_until_ready(program(params, *inputs)))[0])
+        theirs += [bench_parts.timed(other)[0]] if other else []
+    count = sum(a.size for a in jax.tree.leaves(params))
+    return Forward(count, compile_seconds, ours, (f"torch {bench_diffusers.VERSION}", theirs) if other else None, difference)
+
+
+class Sampled(NamedTuple):
+    """What `sample` found: seconds of each run, and network calls.
+
+    Attributes:
+      text: of the text encoder.
+      one_step: of the one-step generator.
+      teacher: of the teacher.
+      decoder: of the decoder.
+      calls: of the teacher's network in these seconds.
+      nfe: of the teacher's network for an image.
+    """
+
+    text: list[float]
+    one_step: list[float]
+    teacher: list[float]
+    decoder: list[float]
+    calls: int
+    nfe: int
+
+
+def sample(config, encoder: layers.Network, decoder: layers.Network, *, batch_size: int, teacher_steps: int, repeats: int) -> Sampled:
+    """Images of texts by one step and by the teacher's sampler, each part on its own and in turn, after one run that compiles.
+
+    Args:
+      config: of a network of texts.
+      encoder: of texts, `(params, ids [B, L]) -> cond`.
+      decoder: of latents.
+      batch_size: texts at once, over all devices.
+      teacher_steps: of the teacher's sampler; 0 for all that the config has.
+      repeats: runs that are timed.
+
+    Raises:
+      ValueError: the batch or the steps do not fit, or something is not finite.
+    """
+    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
+    replicated = NamedSharding(parallel.mesh, P())
+    networks = {"text": encoder, "unet": experiment.make_network(config), "decoder": decoder}
+    params = {name: jax.device_put(bench_parts.random_params(n.abstract), replicated) for name, n in networks.items()}
+    encode, decode = (parallel.in_batches("batch_size", n.apply, batch_size) for n in (encoder, decoder))
+    ids = np.random.default_rng(0).integers(0, 1000, (batch_size, bench_parts.LENGTH), np.int32)
+    cond = encode(params["text"], ids)
+    inputs = sampling.inputs(0, range(batch_size), experiment.image_shape(config), [{"cond": row} for row in cond])
+
+    settings = config.teacher.sampler.to_dict()
+    nfe = experiment.build_sampler(config, settings, cond[0], "teacher.sampler").nfe
+    teacher = experiment.build_sampler(config, settings | ({"num_steps": teacher_steps} if teacher_steps else {}), cond[0], "teacher_steps")
+    one_step = experiment.build_sampler(config, {"name": "one_step"}, None, "one_step")
+    by_one_step, by_teacher = (sampling.make_sample(sampler, parallel, batch_size) for sampler in (one_step, teacher))
+    parts = (
+        lambda: encode(params["text"], ids),
+        lambda: by_one_step(params["unet"], inputs),
+        lambda: by_teacher(params["unet"], inputs),
+        lambda: decode(params["decoder"], inputs["z"]),
+    )
+    if not all(np.isfinite(part()).all() for part in parts):
+        raise ValueError("an output is not finite.")
+    rows = [[bench_parts.timed(part)[0] for part in parts] for _ in range(repeats)]
+    return Sampled(*map(list, zip(*rows, strict=True)), calls=teacher.nfe, nfe=nfe)
+
+
+class Lowered(NamedTuple):
+    """What `lower` found.
+
+    Attributes:
+      state: abstract, of the DMD stage.
+      trace_seconds: of tracing.
+      lower_seconds: of lowering.
+      text: the program.
+    """
+
+    state: Any
+    trace_seconds: float
+    lower_seconds: float
+    text: str
+
+
+def lower(config, directory, *, devices: int, fsdp: int) -> Lowered:
+    """DMD's step as StableHLO for a mesh of TPUs that need not be there; the networks in training are shapes alone.
+
+    Args:
+      config: with a stage `dmd`, whose files `bench_parts.write_files` has written.
+      directory: that stands for the run's.
+      devices: of the mesh.
+      fsdp: its second axis.
+
+    Raises:
+      ValueError: the devices cannot share the batch, or do not make such a mesh.
+    """
+    settings, parallel = config.dmd, sharding.Parallel(abstract_mesh(devices, fsdp), config.dmd.get("accumulation", 1))
+    parallel.check_batch("batch_size", settings.batch_size)
+    recipe = experiment.make_recipe(config, "dmd", parallel, directory)
+    state = jax.eval_shape(recipe.init, experiment.make_network(config).abstract)
+    shardings = parallel.state_shardings(state)
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+    shape = lambda a: jax.ShapeDtypeStruct((settings.batch_size, *a.shape[1:]), a.dtype, sharding=parallel.batch_sharding)
+    batch = jax.tree.map(shape, bench_parts.random_batch(config, 1))
+    step = jax.jit(recipe.train_step, donate_argnums=0, out_shardings=(shardings, None))
+    trace_seconds, traced = bench_parts.timed(lambda: step.trace(placed, batch))
+    lower_seconds, lowered = bench_parts.timed(lambda: traced.lower(lowering_platforms=("tpu",)))
+    return Lowered(state, trace_seconds, lower_seconds, lowered.as_text())
+
+
+def abstract_mesh(devices: int, fsdp: int) -> AbstractMesh:
+    """As `sharding.make_mesh`, without the devices."""
+    if fsdp < 1 or devices < 1 or devices % fsdp:
+        raise ValueError(f"devices {devices} are not divisible by fsdp {fsdp}; change one of them.")
+    return AbstractMesh((devices // fsdp, fsdp), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def at_rest(state, fsdp: int) -> dict[str, int]:
+    """Bytes of the parts of an abstract state on each device between steps, for any number of devices with that `fsdp`."""
+    parallel = sharding.Parallel(abstract_mesh(fsdp, fsdp))
+    sizes = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, state, parallel.state_shardings(state))
+    generator, fake_score, distance = sizes.generator, sizes.fake_score, sizes.frozen["distance"]
+    parts = {"generator": generator.params, "fake score": fake_score.params, "Adam": (generator.opt_state, fake_score.opt_state)}
+    parts |= {"running mean": generator.ema, "teacher": sizes.frozen["real_score"]}
+    parts |= distance if distance and "decoder" in distance else {"distance": distance}
+    return {name: sum(jax.tree.leaves(part)) for name, part in parts.items()}
