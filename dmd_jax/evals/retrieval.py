@@ -14,7 +14,7 @@ def recall(features: np.ndarray, captions: list[str], gallery: np.ndarray, galle
       ks: numbers of neighbours.
     """
     features, gallery = (np.asarray(a, np.float64) for a in (features, gallery))
-    features, gallery = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (features, gallery))
+    features, gallery = (a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12) for a in (features, gallery))
     nearest = np.argsort(-features @ gallery.T, axis=1, kind="stable")[:, : max(ks)]
     hits = np.array(gallery_captions)[nearest] == np.array(captions)[:, None]
     return {f"R@{k}": float(hits[:, :k].any(axis=1).mean()) for k in ks}
