@@ -13,7 +13,8 @@ Needed, and named at the start if missing:
 
 Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages), `:tiny` for tests.
 Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45). Not run by us.
-Memory of each device at rest, float32 parameters, Adam and teacher: docs/results.md. Disk: a pair is 250 KB, 500,000 are 125 GB.
+Memory of each device at rest, float32 parameters, Adam and teacher: docs/results.md. Disk: a pair is 250 KB, 500,000 are 125 GB and 12
+million 3 TB; the embedding of a prompt is 118 KB, those of 3 million prompts 355 GB.
 """
 
 import ml_collections
@@ -33,7 +34,6 @@ SCHEDULE = (  # (last step, million pairs, regression weight, highest matching l
     (162_500, 12.0, 0.5, 500, "vae", 16, 4),
     (165_000, 12.0, 0.25, 500, "vae", 16, 4),
 )
-DEVICES = 80  # of guidance 8, "about 80"
 
 
 def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
@@ -49,7 +49,7 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     config.null_cond = "{workdir}/prompts/null.npy"  # the embedding of "", padded to 77 tokens
     config.process = dict(name="VP", beta_min=0.00085, beta_max=0.012)  # Stable Diffusion's
     config.prediction = "eps"
-    config.text = dict(name="clip", checkpoint=checkpoint, batch_size=256)  # CLIP ViT-L/14, all 77 positions of its last layer
+    config.text = dict(name="clip", checkpoint=checkpoint, batch_size=288)  # CLIP ViT-L/14, all 77 positions of its last layer
     config.autoencoder = dict(checkpoint=checkpoint, dtype="float32")
     config.features = dict(name="inception", weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
     config.network = dict(  # UNet2DConditionModel: 859.5 M parameters
@@ -80,14 +80,12 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         latents=False,  # texts alone: DMD needs no images
         dtype="float16",
         shard_size=10_000,
-        batch_size=256,
     )
     config.captions = dict(  # of those to evaluate on
         program="embed",
         latents=False,
         dtype="float16",
         shard_size=10_000,
-        batch_size=256,
         captions=dict(source="captions.coco", annotations=coco + "/annotations/captions_val2014.json", images="", size=0, limit=30_000),
     )
     fresh = dict(source="records.read", directory="{workdir}/prompts", fields=("cond",))
@@ -98,7 +96,7 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         conditions=fresh,
         count=500_000,  # of the first 500,000 prompts
         shard_size=1000,
-        batch_size=64,
+        batch_size=72,
     )
 
     optimizer = dict(learning_rate=1e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0)  # Table 4
@@ -157,7 +155,7 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         count=30_000,
         seed_ranges=1,
         neighbours=10_000,
-        batch_size=64,
+        batch_size=72,
         timing_repeats=5,
     )
     if variant not in VARIANTS:
@@ -165,24 +163,23 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     return VARIANTS[variant](config)
 
 
-def _guidance8(config):
-    """A stage of pairs for each number of them, and a stage of DMD for each row of the schedule, which goes on from the one before."""
+def _guidance8(config, devices=80):
+    """A stage of DMD for each row of the schedule, which goes on from the one before. The pairs are made once, the first ones first."""
     config.teacher.sampler.guidance_scale = config.dmd.recipe.guidance_scale = 8.0
-    pairs, dmd, stages = config.pairs, config.dmd, []
-    del config.pairs, config.dmd
+    config.pairs.count = int(1e6 * max(millions for _, millions, *_ in SCHEDULE))
+    config.text.batch_size = 4 * devices
+    config.features.batch_size = 7 * devices
+    config.dmd.preview_images = config.pairs.batch_size = config.evaluate.batch_size = devices
+    dmd, stages = config.dmd, []
+    del config.dmd
     for i, (last, millions, weight, level, decoder, images, paired) in enumerate(SCHEDULE, 1):
-        made = f"pairs_{millions}M".replace(".", "_")
-        if made not in stages:
-            config[made] = pairs.copy_and_resolve_references()
-            config[made].count = int(millions * 1e6)
-            stages.append(made)
         stage = config[f"dmd_{i}"] = dmd.copy_and_resolve_references()
         stage.recipe.update(regression_weight=weight, matching_levels=(20, level))
         stage.recipe.distance.decoder.checkpoint = config.get_ref("taesd" if decoder == "taesd" else "checkpoint")
-        stage.update(batch_size=DEVICES * (images - paired), num_steps=last, continues=f"dmd_{i - 1}" if i > 1 else "")
-        stage.data.pairs = dict(source="records.read", directory=f"{{workdir}}/{made}", batch_size=DEVICES * paired)
+        stage.update(batch_size=devices * (images - paired), num_steps=last, continues=f"dmd_{i - 1}" if i > 1 else "")
+        stage.data.pairs = dict(stage.data.pairs.to_dict(), limit=int(1e6 * millions), batch_size=devices * paired)
         stages.append(f"dmd_{i}")
-    config.stages = ("teacher", "prompts", "captions", *stages, "evaluate")
+    config.stages = ("teacher", "prompts", "captions", "pairs", *stages, "evaluate")
     config.evaluate.student = stages[-1]
     return config
 
@@ -191,7 +188,7 @@ def _tiny(config):
     """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
     config.network.update(size=8, block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=4)
     config.network.update(cross_attention_dim=32, norm_num_groups=8, dtype="float32", remat=False)
-    config.text.batch_size = config.captions.batch_size = config.prompts.batch_size = 8
+    config.text.batch_size = 8
     config.teacher.sampler.num_steps = 4
     config.prompts.shard_size = config.captions.shard_size = 4
     config.pairs.update(count=16, shard_size=8, batch_size=8)

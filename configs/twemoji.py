@@ -5,8 +5,9 @@
     python -m dmd_jax.main --config=configs/twemoji.py --workdir=/data/twemoji
     python -m dmd_jax.sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
 
-Hardware: one GPU; not yet run by us at this setting. `:small`, 16x16 pixels, is for two CPU cores: docs/results.md has its time and scores.
-The pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0. A tenth of the concepts is held out.
+Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: 16x16 pixels, of the emoji animals, plants, food and
+drink; docs/results.md has its time and its scores. The pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0. A tenth
+of the concepts is held out.
 """
 
 import ml_collections
@@ -58,7 +59,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         latents=False,
         dtype="float16",
         shard_size=1000,
-        batch_size=500,
     )
     conditions = dict(source="records.read", directory="{workdir}/captions", fields=("cond",))
 

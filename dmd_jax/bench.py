@@ -48,7 +48,8 @@ def make_step(config, batch_size: int, directory: pathlib.Path):
     parallel.check_batch("batch_size", batch_size)
     bench_parts.write_files(config, directory)
     recipe, params = experiment.make_recipe(config, "dmd", parallel, directory), experiment.make_network(config).init(0)
-    state, shardings = train.first_state(recipe, params, parallel)
+    _, shardings = train.abstract_state(recipe, params, parallel)
+    state = train.first_state(recipe, params, shardings)
     batch = jax.device_put(bench_parts.random_batch(config, batch_size), parallel.batch_sharding)
     began = time.perf_counter()
     step = train.compile_step(recipe.train_step, state, batch, shardings)
@@ -130,7 +131,7 @@ def step(arguments: argparse.Namespace):
 
 def _checkpoint(state, directory):
     manager = checkpoint.open_manager(directory)
-    abstract = train.abstract_state(state)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.replace(frozen=None))
 
     def save():
         checkpoint.save(manager, state, int(state.step), fingerprint="bench", metrics={})

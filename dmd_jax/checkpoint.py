@@ -52,16 +52,15 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
 
     Args:
       manager: from `open_manager`.
-      abstract: the state's shapes, dtypes and shardings; `frozen` is returned as it is.
+      abstract: the state's shapes, dtypes and shardings, without `frozen`.
       fingerprint: of the data and the teacher that the run is about to use; None for whatever it was.
 
     Raises:
       ValueError: there are checkpoints, but none can be read, or it was trained on other data or from another teacher.
     """
-    target = abstract.replace(frozen=None)
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
         try:
             restored = manager.restore(step, args=arguments)
         except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
@@ -73,14 +72,14 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
                 f"(fingerprint {restored['meta']['fingerprint']}, expected {fingerprint}); use another workdir."
             )
         _put_aside(manager, [s for s in steps if s > step])
-        return restored["state"].replace(frozen=abstract.frozen)
+        return restored["state"]
     if steps:
         raise ValueError(f"no checkpoint in {manager.directory} can be read (steps {steps}); delete the directory to start again.")
     return None
 
 
 def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> state.TrainState:
-    """The newest state of another stage, for one that goes on from it; `frozen` is that of `abstract`.
+    """The newest state of another stage, for one that goes on from it; without `frozen`.
 
     Raises:
       ValueError: the stage has no checkpoint.

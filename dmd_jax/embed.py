@@ -1,6 +1,7 @@
 """The stage that turns captions, and images where there are any, into what the networks take: embeddings of the text, and latents.
 
-Rows that cannot be read (a damaged image, an image that is not there, an empty caption) are left out, counted and listed.
+Rows that cannot be read (a damaged image, an image that is not there, an empty caption) are left out, counted and listed; too many are
+refused.
 """
 
 import math
@@ -11,53 +12,86 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import experiment, latents, metrics
+from dmd_jax import checkpoint, experiment, latents, metrics
 from dmd_jax.data import captions, records
 
 NULL = "null.npy"  # the embedding of the empty text
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
-    """Whether every shard is there, of the captions that the config names and by its encoders."""
+    """Whether everything is there, of the captions that the config names and by its encoders."""
     directory = workdir / stage
     if not (directory / records.MANIFEST).exists():
         return False
     manifest, *_ = _prepare(config, stage, workdir)
     records.claim(directory, manifest)
-    found = records.read_manifest(directory)
-    return "count" in found and all(path.exists() for path in records.shard_paths(directory, found))
+    files = (directory / NULL, directory / records.TEXTS, *records.shard_paths(directory, manifest))
+    return "count" in records.read_manifest(directory) and all(path.exists() for path in files)
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     """Writes the shards that are missing, the texts of all rows and the embedding of the empty text.
 
     Raises:
-      ValueError: there is nothing to read, or the directory holds other captions.
+      ValueError: too many rows cannot be read, the images do not fit the network, or the directory holds other captions.
     """
     settings, directory = config[stage], workdir / stage
     manifest, source, encoder, encode_images = _prepare(config, stage, workdir)
-    records.claim(directory, manifest)
-    np.save(directory / NULL, encoder.encode([""])[0].astype(settings.dtype))
+    if (directory / records.MANIFEST).exists():
+        records.claim(directory, manifest)
+    skipped = []
     for i, path in tqdm.tqdm(enumerate(records.shard_paths(directory, manifest)), desc=stage, unit="shard", total=manifest["shards"]):
-        if not path.exists():
-            indices = range(i * settings.shard_size, min((i + 1) * settings.shard_size, len(source)))
-            rows, skipped = _readable(source, indices)
-            texts = [row["text"] for row in rows]
-            arrays = {"cond": encoder.encode(texts).astype(settings.dtype)} if rows else {}
-            if rows and encode_images:
-                arrays["image"] = encode_images(np.stack([row["image"] for row in rows]))
-            cut = [texts[k] for k in encoder.truncated(texts)]
-            metrics.write_json(_told(path), {"texts": texts, "skipped": skipped, "truncated": cut})
-            records.write_shard(path, arrays)
-    _finish(directory, manifest)
+        if path.exists():
+            skipped += metrics.read_json(_told(path))["skipped"]
+            continue
+        rows, bad = captions.readable(source, range(i * settings.shard_size, min((i + 1) * settings.shard_size, len(source))))
+        skipped += bad
+        _refuse_if_many(skipped, len(source), directory)
+        texts = [row["text"] for row in rows.values()]
+        arrays = {"cond": encoder.encode(texts).astype(settings.dtype)} if rows else {}
+        if rows and encode_images:
+            arrays["image"] = _encode_images(encode_images, rows, manifest["features"]["image"]["shape"], stage)
+        records.claim(directory, manifest)  # not before the first shard is known to fit
+        cut = [texts[k] for k in encoder.truncated(texts)]
+        metrics.write_json(_told(path), {"texts": texts, "skipped": bad, "truncated": cut})
+        records.write_shard(path, arrays)
+    _finish(directory, manifest, encoder.encode([""])[0].astype(settings.dtype))
 
 
-def _finish(directory, manifest):
+def _refuse_if_many(skipped, count, directory):
+    """Shards that lack rows go, so that they are made again from the source once it is mended."""
+    try:
+        captions.refuse_if_many(skipped, count)
+    except ValueError:
+        for path in directory.glob("*.arrayrecord"):
+            if metrics.read_json(_told(path))["skipped"]:
+                path.unlink()
+        raise
+
+
+def _encode_images(encode, rows, shape, stage):
+    """Latents [N, h, w, c] of images that all have the shape of the first."""
+    first, *_ = rows.values()
+    if "image" not in first:
+        raise ValueError(f"{stage}: expected captions with images for latents, got texts alone; name the images, or set latents=False.")
+    for i, row in rows.items():
+        if row["image"].shape != first["image"].shape:
+            got = f"{row['image'].shape} in row {i}, unlike {first['image'].shape} in row {next(iter(rows))}"
+            raise ValueError(f"{stage}: expected images of one shape, got {got}; set {stage}.captions.size.")
+    made = encode(np.stack([row["image"] for row in rows.values()]))
+    if list(made.shape[1:]) != shape:
+        got = f"{made.shape[1:]} of images {first['image'].shape}"
+        raise ValueError(f"{stage}: expected latents {tuple(shape)} as the network's, got {got}; change {stage}.captions.size.")
+    return made
+
+
+def _finish(directory, manifest, null):
     """What the shards tell, in one place."""
     told = [metrics.read_json(_told(path)) for path in records.shard_paths(directory, manifest)]
     whole = {key: [item for shard in told for item in shard[key]] for key in ("texts", "skipped", "truncated")}
-    if not whole["texts"]:
-        raise ValueError(f"no row of the captions can be read; the first: {'; '.join(whole['skipped'][:3])}.")
+    partial = directory / f"partial-{NULL}"
+    np.save(partial, null)
+    partial.rename(directory / NULL)
     metrics.write_json(directory / records.TEXTS, whole)
     metrics.write_json(directory / records.MANIFEST, manifest | {"count": len(whole["texts"]), "skipped": len(whole["skipped"])})
     for key, what in (("skipped", "rows were left out"), ("truncated", "captions are longer than the encoder reads, and were cut")):
@@ -73,31 +107,25 @@ def _prepare(config, stage, workdir):
     parallel = experiment.make_parallel(config, stage)
     encoder = experiment.make_text_encoder(config, parallel)
     features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
-    encode_images = None
+    encode_images, autoencoder = None, experiment.autoencoder(config) if settings.latents else None
     if settings.latents:
-        encode_images = latents.make_encode(experiment.autoencoder(config), parallel, settings.batch_size)
+        if autoencoder is None or "batch_size" not in settings:
+            raise ValueError(
+                f"{stage}: latents need config.autoencoder and {stage}.batch_size, the images encoded at once; set them, or latents=False."
+            )
+        encode_images = latents.make_encode(autoencoder, parallel, settings.batch_size)
+        autoencoder["checkpoint"] = checkpoint.digest(latents.load(autoencoder)[1])  # not where it lies
         features["image"] = {"shape": list(experiment.image_shape(config)), "dtype": "float32"}
     manifest = {
         "shards": math.ceil(len(source) / settings.shard_size),
         "shard_size": settings.shard_size,
-        "captions": repr(source),
+        "captions": source.digest,
         "rows": len(source),
         "encoder": encoder.digest,
-        "autoencoder": config.autoencoder.to_dict() if settings.latents else None,
+        "autoencoder": autoencoder,
         "features": features,
     }
     return manifest, source, encoder, encode_images
-
-
-def _readable(source, indices):
-    """The rows that can be read, and why the others cannot."""
-    rows, skipped = [], []
-    for i in indices:
-        try:
-            rows.append(source[i])
-        except captions.BadRow as error:
-            skipped.append(f"row {i}: {error}")
-    return rows, skipped
 
 
 def _told(path):

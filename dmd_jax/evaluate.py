@@ -1,6 +1,7 @@
 """The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir."""
 
 import functools
+import json
 import pathlib
 import statistics
 import time
@@ -10,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from dmd_jax import checkpoint, experiment, latents, metrics, sampling
+from dmd_jax.data import captions
 from dmd_jax.evals import report, retrieval, suite
 from dmd_jax.weights import files
 
@@ -28,7 +30,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     Raises:
       ValueError: a checkpoint or a file is missing, or the batch does not fit the devices.
     """
-    settings = config[stage]
+    settings, protocol = config[stage], _protocol(config, stage, workdir)
     parallel = experiment.make_parallel(config, stage)
     features = experiment.make_features(config, workdir, parallel)
     real = _reference(config, settings, features, workdir)
@@ -54,10 +56,11 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
             scores[name] = [score | retrieved for score in scores[name]]
 
     result = {
-        "protocol": _protocol(config, stage, workdir),
+        "protocol": protocol,
         "features": {"name": features.name, "digest": features.digest},
         "reference": {
             "count": real.count,
+            "skipped": real.skipped,
             "agreement": real.agreement,
             "digest": checkpoint.digest({"mu": real.moments.mean, "sigma": real.moments.covariance}),
         },
@@ -87,7 +90,7 @@ def _reference(config, settings, features, workdir):
         real = suite.collect_source(features, experiment.make_source(config, settings.reference, workdir), settings.neighbours, workdir)
     if settings.statistics:
         given = suite.read(files.find(settings.statistics), features)
-        real = given._replace(features=real.features) if real else given
+        real = given._replace(features=real.features, skipped=real.skipped) if real else given
     if real is None:
         raise ValueError("an evaluation needs a reference: name real images, or a file of their statistics.")
     return real
@@ -96,8 +99,9 @@ def _reference(config, settings, features, workdir):
 def _retrieval(config, settings, features, workdir):
     """`(inputs -> images) -> (scores, {kind of prompt: (texts, real images, images)})` for prompts of each kind."""
     gallery = experiment.open_source(settings.retrieval.gallery, workdir)
-    rows = [gallery[i] for i in range(len(gallery))]
-    texts, real = [row["text"] for row in rows], np.stack([row["image"] for row in rows])
+    rows, skipped = captions.readable(gallery, range(len(gallery)))
+    captions.refuse_if_many(skipped, len(gallery))
+    texts, real = [row["text"] for row in rows.values()], np.stack([row["image"] for row in rows.values()])
     real_features = np.concatenate([features.extract(real[i : i + 500]) for i in range(0, len(real), 500)])
 
     def retrieve(sample):
@@ -133,11 +137,13 @@ def _over_ranges(scores, frechet):
 
 
 def _protocol(config, stage, workdir):
-    """Everything that the scores depend on."""
-    settings = config[stage]
-    keys = ("count", "seed_ranges", "neighbours", "conditions", "reference", "statistics", "retrieval")
-    return {
+    """Everything that the scores depend on, as it is read back."""
+    settings, autoencoder = config[stage], experiment.autoencoder(config)
+    keys = ("count", "seed_ranges", "neighbours", "conditions", "statistics", "retrieval")
+    protocol = {
         **{key: value for key, value in settings.to_dict().items() if key in keys},
+        "reference": _reference_content(settings.reference.to_dict(), workdir),
+        "autoencoder": checkpoint.digest(latents.load(autoencoder)[1]) if autoencoder else None,
         "seed": experiment.EVALUATION_SEED,
         "features": config.features.to_dict(),
         "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
@@ -145,6 +151,14 @@ def _protocol(config, stage, workdir):
         "statistics_sha256": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
         "versions": {name: experiment.version(workdir / name) for name in (settings.teacher, settings.student)},
     }
+    return json.loads(json.dumps(protocol))
+
+
+def _reference_content(settings, workdir):
+    """Captions by what they are, wherever they lie; other sources by their settings."""
+    if not settings.get("source", "").startswith("captions."):
+        return settings
+    return {"source": settings["source"], "digest": experiment.open_source(settings, workdir).digest}
 
 
 def _seconds_per_image(sample, params, inputs, repeats):

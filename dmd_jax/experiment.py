@@ -10,7 +10,7 @@ import numpy as np
 from dmd_jax import checkpoint, latents, lookup, losses, metrics, recipes, samplers, sampling, sharding, text
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
-from dmd_jax.data import pipeline
+from dmd_jax.data import captions, pipeline
 from dmd_jax.evals import features as features_lib
 from dmd_jax.models import layers, vgg
 from dmd_jax.weights import convert, diffusers, edm, files, lpips
@@ -22,6 +22,39 @@ FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json"
 DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 WEIGHTS, SOURCE = "weights.safetensors", "source.json"  # of a stage that imports them, and the file they came from
+
+
+def read_run(workdir: pathlib.Path, stage: str = "", *, devices: int = 1) -> tuple[ml_collections.ConfigDict, str]:
+    """The config of a run, for use of what it has made on `devices` devices, and the stage; the evaluation's student if not given.
+
+    Raises:
+      ValueError: `workdir` is no run's, or the stage has trained and imported nothing.
+    """
+    path = workdir / "config.json"
+    found = metrics.read_json(path) if path.exists() else {}
+    if "stages" not in found:
+        raise ValueError(f"{workdir} is no run's directory: there is no {path} of one.")
+    config = ml_collections.ConfigDict(found)
+    stage = stage or config.evaluate.student
+    having = [name for name in config.stages if "sampler" in config[name]]
+    if stage not in having:
+        raise ValueError(
+            f"{stage!r} is no stage with a sampler in {workdir}{lookup.nearest(stage, having)}; there are: {', '.join(having)}."
+        )
+    config.mesh = dict(data=devices, fsdp=1)
+    if teacher := teacher_directory(config, workdir):
+        for settings in (config[key] for key in ("text", "autoencoder") if key in config):
+            if settings.get("checkpoint") == config.checkpoint:
+                settings.checkpoint = str(teacher)  # absolute
+    return config, stage
+
+
+def teacher_directory(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+    """The diffusers directory that a run has started from, if it has."""
+    for source in (workdir / stage / SOURCE for stage in config.stages):
+        if source.exists() and (directory := metrics.read_json(source).get("directory")):
+            return pathlib.Path(directory)
+    return None
 
 
 def check_names(config: ml_collections.ConfigDict):
@@ -162,7 +195,10 @@ def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: path
     source, name, n = open_source(settings, workdir), settings["source"], config.network.num_classes
     shapes = {image_shape(config), latents.image_shape(autoencoder(config), image_shape(config))}
     for i in {*range(min(len(source), 100)), len(source) - 1}:
-        row = source[i]
+        try:
+            row = source[i]
+        except captions.BadRow:  # left to those who go through all of them
+            continue
         if "image" in row and row["image"].shape not in shapes:
             expected = " or ".join(map(str, shapes))
             raise ValueError(f"{name}: image {i} has shape {row['image'].shape}, the network makes {expected}; change one of them.")

@@ -7,36 +7,27 @@ import argparse
 import pathlib
 import sys
 
-import ml_collections
-
-from dmd_jax import experiment, metrics
+from dmd_jax import experiment
 from dmd_jax.weights import diffusers_write, edm
 
 
 def export(workdir: pathlib.Path, stage: str, out: pathlib.Path, dtype: str = "float32", base_model: str = ""):
     """Raises ValueError if there is no such run or stage, or `out` cannot be written."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} is no run's directory: there is no {path}.")
-    config = ml_collections.ConfigDict(metrics.read_json(path))
+    config, stage = experiment.read_run(workdir, stage)
     params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
     if config.network.name == "unet_sd.unet":
-        diffusers_write.write(out, _directory(config, workdir), params, dtype=dtype, base_model=base_model or None)
+        teacher = experiment.teacher_directory(config, workdir)
+        if teacher is None:
+            raise ValueError(f"{workdir} did not start from a diffusers directory, whose autoencoder and text encoder an export needs.")
+        if config[stage].sampler.name != "one_step":
+            raise ValueError(f"{stage!r} needs many steps; only a one-step generator is exported as a diffusers directory.")
+        diffusers_write.write(out, teacher, params, dtype=dtype, base_model=base_model or config.checkpoint)
     elif out.suffix != ".safetensors" or (out.exists() and not out.is_file()) or not out.parent.is_dir():
         raise ValueError(f"--out is {out}; expected a file that ends in .safetensors, in a directory that exists.")
     elif dtype != "float32":
         raise ValueError(f"--dtype is {dtype}; EDM's checkpoints are float32.")
     else:
         edm.write(out, params, config.network.to_dict())
-
-
-def _directory(config, workdir):
-    """The diffusers directory that the run started from."""
-    for stage in config.stages:
-        path = workdir / stage / experiment.SOURCE
-        if path.exists() and (directory := metrics.read_json(path).get("directory")):
-            return pathlib.Path(directory)
-    raise ValueError(f"{workdir} did not start from a diffusers directory, whose autoencoder and text encoder an export needs.")
 
 
 def main():

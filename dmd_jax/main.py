@@ -25,11 +25,14 @@ POSITIVE = re.compile(
     r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|seed_ranges|neighbours|shard_size"
     r"|timing_repeats)$"
 )
-FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics|annotations)$")  # of others, wanted from the start even if used at the end
-# What may change between two runs in one workdir: lengths, intervals and where it runs.
+FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics)$")  # of others, wanted from the start even if used at the end
+# What may change between two runs in one workdir: lengths, intervals, where it runs, and where files of others lie, whose content is
+# compared by digests.
 CHANGEABLE = re.compile(
-    r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|checkpoint_every|keep_checkpoints|max_skipped_updates"
-    r"|timing_repeats|checkpoint)$|^(pairs|evaluate|features)\.batch_size$"
+    r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|preview_images|checkpoint_every|keep_checkpoints"
+    r"|max_skipped_updates|timing_repeats|checkpoint)$"
+    r"|^(checkpoint|coco|taesd|prompts_file)$"
+    r"|(^|\.)(captions|reference|text|autoencoder|distance|decoder)\.(checkpoint|weights|annotations|images|path|data_dir)$"
 )
 
 
@@ -95,9 +98,10 @@ def check(config):
 
 def check_files(config, stages, workdir: pathlib.Path):
     """Raises ValueError if files of others are missing, all of them at once, that a stage still needs."""
-    missing = []
+    missing, sources = [], []
     shared = [key for key in ("features", "text", "autoencoder") if key in config and any("recipe" not in config[s] for s in stages)]
     for stage in (*stages, *shared):
+        sources += _captions(config[stage].to_dict())
         for key, value in _flat(config[stage].to_dict()).items():
             imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()
             if FILES.search(key) and value and "{workdir}" not in value and not imported:
@@ -105,8 +109,13 @@ def check_files(config, stages, workdir: pathlib.Path):
                     experiment.find_files(value)
                 except ValueError as error:
                     missing.append(str(error))
-    if missing:
-        raise ValueError(" ".join(dict.fromkeys(missing)))
+    for settings in {json.dumps(source): source for source in sources}.values():
+        try:
+            experiment.open_source(settings, workdir)
+        except ValueError as error:
+            missing.append(str(error))
+    if missing:  # COCO's captions without its images are part of those with them
+        raise ValueError(" ".join(m for m in dict.fromkeys(missing) if not any(m in other and m != other for other in missing)))
 
 
 def claim(config, workdir: pathlib.Path):
@@ -120,13 +129,29 @@ def claim(config, workdir: pathlib.Path):
     found = metrics.read_json(path) if path.exists() else {}
     if any((workdir / stage).exists() for stage in {*config.stages, *found.get("stages", ())}) and found:
         theirs, mine = _flat(found), _flat(ours)
-        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not CHANGEABLE.search(k)]
+        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not _changeable(config, k)]
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
             raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         metrics.write_json(path, ours)
+
+
+def _changeable(config, key):
+    """Whether a key may change; a batch_size may where it costs memory and nothing else."""
+    stage, _, setting = key.partition(".")
+    if setting == "batch_size":
+        return stage in ("text", "features") or config.get(stage, {}).get("program") in ("embed", "pairs", "evaluate")
+    return bool(CHANGEABLE.search(key))
+
+
+def _captions(tree):
+    """The settings of sources of captions that no stage makes."""
+    if str(tree.get("source", "")).startswith("captions.") and "{workdir}" not in json.dumps(tree):
+        yield tree
+    for value in tree.values():
+        yield from _captions(value) if isinstance(value, dict) else ()
 
 
 def _flat(tree, prefix=""):

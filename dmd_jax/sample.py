@@ -75,7 +75,7 @@ class Model(NamedTuple):
             inputs["z"] = np.asarray(noise, np.float32)
         made = self.sample(self.params, inputs)
         sampled = time.perf_counter()
-        images = self.decode(made)
+        images = np.clip(self.decode(made), -1, 1)
         self.seconds.update(text=encoded - start, network=sampled - encoded, decoder=time.perf_counter() - sampled)
         return images
 
@@ -98,19 +98,22 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
     Args:
       path: a workdir, a diffusers directory, or a name on the hub if huggingface_hub is installed.
       stage: of a workdir; the evaluation's student if not given.
-      batch_size: images that are made at once, over all devices.
+      batch_size: images that are made at once; spread over as many devices as divide it.
       dtype: of the network; the config's, or float32, if not given.
-      sampler: as in a config, such as dict(name="pndm", num_steps=50, guidance_scale=7.5). If not given, the stage's; of a directory,
-        one step if its scheduler is for that, and that very one otherwise.
+      sampler: what differs from the stage's own settings, such as dict(num_steps=20) or dict(name="ddim", num_steps=50). Of a directory
+        they are PIPELINE, or one step if `export` has written it.
 
     Raises:
       ValueError: nothing of the kind lies there, or settings do not fit.
     """
-    workdir = pathlib.Path(path).absolute()
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    workdir, devices = pathlib.Path(path).absolute(), math.gcd(batch_size, jax.device_count())
     of_run = (workdir / "config.json").exists()
-    config, stage = _of_run(workdir, stage) if of_run else (_of_directory(diffusers.find(path)), "teacher")
+    config, stage = experiment.read_run(workdir, stage, devices=devices) if of_run else (_of_directory(path, devices), "teacher")
     config.network.dtype = dtype or config.network.dtype
-    settings = sampler or config[stage].sampler.to_dict()
+    if "batch_size" in config.get("text", {}):
+        config.text.batch_size = batch_size
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
     encoder = experiment.make_text_encoder(config, parallel) if "text" in config else None
     if of_run:
@@ -118,30 +121,37 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
     else:
         params = experiment.load_directory(config, pathlib.Path(config.checkpoint))
     null = encoder.encode([""])[0] if encoder else config.null_cond
+    settings = _override(config[stage].sampler.to_dict(), sampler or {})
     made = experiment.build_sampler(config, settings, null, "sampler")
     sample = sampling.make_sample(made, parallel, batch_size)
     decode = latents.make_decode(experiment.autoencoder(config), parallel, batch_size)
     return Model(made, sample, decode, params, encoder, experiment.image_shape(config), config.network.num_classes, {})
 
 
-def _of_run(workdir, stage):
-    config = ml_collections.ConfigDict(metrics.read_json(workdir / "config.json"))
-    stage = stage or config.evaluate.student
-    if "sampler" not in config.get(stage, {}):
-        having = ", ".join(name for name in config.stages if "sampler" in config[name])
-        raise ValueError(f"{stage!r} is no stage with a sampler in {workdir}; there are: {having}.")
-    return config, stage
+def _override(settings, changes):
+    """Another sampler takes over the number of steps and the guidance, if it has any."""
+    if changes.get("name", settings["name"]) != settings["name"]:
+        settings = {key: settings[key] for key in ("num_steps", "guidance_scale") if key in settings}
+    settings |= changes
+    if settings["name"] == "one_step" and "num_steps" in changes:
+        raise ValueError(f"num_steps is {changes['num_steps']}, but the sampler is one_step; name another one.")
+    if settings["name"] == "one_step":
+        settings.pop("num_steps", None)
+    if not 0 <= settings.get("guidance_scale", 1) < math.inf:
+        raise ValueError(f"guidance_scale is {settings['guidance_scale']}; expected a number of at least 0.")
+    return settings
 
 
-def _of_directory(directory):
+def _of_directory(path, devices):
     """A config of what lies in a diffusers directory."""
+    directory = diffusers.find(path)
     network, _ = diffusers.unet(directory)
     one_step = diffusers.is_one_step(directory)
     config = ml_collections.ConfigDict(diffusers.scheduler(directory))
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=devices, fsdp=1)
     config.network = network | {"dtype": "float32", "remat": False}
     config.checkpoint = str(directory)
-    config.text = dict(name="clip", checkpoint=str(directory), batch_size=math.lcm(jax.device_count(), 8))
+    config.text = dict(name="clip", checkpoint=str(directory), batch_size=devices)
     config.autoencoder = dict(checkpoint=str(directory))
     config.teacher = dict(sampler=dict(name="one_step") if one_step else PIPELINE)
     return config
@@ -157,12 +167,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="the picture: a grid of all images")
     parser.add_argument("--count", type=int, default=1, help="images of each prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=1, help="images at once, over all devices")
+    parser.add_argument("--batch_size", type=int, default=1, help="images at once, over as many devices as divide it")
     parser.add_argument("--stage", default="", help="of a run; the evaluation's student if not given")
     parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="of the network")
-    parser.add_argument("--sampler", default="", choices=["", *experiment.SAMPLERS], help="another one than the model's own")
-    parser.add_argument("--num_steps", type=int, default=50, help="of that sampler")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of that sampler; 1 for none")
+    names = [name for name in experiment.SAMPLERS if name != "stochastic_heun"]  # which has settings of its own
+    parser.add_argument("--sampler", dest="name", choices=names, help="another one than the model's own")
+    parser.add_argument("--num_steps", type=int, help="another number of steps")
+    parser.add_argument("--guidance_scale", type=float, help="another scale of the guidance; 1 for none")
     parser.add_argument("--repeats", type=int, default=0, help="make the images so many times more, to time what needs no compiling")
     return parser.parse_args(argv)
 
@@ -172,18 +183,15 @@ def run(arguments: argparse.Namespace):
     out = pathlib.Path(arguments.out)
     if out.suffix not in (".png", ".jpg", ".webp") or not out.absolute().parent.is_dir():
         raise ValueError(f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists.")
-    prompts = list(arguments.prompt or arguments.label or [])
+    prompts = list(arguments.prompt or [])
     if arguments.prompts:
-        prompts += [line.strip() for line in pathlib.Path(arguments.prompts).read_text().splitlines() if line.strip()]
-    if not prompts or arguments.count < 1 or arguments.repeats < 0:
-        raise ValueError(
-            "expected at least one --prompt, --label or line of --prompts, a --count of at least 1 and --repeats of at least 0."
-        )
-    sampler = None
-    if arguments.sampler:
-        steps = {} if arguments.sampler == "one_step" else {"num_steps": arguments.num_steps}
-        sampler = dict(name=arguments.sampler, guidance_scale=arguments.guidance_scale) | steps
-    model = load(arguments.path, stage=arguments.stage, batch_size=arguments.batch_size, dtype=arguments.dtype, sampler=sampler)
+        lines = pathlib.Path(arguments.prompts).read_text(encoding="utf-8-sig").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if bool(prompts) == bool(arguments.label) or arguments.count < 1 or arguments.repeats < 0:
+        raise ValueError("expected either texts, by --prompt or --prompts, or --label; --count of at least 1, --repeats of at least 0.")
+    prompts = prompts or arguments.label
+    changes = {key: getattr(arguments, key) for key in ("name", "num_steps", "guidance_scale") if getattr(arguments, key) is not None}
+    model = load(arguments.path, stage=arguments.stage, batch_size=arguments.batch_size, dtype=arguments.dtype, sampler=changes)
     prompts = [prompt for prompt in prompts for _ in range(arguments.count)]
     for repeat in range(arguments.repeats + 1):
         images = model(prompts, seed=arguments.seed)

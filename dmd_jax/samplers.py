@@ -46,7 +46,7 @@ def one_step(denoise: Callable, process: process_lib.Process) -> Sampler:
     """The one-step generator: the denoiser at the highest noise level."""
 
     def sample(params, z, cond, noise=None):
-        return denoise(params, process.prior(z), jnp.full(z.shape[:1], process.t_max), cond)
+        return denoise(params, process.prior(z), jnp.full(z.shape[:1], process.t_max, jnp.float32), cond)
 
     return Sampler(sample, 1)
 
@@ -57,7 +57,7 @@ def euler(denoise: Callable, process: process_lib.Process, *, num_steps: int) ->
     return _euler(denoise, process, grid, _noisiest(process, grid))
 
 
-def ddim(denoise: Callable, process: process_lib.VP, *, num_steps: int, spacing: str) -> Sampler:
+def ddim(denoise: Callable, process: process_lib.VP, *, num_steps: int, spacing: str = "leading") -> Sampler:
     """DDIM with eta = 0 (Song et al., arXiv 2010.02502, equation 12) over timesteps.
 
     Args:

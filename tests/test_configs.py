@@ -1,5 +1,6 @@
 """Every config and variant fits the package, and the papers' numbers stand in them."""
 
+import jax
 import pytest
 
 from dmd_jax import bench, experiment, main
@@ -7,6 +8,7 @@ from dmd_jax import bench, experiment, main
 NAMES = (
     *("digits", "digits:no_matching", "digits:no_regression", "digits:smoke", "fashion_mnist", "fashion_mnist:small"),
     *("cifar10", "cifar10:uncond", "imagenet64", "imagenet64:stochastic"),
+    *("twemoji", "twemoji:small", "coco", "coco:guidance8", "coco:tiny"),
 )
 
 
@@ -15,7 +17,7 @@ def test_config(name):
     main.check(bench.load_config(name))
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "imagenet64"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "imagenet64", "twemoji", "coco"])
 def test_unknown_variant(name):
     with pytest.raises(ValueError, match=rf"configs/{name}\.py has no variant 'other'; there are: "):
         bench.load_config(f"{name}:other")
@@ -43,3 +45,36 @@ def test_the_papers_hyperparameters(name, learning_rate, batch_size, num_steps, 
     assert experiment.make_sampler(config, "teacher", tmp_path).nfe == nfe and experiment.make_sampler(config, "dmd", tmp_path).nfe == 1
     assert config.process.to_dict() == dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)
     assert (config.evaluate.count, config.evaluate.seed_ranges) == (50_000, 3)
+
+
+def test_the_published_schedule_of_guidance_8():
+    """Appendix B.4: stages of DMD that go on from one another, with more and more pairs."""
+    config = bench.load_config("coco:guidance8")
+    stages = [config[name] for name in config.stages if name.startswith("dmd")]
+    assert config.stages[:5] == ("teacher", "prompts", "captions", "pairs", "dmd_1") and config.evaluate.student == "dmd_12"
+    assert [stage.num_steps for stage in stages[-2:]] == [162_500, 165_000] and stages[-1].continues == "dmd_11"
+    assert [stage.data.pairs.limit for stage in stages[2:8]] == [2_500_000, 4_000_000, 6_000_000, 9_000_000, 12_000_000, 12_000_000]
+    assert config.pairs.count == 12_000_000 and config.teacher.sampler.guidance_scale == stages[0].recipe.guidance_scale == 8
+    assert stages[0].batch_size + stages[0].data.pairs.batch_size == 32 * 80 and stages[-1].data.pairs.batch_size == 4 * 80
+    assert stages[7].recipe.matching_levels == (20, 500) and stages[6].recipe.matching_levels == (20, 980)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("coco", 72), ("coco", 8), ("coco:guidance8", 80), ("coco:guidance8", 8)])
+def test_every_batch_can_be_shared(name, devices):
+    """By as many devices as the paper had, and by one box."""
+    config = bench.load_config(name)
+    batches = [config.text.batch_size, config.features.batch_size, config.pairs.batch_size, config.evaluate.batch_size]
+    for settings in (config[stage] for stage in config.stages if config[stage].program == "train"):
+        batches += [settings.batch_size, settings.preview_images, settings.data.pairs.get("batch_size", settings.batch_size)]
+    assert not [n for n in batches if n % devices]
+
+
+def test_stable_diffusion_at_the_papers_settings():
+    """DMD, Appendix B.3, Table 4."""
+    config = bench.load_config("coco")
+    recipe = config.dmd.recipe
+    assert (config.dmd.batch_size, config.dmd.num_steps, config.pairs.count) == (1152, 20_000, 500_000)
+    assert (recipe.guidance_scale, recipe.regression_weight, recipe.ema_decay) == (3.0, 0.25, 0.0) and recipe.matched == ("fresh", "pairs")
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay, recipe.optimizer.clip) == (1e-5, 0.01, 10.0)
+    assert config.teacher.sampler.to_dict() == dict(name="pndm", num_steps=50, guidance_scale=3.0)
+    assert sum(a.size for a in jax.tree.leaves(experiment.make_network(config).abstract)) == 859_520_964

@@ -6,13 +6,14 @@ raises ValueError at once.
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import io
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,10 +23,13 @@ from PIL import Image
 from dmd_jax.data import folder as folder_lib
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import tfds as tfds_lib
+from dmd_jax.weights import files as files_lib
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or fewer
 LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
 FIRST = 16  # rows; if the images of none of them are there, the path is wrong
+SAMPLED = 16  # examples of a prepared dataset, which has a version; to read the captions of all takes minutes
+FEW, SHARE = 10, 0.05  # bad rows beyond both are no accident: COCO and LAION as downloaded have a few in a thousand
 COCO = '{"images": [{"id": 9, "file_name": "9.jpg"}, ...], "annotations": [{"id": 1, "image_id": 9, "caption": "A cat."}, ...]}'
 CREDIT = (
     "Twemoji graphics: Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/), "
@@ -51,6 +55,9 @@ class Rows(Protocol):
     def read(self, index: int) -> dict:
         """The "text", the file "image" if it is asked for, and whatever else the row says."""
 
+    def told(self) -> Iterable:
+        """What the rows follow from, wherever it lies; without opening every image."""
+
 
 class Captions:
     """A source of captions."""
@@ -69,12 +76,22 @@ class Captions:
             raise IndexError(f"{self._origin}: no row {index} of {len(self)}")
         try:
             row = self._rows.read(int(index))
-            row["text"] = " ".join(row["text"].split())
+            row["text"] = " ".join(row["text"].replace("\ufeff", "").split())  # a byte order mark, also of files put together
             if not row["text"]:
                 raise ValueError("the caption is empty")
             return row | ({"image": images_lib.to_float(_pixels(row["image"], self._size))} if "image" in row else {})
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise  # the machine's fault
             raise BadRow(f"{self._origin}: row {index} ({self._rows.name(index)}): {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Of texts and names, not of where they lie, nor of the images' content."""
+        digest = hashlib.sha256(f"{len(self)} {self._size}".encode())
+        for item in self._rows.told():
+            digest.update(repr(item).encode())
+        return digest.hexdigest()[:16]
 
     def __repr__(self):
         return f"Captions({self._origin}, size {self._size}, {len(self)} rows)"
@@ -101,6 +118,9 @@ class Listed:
             row["category"] = self.categories[index]
         return row | ({"image": self.files.read(self.names[index])} if self.files else {})
 
+    def told(self):
+        return zip(self.texts, self.names, self.categories or self.names, strict=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
@@ -123,6 +143,12 @@ class Beside:
             raise ValueError("there is no image of this name")
         return row | ({"image": self.files.read(name)} if self.with_images else {})
 
+    def told(self):
+        there = set(self.files.names())
+        for name in self.names:
+            text = _stem(name) + ".txt"
+            yield name, self.files.read(text) if text in there else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
@@ -131,6 +157,7 @@ class Examples:
     examples: Sequence
     per_image: int
     with_images: bool
+    name_and_split: str
 
     def __len__(self):
         return len(self.examples) * self.per_image
@@ -145,6 +172,31 @@ class Examples:
             raise ValueError(f"the image has {len(texts)} captions")
         row = {"text": texts[index % self.per_image].decode()}
         return row | ({"image": example["image"]} if self.with_images else {})
+
+    def told(self):
+        yield self.name_and_split, self.per_image
+        for i in np.linspace(0, len(self.examples) - 1, SAMPLED).astype(int).tolist():
+            yield list(self.examples[i]["captions"]["text"])
+
+
+def readable(source: Captions, indices: Iterable[int]) -> tuple[dict[int, dict], list[str]]:
+    """The rows that can be given, by their indices, and why the others cannot."""
+    rows, skipped = {}, []
+    for i in indices:
+        try:
+            rows[i] = source[i]
+        except BadRow as error:
+            skipped.append(f"row {i}: {error}")
+    return rows, skipped
+
+
+def refuse_if_many(skipped: Sequence[str], count: int):
+    """Raises ValueError if of `count` rows too many, or all, were `skipped`."""
+    if len(skipped) == count or len(skipped) > max(FEW, SHARE * count):
+        raise ValueError(
+            f"{len(skipped)} of {count} rows of the captions cannot be read, expected at most {SHARE:.0%}; mend or remove them. "
+            f"The first: {'; '.join(skipped[:3])}."
+        )
 
 
 def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, one_per_image: bool = False) -> Captions:
@@ -161,12 +213,12 @@ def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, o
       ValueError: the file is missing, damaged or of another layout; the images are not there.
     """
     path = pathlib.Path(annotations).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected COCO's captions_*.json, see https://cocodataset.org/#download.")
+    files = _open_both(path, images)
     try:
         listed = json.loads(path.read_bytes())
-        names = {image["id"]: image["file_name"] for image in listed["images"]}
+        names = {image["id"]: image["file_name"] + "" for image in listed["images"]}
         rows = sorted((a["id"], a["image_id"], a["caption"]) for a in listed["annotations"])
+        rows = [(names.get(image, f"image {image}, which is not listed"), image, text) for _, image, text in rows]
         whole = all(isinstance(text, str) for *_, text in rows)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: expected {COCO}, got something else ({error!r}); use captions_*.json, or copy it again.") from error
@@ -177,11 +229,9 @@ def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, o
         for row in rows:
             first.setdefault(row[1], row)
         rows = list(first.values())
-    rows = rows[: limit or None]
-    files = folder_lib.open_files(images) if images else None
-    names = [names.get(image, f"image {image}, which is not listed") for _, image, _ in rows]
+    rows = _first(rows, limit, path)
     origin = f"coco {path}, images {images or 'none'}" + ", one per image" * one_per_image
-    return _checked(Listed(names, [text for *_, text in rows], files), origin, size)
+    return _checked(Listed([name for name, *_ in rows], [text for *_, text in rows], files), origin, size)
 
 
 def tfds(
@@ -206,7 +256,8 @@ def tfds(
         raise ValueError(f'{origin}: expected a feature "captions", a sequence of "text", got {", ".join(features)}; use coco_captions.')
     if per_image < 1:
         raise ValueError(f"{origin}: expected a per_image of at least 1, got {per_image}; use 5.")
-    return Captions(Examples(examples, per_image, with_images), origin=f"{origin}, {per_image} per image{_without(with_images)}", size=size)
+    rows = Examples(examples, per_image, with_images, f"{name} {split}")
+    return Captions(rows, origin=f"{origin}, {per_image} per image{_without(with_images)}", size=size)
 
 
 def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True) -> Captions:
@@ -231,7 +282,7 @@ def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True
         raise ValueError(f"{path}: expected captions in one file, got {', '.join(lists)}; remove all but one.")
     origin = f"{path}{_without(with_images)}"
     if lists:
-        rows = _lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}")[: limit or None]
+        rows = _first(_lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}"), limit, path)
         return _checked(Listed([name for name, _ in rows], [text for _, text in rows], files if with_images else None), origin, size)
     names = folder_lib.image_names(everything)
     texts = {name for name in everything if name.endswith(".txt")}
@@ -241,7 +292,7 @@ def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True
             "a .txt beside each image."
         )
     alone = texts - {_stem(name) + ".txt" for name in names}
-    return Captions(Beside(sorted([*names, *alone])[: limit or None], files, with_images), origin=origin, size=size)
+    return Captions(Beside(_first(sorted([*names, *alone]), limit, path), files, with_images), origin=origin, size=size)
 
 
 def prompts(*, path: str, limit: int = 0) -> Captions:
@@ -258,7 +309,7 @@ def prompts(*, path: str, limit: int = 0) -> Captions:
         texts = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a text file in UTF-8 with a prompt a line ({error}); check the path.") from error
-    texts = texts[: -1 if not texts[-1] else None][: limit or None]
+    texts = _first(texts[: -1 if not texts[-1] else None], limit, path)
     if not texts:
         raise ValueError(f"{path}: expected a prompt a line, got an empty file; write some.")
     return Captions(Listed([f"line {i + 1}" for i in range(len(texts))], texts, None), origin=f"prompts {path}")
@@ -308,6 +359,27 @@ def twemoji(
     names, texts, kinds = (list(column) for column in zip(*rows, strict=True))
     origin = f"twemoji {split} {', '.join(categories) or 'of all categories'}, {held_out} held out, seed {seed}{_without(with_images)}"
     return Captions(Listed(names, texts, files if with_images else None, kinds), origin=origin, size=size)
+
+
+def _open_both(path, images):
+    """The images, or None; says at once if annotations and images are missing."""
+    problems, opened = [], None
+    if not path.is_file():
+        problems.append(f"{path} does not exist; expected COCO's captions_*.json{files_lib.published(path)}.")
+    try:
+        opened = folder_lib.open_files(images) if images else None
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError(" ".join(problems))
+    return opened
+
+
+def _first(rows, limit, origin):
+    """The first `limit` rows, or all."""
+    if limit < 0:
+        raise ValueError(f"{origin}: expected a limit of at least 1, or 0 for all rows, got {limit}.")
+    return rows[: limit or None]
 
 
 def _checked(rows, origin, size):

@@ -60,9 +60,9 @@ def claim(directory: pathlib.Path, manifest: dict):
 
 
 class Records:
-    """A source of {name: array} for the manifest's "features", or those of them that `fields` names."""
+    """A source of {name: array} for the manifest's "features", or those of them that `fields` names, of all rows or the first `limit`."""
 
-    def __init__(self, directory: str, fields: tuple[str, ...] = ()):
+    def __init__(self, directory: str, fields: tuple[str, ...] = (), limit: int = 0):
         self.directory, self.manifest = str(directory), read_manifest(directory)
         features = self.manifest["features"]
         self._fields = tuple(fields) or tuple(features)
@@ -72,21 +72,31 @@ class Records:
         for path in paths:
             _check_shard(path)
         self._records = sources.ArrayRecordDataSource([str(path) for path in paths])
-        if len(self) != self.manifest.get("count"):
+        count = len(self._records)
+        if count != self.manifest.get("count"):
             raise ValueError(
-                f"{directory} holds {len(self)} records, its manifest says {self.manifest.get('count')}; delete it and make them again."
+                f"{directory} holds {count} records, its manifest says {self.manifest.get('count')}; delete it and make them again."
             )
+        if not 0 <= limit <= count:
+            raise ValueError(f"{directory}: expected a limit of 1 to {count}, the records that there are, or 0 for all, got {limit}.")
+        self._count = limit or count
 
     @property
     def texts(self) -> list[str]:
         """Of each row, where the rows are of texts."""
-        return metrics.read_json(pathlib.Path(self.directory) / TEXTS)["texts"]
+        return metrics.read_json(pathlib.Path(self.directory) / TEXTS)["texts"][: self._count]
 
     def __len__(self):
-        return len(self._records)
+        return self._count
 
     def __getitem__(self, index):
         record, offset, row = self._records[index], 0, {}
+        expected = sum(math.prod(f["shape"]) * np.dtype(f["dtype"]).itemsize for f in self.manifest["features"].values())
+        if len(record) != expected:
+            raise ValueError(
+                f"{self.directory}: record {index} has {len(record)} bytes, expected {expected} from the manifest's features; "
+                "delete the directory and run the stage that makes it again."
+            )
         for name, feature in self.manifest["features"].items():
             dtype, shape = np.dtype(feature["dtype"]), tuple(feature["shape"])
             n = math.prod(shape)
@@ -95,12 +105,12 @@ class Records:
         return {name: row[name] for name in self._fields}
 
     def __repr__(self):
-        return f"Records({json.dumps(self.manifest, sort_keys=True)}, {self._fields})"
+        return f"Records({json.dumps(self.manifest, sort_keys=True)}, {self._fields}, {self._count} rows)"
 
 
-def read(*, directory: str, fields: tuple[str, ...] = ()) -> Records:
-    """The records in `directory`; of each row all that there is, or `fields` alone."""
-    return Records(directory, fields)
+def read(*, directory: str, fields: tuple[str, ...] = (), limit: int = 0) -> Records:
+    """The records in `directory`, or the first `limit`; of each row all that there is, or `fields` alone."""
+    return Records(directory, fields, limit)
 
 
 def _check_shard(path):

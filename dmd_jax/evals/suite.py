@@ -1,13 +1,15 @@
 """The measurements of a set of generated images against a set of real ones, in one pass over each."""
 
+import dataclasses
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from dmd_jax.data import pipeline
+from dmd_jax.data import captions, pipeline
 from dmd_jax.evals import features as features_lib
 from dmd_jax.evals import frechet, kid, precision_recall
 
@@ -20,12 +22,14 @@ class Collected(NamedTuple):
       moments: of all their features.
       features: of the first ones, [M, D], for what needs single images; None for statistics that came as a file.
       agreement: the fraction that the features' classifier gives the label they were made for; None without a classifier.
+      skipped: how many images could not be read.
     """
 
     count: int
     moments: frechet.Moments
     features: np.ndarray | None
     agreement: float | None = None
+    skipped: int = 0
 
 
 def scores(features: features_lib.Features) -> tuple[str, ...]:
@@ -46,20 +50,48 @@ def collect(features: features_lib.Features, batches: Iterable[tuple[np.ndarray,
 
 
 def collect_source(features: features_lib.Features, source, neighbours: int, directory: str | os.PathLike) -> Collected:
-    """As `collect`, for a whole data source; kept in a file of `directory`, by the features' and the content's digests."""
-    content = pipeline.fingerprint({"": pipeline.Stream(source, 1)}, seed=neighbours)
+    """As `collect`, for a whole data source; kept in a file of `directory`, by the features' and the content's digests.
+
+    Raises:
+      ValueError: more than a few rows cannot be read.
+    """
+    content = pipeline.fingerprint({"": pipeline.Stream(_Lenient(source), 1)}, seed=neighbours)
     path = pathlib.Path(directory) / f"reference-{features.digest}-{content}.npz"
     if not path.exists():
-        rows = (range(start, min(start + 500, len(source))) for start in range(0, len(source), 500))
-        items = ([source[i] for i in r] for r in rows)
-        batches = ((np.stack([i["image"] for i in b]), np.stack([i.get("cond", 0) for i in b])) for b in items)
-        real = collect(features, batches, neighbours)
+        skipped = []
+        real = collect(features, _batches(source, skipped), neighbours)
+        if skipped:
+            warnings.warn(f"{len(skipped)} of {len(source)} images were left out: {'; '.join(skipped[:3])}", stacklevel=2)
         partial = path.with_suffix(".partial.npz")
         agreement = np.nan if real.agreement is None else real.agreement
         np.savez(partial, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,
-                 agreement=agreement, features=features.digest)  # fmt: skip
+                 agreement=agreement, features=features.digest, skipped=len(skipped))  # fmt: skip
         partial.rename(path)
     return read(path, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lenient:
+    """A source that has None for a row that cannot be read."""
+
+    source: object
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        rows, _ = captions.readable(self.source, [index])
+        return rows.get(index)
+
+
+def _batches(source, skipped):
+    """Images and labels of the rows that can be read; why the others cannot is appended to `skipped`."""
+    for start in range(0, len(source), 500):
+        rows, bad = captions.readable(source, range(start, min(start + 500, len(source))))
+        skipped += bad
+        captions.refuse_if_many(skipped, len(source))
+        if rows:
+            yield np.stack([row["image"] for row in rows.values()]), np.stack([row.get("cond", 0) for row in rows.values()])
 
 
 def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
@@ -77,6 +109,7 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
         if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
             raise ValueError("not all are finite")
         count, agreement = int(arrays.get("count", 0)), float(arrays.get("agreement", np.nan))
+        skipped = int(arrays.get("skipped", 0))
     except Exception as error:  # numpy, zipfile and zlib raise all kinds for damaged files
         raise ValueError(
             f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. Delete it, or get it again."
@@ -84,7 +117,7 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
     digest = str(arrays.get("features", features.digest))
     if digest != features.digest:
         raise ValueError(f"{path} was made with other features ({digest}) than {features.name} ({features.digest}); make it again.")
-    return Collected(count, frechet.Moments(mean, covariance), arrays.get("kept"), None if np.isnan(agreement) else agreement)
+    return Collected(count, frechet.Moments(mean, covariance), arrays.get("kept"), None if np.isnan(agreement) else agreement, skipped)
 
 
 def compare(features: features_lib.Features, real: Collected, fake: Collected) -> dict[str, float]:

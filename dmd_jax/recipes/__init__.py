@@ -8,9 +8,11 @@ class Recipe(NamedTuple):
     """A method as pure functions.
 
     Attributes:
-      init: `params -> TrainState`, from the initial or the teacher's parameters.
+      init: `(params, others) -> TrainState`, from the initial or the teacher's parameters and from `others`.
       train_step: `(state, batch) -> (state, metrics)`; metrics are scalars.
+      others: parameters of further networks, such as a distance; None if there are none.
     """
 
     init: Callable
     train_step: Callable
+    others: dict | None = None

@@ -55,9 +55,9 @@ def make(
     generate = samplers.one_step(denoiser, process).sample
     tx, fake_tx = optim.adamw(**optimizer), optim.adamw(**fake_score_optimizer)
 
-    def init(params):
+    def init(params, others=distance_params):
         generator, fake_score = state.create(params, tx, ema=ema_decay > 0), state.create(params, fake_tx, ema=False)
-        frozen = jax.tree.map(jnp.array, {"real_score": params, "distance": distance_params})
+        frozen = jax.tree.map(jnp.array, {"real_score": params, "distance": others})
         return state.TrainState(jnp.zeros((), jnp.int32), generator, fake_score, frozen)
 
     def generator_loss(params, fake_score, frozen, batch):
@@ -119,4 +119,4 @@ def make(
         metrics |= {"grad_norm": norm, "fake_grad_norm": fake_norm, "skipped": generator.skipped + fake_score.skipped}
         return train_state.replace(step=train_state.step + 1, generator=generator, fake_score=fake_score), metrics
 
-    return recipes.Recipe(init, train_step)
+    return recipes.Recipe(init, train_step, distance_params)

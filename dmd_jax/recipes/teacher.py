@@ -32,7 +32,7 @@ def make(
     tx = optim.adamw(**optimizer)
     process = denoiser.process
 
-    def init(params):
+    def init(params, others=None):
         return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0))
 
     def gradients(params, batch):

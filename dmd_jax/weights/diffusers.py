@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dmd_jax.weights import diffusers_files as files
+from dmd_jax.weights import files as others
 
 # Of config.json: keys that settings follow from, and what else must have one value. Further ones must be absent, None or False.
 UNET = ("block_out_channels", "layers_per_block", "cross_attention_dim", "use_linear_projection", "norm_num_groups")
@@ -37,7 +38,7 @@ KINDS = {
     "AutoencoderKL": (KL + KL_MORE, KL_FIXED),
     "AutoencoderTiny": (TINY, TINY_FIXED),
 }
-ONE_STEP = ("DDIMScheduler", "trailing", True)  # class, timesteps, and whether nothing is left of the noise after the last
+ONE_STEP = "_one_step"  # the mark of a one-step generator in scheduler_config.json; diffusers passes over such names
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 
 
@@ -55,7 +56,10 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> pathlib
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name_or_path)):
-        raise ValueError(f"{path} is not a directory; expected one in the layout of diffusers, or a name on the hub like owner/name.")
+        raise ValueError(
+            f"{path} is not a directory; expected one in the layout of diffusers, or a name on the hub like owner/name"
+            f"{others.published(path)}."
+        )
     try:
         import huggingface_hub
     except ImportError:
@@ -148,9 +152,9 @@ def scheduler(directory: str | os.PathLike) -> dict:
 
 
 def is_one_step(directory: str | os.PathLike) -> bool:
-    """Whether its scheduler is that of a one-step generator, see `diffusers_write`."""
+    """Whether `diffusers_write` wrote it."""
     config = files.read_json(files.folder(directory, "scheduler") / "scheduler_config.json")
-    return (config.get("_class_name"), config.get("timestep_spacing"), config.get("set_alpha_to_one")) == ONE_STEP
+    return config.get(ONE_STEP) is True
 
 
 def digest(directory: str | os.PathLike, variant: str | None = None) -> str:

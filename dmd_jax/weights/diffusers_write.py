@@ -24,12 +24,16 @@ INDEX = {
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", diffusers.ONE_STEP[0]],
+    "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
 }
-SCHEDULER = dict(zip(("_class_name", "timestep_spacing", "set_alpha_to_one"), diffusers.ONE_STEP, strict=True)) | {
+SCHEDULER = {
+    diffusers.ONE_STEP: True,
+    "_class_name": "DDIMScheduler",
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
     "num_train_timesteps": 1000,
