@@ -6,8 +6,8 @@
     python -m dmd_jax.sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
 
 Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: 16x16 pixels, of the emoji animals, plants, food and
-drink; docs/results.md has its time and its scores. The pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0. A tenth
-of the concepts is held out.
+drink; docs/results.md has its time and its scores. A tenth of the concepts is held out.
+The pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0.
 """
 
 import ml_collections

@@ -6,6 +6,7 @@ refused.
 
 import math
 import pathlib
+import shutil
 import warnings
 
 import ml_collections
@@ -59,13 +60,11 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
 
 
 def _refuse_if_many(skipped, count, directory):
-    """Shards that lack rows go, so that they are made again from the source once it is mended."""
+    """What there is goes: it could not be told from shards of the source once it is mended."""
     try:
         captions.refuse_if_many(skipped, count)
     except ValueError:
-        for path in directory.glob("*.arrayrecord"):
-            if metrics.read_json(_told(path))["skipped"]:
-                path.unlink()
+        shutil.rmtree(directory, ignore_errors=True)
         raise
 
 

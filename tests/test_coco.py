@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import bench, convert, embed, evaluate, experiment, export, main, metrics, sample
+from dmd_jax import bench, convert, embed, evaluate, export, main, metrics, sample
 from dmd_jax.data import records
 from dmd_jax.models import vgg
 from dmd_jax.weights import convert as convert_lib

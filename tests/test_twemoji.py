@@ -14,10 +14,10 @@ def toy():
     config = bench.load_config("twemoji:small")
     config.mesh.data = 1
     config.network.update(block_out_channels=(8, 16), norm_num_groups=4, num_heads=2)
-    config.teacher.update(batch_size=8, num_steps=2, preview_every=2, preview_images=8, checkpoint_every=2)
+    config.teacher.update(batch_size=8, num_steps=2, preview_every=0, checkpoint_every=2)
     config.teacher.sampler.num_steps = 2
-    config.pairs.update(count=16, shard_size=8, batch_size=8)
-    config.dmd.update(batch_size=8, num_steps=2, preview_every=2, preview_images=8, checkpoint_every=2)
+    config.pairs.update(count=16, shard_size=16, batch_size=16)
+    config.dmd.update(batch_size=8, num_steps=2, preview_every=0, checkpoint_every=2)
     config.evaluate.update(count=16, neighbours=16, batch_size=16, timing_repeats=1)
     config.evaluate.retrieval.count = 24
     config.features.update(size=32, batch_size=64)
