@@ -145,7 +145,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         timing_repeats=3,
         retrieval=dict(  # whether the real picture nearest to a generated one has the caption it was made for
             gallery=dict(source="captions.twemoji", split="all", size=size, categories=categories),
-            prompts=dict(train=conditions, held_out=dict(source="records.read", directory="{workdir}/held_out")),
+            prompts=dict(seen=conditions, unseen=dict(source="records.read", directory="{workdir}/held_out")),
             count=500,  # prompts of each kind, at most
             credit=CREDIT,
         ),

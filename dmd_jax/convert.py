@@ -21,8 +21,10 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
     made, path = metrics.read_json(source), pathlib.Path(config[stage].checkpoint)
     changed = f"{source} is about other weights than {path} has now; use another workdir."
     if made.get("directory"):
-        if diffusers.digest(pathlib.Path(made["directory"])) != made.get("sha256"):
+        directory = (path if path.is_dir() else pathlib.Path(made["directory"])).absolute()  # it may have been moved
+        if diffusers.digest(directory) != made.get("sha256"):
             raise ValueError(changed)
+        metrics.write_json(source, made | {"directory": str(directory)})
         return True
     if path.exists() and files.sha256(path) != made.get("sha256"):
         raise ValueError(changed)

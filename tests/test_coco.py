@@ -370,3 +370,12 @@ def test_only_a_one_step_generator_is_exported(run, tmp_path):
         export.export(run[1], "teacher", tmp_path / "student")
     with pytest.raises(ValueError, match="'dmdd' is no stage with a sampler"):
         export.export(run[1], "dmdd", tmp_path / "student")
+
+
+def test_a_teacher_that_was_moved(run, files, tmp_path):
+    config, workdir = run[0].copy_and_resolve_references(), tmp_path / "run"
+    shutil.copytree(run[1] / "teacher", workdir / "teacher")
+    shutil.copytree(files / "sd", tmp_path / "moved")
+    config.teacher.checkpoint = str(tmp_path / "moved")
+    assert convert.done(config, "teacher", workdir)
+    assert metrics.read_json(workdir / "teacher/source.json")["directory"] == str(tmp_path / "moved")

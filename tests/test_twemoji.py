@@ -42,7 +42,7 @@ def test_every_stage_leaves_what_the_next_one_reads(workdir):
 
 def test_the_report_says_whether_images_show_their_captions(workdir):
     scores = metrics.read_json(workdir / "evaluation.json")
-    names = {f"R@{k} {kind}" for k in (1, 10) for kind in ("train", "held_out")}
+    names = {f"R@{k} {kind}" for k in (1, 10) for kind in ("seen", "unseen")}
     for model in ("teacher", "dmd"):
         assert names <= scores[model].keys() and all(0 <= scores[model][name] <= 1 for name in names)
     assert scores["nfe"] == {"teacher": 3, "dmd": 1}

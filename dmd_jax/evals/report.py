@@ -49,7 +49,8 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
     _plot(axes["f"], curves[student], ("precision", "recall", "agreement"), f"{student}: scores")
     axes["e"].set_yscale("log")
     axes["t"].axis("off")
-    axes["t"].text(0, 1, table(result, teacher, student), family="monospace", va="top", fontsize=11)
+    text = table(result, teacher, student)
+    axes["t"].text(0, 1, text, family="monospace", va="top", fontsize=min(11, 1400 / text.index("\n")))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
@@ -102,3 +103,4 @@ def _plot(ax, rows, names, title):
     ax.set_xlabel("step")
     if len(names) > 1 and ax.lines:
         ax.legend(fontsize=8)
+    ax.set_visible(bool(ax.lines))
