@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType
 
 from dmd_jax import bench_parts, experiment, sampling, sharding
 from dmd_jax.models import layers
@@ -101,9 +100,8 @@ def sample(config, encoder: layers.Network, decoder: layers.Network, *, batch_si
       ValueError: the batch or the steps do not fit, or something is not finite.
     """
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
-    replicated = NamedSharding(parallel.mesh, P())
     networks = {"text": encoder, "unet": experiment.make_network(config), "decoder": decoder}
-    params = {name: jax.device_put(bench_parts.random_params(n.abstract), replicated) for name, n in networks.items()}
+    params = {name: jax.device_put(bench_parts.random_params(n.abstract), parallel.replicated) for name, n in networks.items()}
     encode, decode = (parallel.in_batches("batch_size", n.apply, batch_size) for n in (encoder, decoder))
     ids = np.random.default_rng(0).integers(0, 1000, (batch_size, bench_parts.LENGTH), np.int32)
     cond = encode(params["text"], ids)

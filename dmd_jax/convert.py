@@ -21,10 +21,11 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
     made, path = metrics.read_json(source), pathlib.Path(config[stage].checkpoint)
     changed = f"{source} is about other weights than {path} has now; use another workdir."
     if made.get("directory"):
-        directory = (path if path.is_dir() else pathlib.Path(made["directory"])).absolute()  # it may have been moved
+        directory = (path if path.is_dir() else pathlib.Path(made["directory"])).absolute()
         if diffusers.digest(directory) != made.get("sha256"):
             raise ValueError(changed)
-        metrics.write_json(source, made | {"directory": str(directory)})
+        if str(directory) != made["directory"]:  # it was moved
+            metrics.write_json(source, made | {"directory": str(directory)})
         return True
     if path.exists() and files.sha256(path) != made.get("sha256"):
         raise ValueError(changed)
@@ -38,8 +39,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
       ValueError: there is no such file, it is not safe to read, or it is of another network or process than the config's.
     """
     checkpoint, directory = config[stage].checkpoint, workdir / stage
-    bring = _file if pathlib.Path(checkpoint).suffix in edm.SUFFIXES else _directory
-    source = bring(config, checkpoint, directory)
+    of_file = pathlib.Path(checkpoint).suffix in edm.SUFFIXES
+    source = _file(config, checkpoint, directory) if of_file else _directory(config, checkpoint)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         metrics.write_json(directory / experiment.SOURCE, source)
@@ -56,7 +57,7 @@ def _file(config, checkpoint, directory):
     return {"file": str(path), "sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
 
 
-def _directory(config, checkpoint, directory):
+def _directory(config, checkpoint):
     path = diffusers.find(checkpoint).absolute()
     found, tensors = diffusers.unet(path)
     scheduler = diffusers.scheduler(path)

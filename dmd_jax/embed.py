@@ -37,7 +37,10 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
       ValueError: too many rows cannot be read, the images do not fit the network, or the directory holds other captions.
     """
     settings, directory = config[stage], workdir / stage
-    manifest, source, encoder, encode_images = _prepare(config, stage, workdir)
+    manifest, source, encoder = _prepare(config, stage, workdir)
+    encode_images = None
+    if settings.latents:
+        encode_images = latents.make_encode(experiment.autoencoder(config), experiment.make_parallel(config, stage), settings.batch_size)
     if (directory / records.MANIFEST).exists():
         records.claim(directory, manifest)
     skipped = []
@@ -100,19 +103,17 @@ def _finish(directory, manifest, null):
 
 
 def _prepare(config, stage, workdir):
-    """The manifest, the captions, the encoder of text, and that of images or None."""
+    """The manifest, the captions and the encoder of text."""
     settings = config[stage]
     source = experiment.open_source(settings.captions, workdir)
-    parallel = experiment.make_parallel(config, stage)
-    encoder = experiment.make_text_encoder(config, parallel)
+    encoder = experiment.make_text_encoder(config, experiment.make_parallel(config, stage))
     features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
-    encode_images, autoencoder = None, experiment.autoencoder(config) if settings.latents else None
+    autoencoder = experiment.autoencoder(config) if settings.latents else None
     if settings.latents:
         if autoencoder is None or "batch_size" not in settings:
             raise ValueError(
                 f"{stage}: latents need config.autoencoder and {stage}.batch_size, the images encoded at once; set them, or latents=False."
             )
-        encode_images = latents.make_encode(autoencoder, parallel, settings.batch_size)
         autoencoder["checkpoint"] = checkpoint.digest(latents.load(autoencoder)[1])  # not where it lies
         features["image"] = {"shape": list(experiment.image_shape(config)), "dtype": "float32"}
     manifest = {
@@ -124,7 +125,7 @@ def _prepare(config, stage, workdir):
         "autoencoder": autoencoder,
         "features": features,
     }
-    return manifest, source, encoder, encode_images
+    return manifest, source, encoder
 
 
 def _told(path):

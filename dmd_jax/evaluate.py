@@ -102,15 +102,14 @@ def _retrieval(config, settings, features, workdir):
     rows, skipped = captions.readable(gallery, range(len(gallery)))
     captions.refuse_if_many(skipped, len(gallery))
     texts, real = [row["text"] for row in rows.values()], np.stack([row["image"] for row in rows.values()])
-    real_features = np.concatenate([features.extract(real[i : i + 500]) for i in range(0, len(real), 500)])
+    real_features = features.extract(real)
 
     def retrieve(sample):
         scores, shown = {}, {}
         for kind, source in settings.retrieval.prompts.items():
             prompts = experiment.make_source(config, source, workdir)
             chosen = np.linspace(0, len(prompts) - 1, min(len(prompts), settings.retrieval.count)).astype(int).tolist()
-            all_texts = prompts.texts
-            wanted = [all_texts[i] for i in chosen]
+            wanted = np.array(prompts.texts)[chosen].tolist()
             images = np.concatenate([sample(inputs) for inputs in _inputs(config, settings, chosen, prompts)])
             found = retrieval.recall(features.extract(images), wanted, real_features, texts)
             scores |= {f"{name} {kind}": value for name, value in found.items()}

@@ -1,7 +1,7 @@
 """What a config describes, as objects; the stages share this, and nothing below them sees a config."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
@@ -64,7 +64,7 @@ def check_names(config: ml_collections.ConfigDict):
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"config.network or config.process does not fit ({error}); check names and values.") from error
     lookup.find("evals", config.features.name)
-    for name, settings in _sources(config.to_dict()):
+    for name, settings in sources(config.to_dict()):
         try:
             lookup.find("data", settings["source"])
         except ValueError as error:
@@ -180,6 +180,15 @@ def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib
     return streams
 
 
+def sources(tree, name: str = "") -> Iterator[tuple[str, dict]]:
+    """The data sources in a config, with the keys under which they stand."""
+    if isinstance(tree, dict):
+        if "source" in tree:
+            yield name, tree
+        for key, value in tree.items():
+            yield from sources(value, f"{name}.{key}" if name else key)
+
+
 def open_source(settings: dict, workdir: pathlib.Path):
     """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
     settings = _fill(settings, workdir)
@@ -273,15 +282,6 @@ def _sampler(settings, denoise, process, name):
         return make(denoise, process, **settings)
     except TypeError as error:
         raise ValueError(f"{name} does not fit: {error}.") from error
-
-
-def _sources(tree, name=""):
-    """The data sources in a config, with the keys under which they stand."""
-    if isinstance(tree, dict):
-        if "source" in tree:
-            yield name, tree
-        for key, value in tree.items():
-            yield from _sources(value, f"{name}.{key}" if name else key)
 
 
 def _fill(settings, workdir):

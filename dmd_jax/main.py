@@ -101,7 +101,8 @@ def check_files(config, stages, workdir: pathlib.Path):
     missing, sources = [], []
     shared = [key for key in ("features", "text", "autoencoder") if key in config and any("recipe" not in config[s] for s in stages)]
     for stage in (*stages, *shared):
-        sources += _captions(config[stage].to_dict())
+        found = [source for _, source in experiment.sources(config[stage].to_dict())]  # those of captions that no stage makes
+        sources += [s for s in found if s["source"].startswith("captions.") and "{workdir}" not in json.dumps(s)]
         for key, value in _flat(config[stage].to_dict()).items():
             imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()
             if FILES.search(key) and value and "{workdir}" not in value and not imported:
@@ -144,14 +145,6 @@ def _changeable(config, key):
     if setting == "batch_size":
         return stage in ("text", "features") or config.get(stage, {}).get("program") in ("embed", "pairs", "evaluate")
     return bool(CHANGEABLE.search(key))
-
-
-def _captions(tree):
-    """The settings of sources of captions that no stage makes."""
-    if str(tree.get("source", "")).startswith("captions.") and "{workdir}" not in json.dumps(tree):
-        yield tree
-    for value in tree.values():
-        yield from _captions(value) if isinstance(value, dict) else ()
 
 
 def _flat(tree, prefix=""):

@@ -120,8 +120,9 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
         params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
     else:
         params = experiment.load_directory(config, pathlib.Path(config.checkpoint))
-    null = encoder.encode([""])[0] if encoder else config.null_cond
-    settings = _override(config[stage].sampler.to_dict(), sampler or {})
+    settings, null = _override(config[stage].sampler.to_dict(), sampler or {}), None
+    if settings.get("guidance_scale", 1) > 1:
+        null = encoder.encode([""])[0] if encoder else config.null_cond
     made = experiment.build_sampler(config, settings, null, "sampler")
     sample = sampling.make_sample(made, parallel, batch_size)
     decode = latents.make_decode(experiment.autoencoder(config), parallel, batch_size)
