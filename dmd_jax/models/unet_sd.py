@@ -5,6 +5,7 @@ attentions, the statistics of norms and the last convolution.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -69,40 +70,32 @@ class Transformer(nnx.Module):
         return x + self.proj_out(self.transformer_blocks["0"](tokens, cond).reshape(b, h, w, c))
 
 
-class UNet(nnx.Module):
-    """See `unet` for the arguments."""
+class Encoder(nnx.Module):
+    """The half of a UNet that halves the resolution, and the middle: what a ControlNet has too. See `unet` for the settings."""
 
     def __init__(self, *, rngs, channels, widths, layers_per_block, attention, heads, c_cond, linear, num_groups, dtype, remat):
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
-        norm = dict(num_groups=num_groups, dtype=dtype, rngs=rngs)
-        c_emb = 4 * widths[0]
-        resnet = functools.partial(layers.ResnetBlock, c_emb=c_emb, epsilon=1e-5, **norm)
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), dtype=dtype, rngs=rngs)
+        resnet, transformers = _blocks(widths, heads, c_cond, linear, num_groups, dtype, rngs)
         self.run = layers.runner(remat)
-
-        def transformers(level, n):
-            return [Transformer(widths[level], heads[level], c_cond=c_cond, linear=linear, **norm) for _ in range(n * attention[level])]
-
-        self.time_embedding = nnx.Dict(linear_1=nnx.Linear(widths[0], c_emb, rngs=rngs), linear_2=nnx.Linear(c_emb, c_emb, rngs=rngs))
-        self.conv_in = conv(channels, widths[0], dtype=dtype)
-        c, skips, down, up = widths[0], [widths[0]], [], []
+        c = widths[0]
+        self.time_embedding = nnx.Dict(linear_1=nnx.Linear(c, 4 * c, rngs=rngs), linear_2=nnx.Linear(4 * c, 4 * c, rngs=rngs))
+        self.conv_in = conv(channels, c)
+        down = []
         for level, width in enumerate(widths):
             resnets = [resnet(c_in, width) for c_in in (c, *[width] * (layers_per_block - 1))]
             c, last = width, level == len(widths) - 1
-            halve = None if last else conv(c, c, strides=2, padding=PADDING, dtype=dtype)
-            down.append(layers.stage(resnets, transformers(level, layers_per_block), down=halve))
-            skips += [c] * (layers_per_block + (not last))
-        self.mid_block = layers.stage([resnet(c, c), resnet(c, c)], [Transformer(c, heads[-1], c_cond=c_cond, linear=linear, **norm)])
-        for level, width in reversed(list(enumerate(widths))):
-            resnets = [resnet(c_in + skips.pop(), width) for c_in in (c, *[width] * layers_per_block)]
-            c = width
-            up.append(layers.stage(resnets, transformers(level, layers_per_block + 1), up=conv(c, c, dtype=dtype) if level else None))
-        self.down_blocks, self.up_blocks = layers.numbered(down), layers.numbered(up)
-        self.conv_norm_out = layers.GroupNorm(c, num_groups=num_groups, epsilon=1e-5, dtype=jnp.float32)
-        self.conv_out = conv(c, channels)
+            halve = None if last else conv(c, c, strides=2, padding=PADDING)
+            down.append(layers.stage(resnets, transformers(level, layers_per_block * attention[level]), down=halve))
+        self.down_blocks = layers.numbered(down)
+        self.mid_block = layers.stage([resnet(c, c), resnet(c, c)], transformers(-1, 1))
 
-    def __call__(self, x, noise, cond):
-        emb = self.embed(noise)
-        x = self.conv_in(x)
+    def embed(self, noise):
+        """The embedding of labels [B] that every residual block sees, [B, 4 widths[0]]."""
+        emb = layers.cos_sin(noise, layers.positional_frequencies(self.time_embedding.linear_1.in_features // 2, endpoint=False))
+        return self.time_embedding.linear_2(nnx.silu(self.time_embedding.linear_1(emb)))
+
+    def encode(self, x, emb, cond):
+        """From features of `conv_in`: the features after the middle, and the skips, of which the last is the first to be used."""
         skips = [x]
         for block in layers.in_order(self.down_blocks):
             for resnet, transformer in layers.residual_layers(block):
@@ -113,22 +106,67 @@ class UNet(nnx.Module):
                 skips.append(x)
         for resnet, transformer in layers.residual_layers(self.mid_block):
             x = self._layer(resnet, transformer, x, emb, cond)
+        return x, skips
+
+    def _layer(self, resnet, transformer, x, emb, cond):
+        x = self.run(resnet, x, emb)
+        return self.run(transformer, x, cond) if transformer else x
+
+
+class UNet(Encoder):
+    """See `unet` for the settings."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        names = ("widths", "heads", "c_cond", "linear", "num_groups", "dtype", "rngs")
+        channels, widths, layers_per_block, attention, rngs, dtype = (
+            settings[name] for name in ("channels", "widths", "layers_per_block", "attention", "rngs", "dtype")
+        )
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        resnet, transformers = _blocks(*(settings[name] for name in names))
+        c, skips, up = widths[-1], skip_channels(widths, layers_per_block), []
+        for level, width in reversed(list(enumerate(widths))):
+            resnets = [resnet(c_in + skips.pop(), width) for c_in in (c, *[width] * layers_per_block)]
+            c = width
+            attentions = transformers(level, (layers_per_block + 1) * attention[level])
+            up.append(layers.stage(resnets, attentions, up=conv(c, c, dtype=dtype) if level else None))
+        self.up_blocks = layers.numbered(up)
+        self.conv_norm_out = layers.GroupNorm(c, num_groups=settings["num_groups"], epsilon=1e-5, dtype=jnp.float32)
+        self.conv_out = conv(c, channels)
+
+    def __call__(self, x, noise, cond, residuals=None):
+        return self.head(self.trunk(self.conv_in(x), noise, cond, residuals))
+
+    def trunk(self, x, noise, cond, residuals=None):
+        """From features of `conv_in` to those of `head`; `residuals` (of the middle, of each skip) are added to what the decoder sees."""
+        emb = self.embed(noise)
+        x, skips = self.encode(x, emb, cond)
+        if residuals is not None:
+            x, skips = jax.tree.map(jnp.add, (x, skips), residuals)
         for block in layers.in_order(self.up_blocks):
             for resnet, transformer in layers.residual_layers(block):
                 x = self._layer(resnet, transformer, jnp.concatenate([x, skips.pop()], axis=-1), emb, cond)
             if "upsamplers" in block:
                 _, h, w, _ = skips[-1].shape
                 x = block.upsamplers["0"].conv(layers.upsample(x)[:, :h, :w])
+        return x
+
+    def head(self, x):
+        """From features to what the network predicts, float32."""
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
-    def embed(self, noise):
-        """The embedding of labels [B] that every residual block sees, [B, 4 widths[0]]."""
-        emb = layers.cos_sin(noise, layers.positional_frequencies(self.time_embedding.linear_1.in_features // 2, endpoint=False))
-        return self.time_embedding.linear_2(nnx.silu(self.time_embedding.linear_1(emb)))
 
-    def _layer(self, resnet, transformer, x, emb, cond):
-        x = self.run(resnet, x, emb)
-        return self.run(transformer, x, cond) if transformer else x
+def skip_channels(widths: tuple[int, ...], layers_per_block: int) -> list[int]:
+    """Of each skip of an `Encoder`, in the order of `Encoder.encode`."""
+    halved = [[width] * (layers_per_block + 1) for width in widths]
+    return [widths[0], *itertools.chain(*halved)][:-1]  # the last level is not halved
+
+
+def _blocks(widths, heads, c_cond, linear, num_groups, dtype, rngs):
+    """What makes the residual blocks of a UNet, and the transformers of a level."""
+    norm = dict(num_groups=num_groups, dtype=dtype, rngs=rngs)
+    resnet = functools.partial(layers.ResnetBlock, c_emb=4 * widths[0], epsilon=1e-5, **norm)
+    return resnet, lambda level, n: [Transformer(widths[level], heads[level], c_cond=c_cond, linear=linear, **norm) for _ in range(n)]
 
 
 def unet(
@@ -169,9 +207,20 @@ def unet(
     Raises:
       ValueError: settings that do not fit each other.
     """
-    heads = (num_heads,) * len(block_out_channels) if isinstance(num_heads, int) else tuple(num_heads)
     if num_classes:
         raise ValueError(f"num_classes is {num_classes}, expected 0: this network is conditioned on sequences; use unet_edm for labels.")
+    settings = module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups)
+    settings |= dict(channels=channels, c_cond=cross_attention_dim, linear=use_linear_projection, dtype=jnp.dtype(dtype), remat=remat)
+    return layers.functional(lambda rngs: UNet(rngs=rngs, **settings), INITIALIZERS)
+
+
+def module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups) -> dict:
+    """Settings of an `Encoder` from those of `unet`.
+
+    Raises:
+      ValueError: they do not fit each other.
+    """
+    heads = (num_heads,) * len(block_out_channels) if isinstance(num_heads, int) else tuple(num_heads)
     for name, value in (("attention", attention), ("num_heads", heads)):
         if len(value) != len(block_out_channels):
             raise ValueError(f"{name} has {len(value)} values, expected {len(block_out_channels)}: one per level of block_out_channels.")
@@ -179,6 +228,5 @@ def unet(
         for name, divisor in (("norm_num_groups", norm_num_groups), ("num_heads", h)):
             if width % divisor:
                 raise ValueError(f"block_out_channels {width} is not divisible by {name} {divisor}; change one of them.")
-    settings = dict(channels=channels, widths=tuple(block_out_channels), layers_per_block=layers_per_block, attention=tuple(attention))
-    settings |= dict(heads=heads, c_cond=cross_attention_dim, linear=use_linear_projection, num_groups=norm_num_groups)
-    return layers.functional(lambda rngs: UNet(rngs=rngs, dtype=jnp.dtype(dtype), remat=remat, **settings), INITIALIZERS)
+    settings = dict(widths=tuple(block_out_channels), layers_per_block=layers_per_block, attention=tuple(attention))
+    return settings | dict(heads=heads, num_groups=norm_num_groups)
