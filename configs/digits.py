@@ -150,4 +150,57 @@ def _smoke(config):
     return config
 
 
-VARIANTS = {"": lambda config: config, "no_matching": _no_matching, "no_regression": _no_regression, "smoke": _smoke}
+def _instaflow(config, rounds=2):
+    """Rounds of reflow, each on the pairs of the one before, and distillation of the last; beside it distillation without any, and DMD."""
+    teacher, pairs, dmd = "teacher", "pairs", config.dmd
+    stage = {key: value for key, value in dmd.items() if key != "recipe"}
+    stage |= dict(
+        process=dict(name="RectifiedFlow"),
+        prediction="rectified",  # by the exact change of variables from EDM; "flow" takes the teacher's weights as they are, as InstaFlow does
+        preview_every=0,
+        preview_scores=False,
+        best_metric="",
+        log_every=50,
+        checkpoint_every=500,
+    )
+    recipe = dict(optimizer=dict(learning_rate=1e-3, warmup_steps=50, decay_steps=1500), ema_decay=0.998, ema_warmup=10)
+    stages = ["teacher", "pairs"]
+    for k in range(1, rounds + 1):
+        config[f"reflow_{k}"] = stage | dict(
+            recipe=dict(name="reflow", **recipe),
+            sampler=dict(name="euler", num_steps=25),  # that of the pairs for what follows
+            data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{pairs}")),
+            init_from=f"{{workdir}}/{teacher}",
+            num_steps=1500,
+        )
+        teacher, pairs = f"reflow_{k}", f"pairs_{k}"
+        config[pairs] = dict(config.pairs.to_dict(), teacher=teacher)
+        stages += [teacher, pairs]
+    for name, start, data in (("distil", teacher, pairs), ("direct", "teacher", "pairs")):
+        config[name] = stage | dict(
+            recipe=dict(name="distil", distance=dict(name="squared_error"), **recipe),
+            sampler=dict(name="one_step"),
+            data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{data}")),
+            init_from=f"{{workdir}}/{start}",
+            num_steps=1500,
+        )
+        stages.append(name)
+    config.stages = (*stages, "dmd", "evaluate")
+    steps = {"teacher": (1, 2, 4, 8)} | {f"reflow_{k}": (1, 2, 4, 8, 25) for k in range(1, rounds + 1)}
+    euler = {f"{name}_euler_{n}": (name, dict(name="euler", num_steps=n)) for name in steps for n in steps[name]}
+    one_step = {name: (name, dict(name="one_step")) for name in ("direct", "dmd")}
+    config.evaluate.update(
+        student="distil",
+        others={name: dict(stage=trained, sampler=sampler) for name, (trained, sampler) in (euler | one_step).items()},
+        straightness=dict(stages=tuple(steps), num_steps=100, count=500),
+    )
+    return config
+
+
+VARIANTS = {
+    "": lambda config: config,
+    "no_matching": _no_matching,
+    "no_regression": _no_regression,
+    "instaflow": _instaflow,
+    "smoke": _smoke,
+}

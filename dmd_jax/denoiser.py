@@ -2,7 +2,7 @@
 
     x_hat = skip(t) x_t + out(t) F(in(t) x_t, noise(t), cond)
 
-where F is the network. `edm`, `eps`, `v` and `flow` below say what F predicts (EDM: arXiv 2206.00364, Table 1).
+where F is the network. `edm`, `eps`, `v`, `flow` and `flow_to_data` below say what F predicts (EDM: arXiv 2206.00364, Table 1).
 """
 
 import dataclasses
@@ -43,6 +43,36 @@ def v(process: process_lib.Process, t: jax.Array) -> Coefficients:
 def flow(process: process_lib.Process, t: jax.Array) -> Coefficients:
     """F = eps - x."""
     return Coefficients(jnp.ones_like(t), -process.sigma(t), jnp.ones_like(t), process_lib.NUM_LEVELS * t)
+
+
+def flow_to_data(process: process_lib.Process, t: jax.Array) -> Coefficients:
+    """F = x - eps: the sign of the papers, and of the public checkpoints of InstaFlow."""
+    return flow(process, t)._replace(out=process.sigma(t))
+
+
+def rectified(process: process_lib.Process, prediction: Callable) -> Callable:
+    """The prediction by which a network made for `process` and `prediction` serves a rectified flow.
+
+    An exact change of variables: at the time s of `process` with the flow's ratio of noise to data, t / (1 - t), its x_s is the flow's x_t
+    times sigma(s) / t. Where `process` knows no noise like the flow's near t = 1, s is its noisiest time.
+
+    Args:
+      process: that of the network.
+      prediction: one of those above.
+    """
+
+    def coefficients(flow_process, t):
+        s = process.at_ratio(flow_process.sigma(t) / flow_process.alpha(t))
+        scale = process.sigma(s) / flow_process.sigma(t)
+        skip, out, in_, noise = prediction(process, s)
+        return Coefficients(skip * scale, out, in_ * scale, noise)
+
+    return coefficients
+
+
+def velocity(x_t: jax.Array, x_hat: jax.Array, t: jax.Array) -> jax.Array:
+    """dx_t/dt = eps_hat - x_hat of a rectified flow, [B, ...], with `t` [B]."""
+    return (x_t - x_hat) / process_lib.expand(t, x_t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +117,23 @@ def guided(denoiser: Denoiser, scale: float, null_cond) -> Callable:
     Args:
       denoiser: `(params, x_t, t, cond) -> x_hat`.
       scale: 1 or less is the conditional prediction alone, as in DMD; there is no interpolation.
-      null_cond: the condition that stands for none, without a batch axis.
+      null_cond: the condition that stands for none, without a batch axis; None in the place of parts that both predictions see.
+
+    Raises:
+      ValueError: `null_cond` has no other part, and there would be no guidance.
 
     Source: Ho and Salimans, arXiv 2207.12598; in x-space, which equals eps-space at the same x_t.
     """
     if scale <= 1:
         return denoiser
+    if not jax.tree.leaves(null_cond):
+        raise ValueError(f"guidance of scale {scale} needs a null_cond, got {null_cond}; name the condition that stands for none.")
+
+    def null_of(null, cond):
+        return cond if null is None else jnp.broadcast_to(jnp.asarray(null, cond.dtype), cond.shape)
 
     def guided_denoiser(params, x_t, t, cond):
-        null = jax.tree.map(lambda n, c: jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape), null_cond, cond)
+        null = jax.tree.map(null_of, null_cond, cond, is_leaf=lambda part: part is None)
         twice = jax.tree.map(lambda *a: jnp.concatenate(a), (x_t, t, null), (x_t, t, cond))
         x_null, x_cond = jnp.split(denoiser(params, *twice), 2)
         return x_null + scale * (x_cond - x_null)

@@ -42,6 +42,12 @@ def adamw(
     return optax.chain(optax.clip_by_global_norm(clip), adam, optax.masked(optax.set_to_zero(), is_frozen))
 
 
+def warmed_up(ema_decay: float, ema_warmup: float, step: jax.Array) -> jax.Array:
+    """The decay of a running mean at `step`, min(ema_decay, (1 + step) / (ema_warmup + step)): without a warm-up the initial parameters stay
+    in it for some 1 / (1 - ema_decay) steps. The papers of rectified flows have 10; 0 is none."""
+    return jnp.minimum(ema_decay, (1 + step) / (ema_warmup + step))
+
+
 def apply_gradients(net: state.Net, grads: dict, tx: optax.GradientTransformation, *, ema_decay: float = 0.0):
     """One update of parameters and running mean; all of it is skipped, and counted, when the gradient is not finite.
 

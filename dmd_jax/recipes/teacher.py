@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import losses, optim, recipes, sharding, state
-from dmd_jax import process as process_lib
 
 
 def make(
@@ -17,6 +16,7 @@ def make(
     optimizer: dict,
     ema_decay: float,
     cond_dropout: float,
+    ema_warmup: float = 0.0,
 ) -> recipes.Recipe:
     """Batches are {"images": {"image": [B, H, W, C], "cond": [B, ...]}}.
 
@@ -28,6 +28,7 @@ def make(
       optimizer: arguments of `optim.adamw`.
       ema_decay: of the running mean of the parameters, per step; 0 to keep none.
       cond_dropout: fraction of samples that see `null_cond`, so that the model can be guided.
+      ema_warmup: see `optim.warmed_up`; 0 for none.
     """
     tx = optim.adamw(**optimizer)
     process = denoiser.process
@@ -47,13 +48,12 @@ def make(
         image, cond = batch["images"]["image"], batch["images"]["cond"]
         k_t, k_eps, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step), 3)
         t = process.sample_t(k_t, image.shape[:1])
-        dropped = jax.random.bernoulli(k_drop, cond_dropout, image.shape[:1])
-        null = jnp.broadcast_to(jnp.asarray(null_cond, cond.dtype), cond.shape)
-        cond = jnp.where(process_lib.expand(dropped, cond), null, cond)
+        cond = recipes.drop(k_drop, cond, null_cond, cond_dropout)
         batch = parallel.split({"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)})
 
         grads, metrics = parallel.mean(gradients)(train_state.generator.params, batch)
-        generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=ema_decay)
+        decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
+        generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}
         return train_state.replace(step=train_state.step + 1, generator=generator), metrics
 
