@@ -25,7 +25,7 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
-    """Samples both models from the same seeds and measures the images against real ones.
+    """Samples all models from the same seeds and measures the images against real ones.
 
     Raises:
       ValueError: a checkpoint or a file is missing, or the batch does not fit the devices.
@@ -38,12 +38,13 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.batch_size)
     retrieve = _retrieval(config, settings, features, workdir) if settings.get("retrieval") else None
 
+    models = _models(config, settings)
     scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
-    for name in dict.fromkeys((settings.teacher, settings.student)):  # one of them, if they are the same
-        sampler = experiment.make_sampler(config, name, workdir)
+    for name, (trained, sampler_settings) in models.items():
+        sampler = experiment.make_sampler(config, trained, workdir, sampler_settings)
         sample_latents = sampling.make_sample(sampler, parallel, settings.batch_size)
         sample = lambda params, inputs, make=sample_latents: decode(make(params, inputs))
-        params = experiment.load_params(config, f"{{workdir}}/{name}", workdir)
+        params = experiment.load_params(config, f"{{workdir}}/{trained}", workdir)
         first = experiment.inputs(config, range(settings.batch_size), conditions)
         images[name] = sample(params, first)[:SHOWN]
         seconds[name], nfe[name] = _seconds_per_image(sample, params, first, settings.timing_repeats), sampler.nfe
@@ -65,6 +66,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
             "digest": checkpoint.digest({"mu": real.moments.mean, "sigma": real.moments.covariance}),
         },
         **{name: _over_ranges(scores[name], features.frechet) for name in scores},
+        "straightness": _straightness(config, settings, conditions, parallel, workdir) if "straightness" in settings else {},
+        "training_seconds": {name: metrics.seconds(workdir / name) for name in dict.fromkeys(stage for stage, _ in models.values())},
         "seed_ranges": scores,
         "nfe": nfe,
         "seconds_per_image": seconds,
@@ -75,12 +78,31 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         floor = suite.collect_source(features, experiment.make_source(config, settings.floor, workdir), settings.neighbours, workdir)
         result["real"] = suite.compare(features, real, floor)
     if jax.process_index() == 0:
-        curves = {name: metrics.read(workdir / name) for name in images}
+        curves = {name: metrics.read(workdir / name) for name in (settings.teacher, settings.student)}
         if captioned:
             report.draw_captions(workdir / "captions.png", captioned, settings.retrieval.credit)
         report.draw(workdir / "report.png", result, images, curves, teacher=settings.teacher, student=settings.student)
         metrics.write_json(workdir / "evaluation.json", result)
         print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
+
+
+def _models(config, settings):
+    """What is measured: {name: (stage, settings of the sampler)}; the teacher and the student may be one."""
+    models = {name: (name, config[name].sampler.to_dict()) for name in (settings.teacher, settings.student)}
+    return models | {name: (row.stage, row.sampler.to_dict()) for name, row in settings.get("others", {}).items()}
+
+
+def _straightness(config, settings, conditions, parallel, workdir):
+    """The mean straightness of some stages' flows, whose noise is that of the images."""
+    of, found = settings.straightness, {}
+    inputs = experiment.inputs(config, range(of.count), conditions)
+    for stage in of.stages:
+        straightness = experiment.make_straightness(config, stage, workdir, of.num_steps)
+        measure = parallel.in_batches(
+            "evaluation batch_size", lambda params, batch, f=straightness: f(params, batch["z"], batch["cond"]), settings.batch_size
+        )
+        found[stage] = float(measure(experiment.load_params(config, f"{{workdir}}/{stage}", workdir), inputs).mean())
+    return found
 
 
 def _reference(config, settings, features, workdir):
@@ -138,7 +160,8 @@ def _over_ranges(scores, frechet):
 def _protocol(config, stage, workdir):
     """Everything that the scores depend on, as it is read back."""
     settings, autoencoder = config[stage], experiment.autoencoder(config)
-    keys = ("count", "seed_ranges", "neighbours", "conditions", "statistics", "retrieval")
+    models = _models(config, settings)
+    keys = ("count", "seed_ranges", "neighbours", "conditions", "statistics", "retrieval", "straightness")
     protocol = {
         **{key: value for key, value in settings.to_dict().items() if key in keys},
         "reference": _reference_content(settings.reference.to_dict(), workdir),
@@ -146,9 +169,9 @@ def _protocol(config, stage, workdir):
         "seed": experiment.EVALUATION_SEED,
         "features": config.features.to_dict(),
         "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
-        "samplers": {name: config[name].sampler.to_dict() for name in (settings.teacher, settings.student)},
+        "samplers": {name: {"stage": stage, **sampler} for name, (stage, sampler) in models.items()},
         "statistics_sha256": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
-        "versions": {name: experiment.version(workdir / name) for name in (settings.teacher, settings.student)},
+        "versions": {stage: experiment.version(workdir / stage) for stage, _ in models.values()},
     }
     return json.loads(json.dumps(protocol))
 

@@ -16,7 +16,8 @@ from dmd_jax.models import layers, vgg
 from dmd_jax.weights import convert, diffusers, edm, files, lpips
 
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
-PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow",)}  # those that are defined for each process
+PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow", "flow_to_data")}  # those that are defined for each process
+RECTIFIED = "rectified"  # the prediction of a stage that is a rectified flow by the change of variables from the config's process
 SAMPLERS = {n: getattr(samplers, n) for n in ("one_step", "euler", "heun", "stochastic_heun", "ddim", "pndm", "dpm_solver_pp")}
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
@@ -59,10 +60,12 @@ def teacher_directory(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
 
 def check_names(config: ml_collections.ConfigDict):
     """Raises ValueError if something that the config names does not exist; opens no file."""
-    try:
-        denoiser = make_denoiser(config)
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.network or config.process does not fit ({error}); check names and values.") from error
+    denoisers = {}
+    for stage in ("", *config.stages):
+        try:
+            denoisers[stage] = make_denoiser(config, stage)
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"network or process of {stage or 'the config'} does not fit ({error}); check names and values.") from error
     lookup.find("evals", config.features.name)
     for name, settings in sources(config.to_dict()):
         try:
@@ -72,30 +75,39 @@ def check_names(config: ml_collections.ConfigDict):
     for stage in config.stages:
         settings = config[stage]
         if "sampler" in settings:
-            _sampler(settings.sampler.to_dict(), None, denoiser.process, f"{stage}.sampler")
+            _sampler(settings.sampler.to_dict(), None, denoisers[stage].process, f"{stage}.sampler")
         if "recipe" in settings:
             lookup.find("recipes", settings.recipe.name)
             distance = settings.recipe.get("distance", {"name": "squared_error"})
             if _choose("distance", DISTANCES, distance["name"]) and not distance.get("weights"):
                 raise ValueError(f"{stage}.recipe.distance {distance['name']!r} needs a file of weights; name one.")
-        for role in ("teacher", "student"):
-            if role in settings and "sampler" not in config.get(settings[role], {}):
-                raise ValueError(f"{stage}.{role} is {settings[role]!r}, which is no stage with a sampler.")
+        others = {f"others.{name}.stage": row.stage for name, row in settings.get("others", {}).items()}
+        measured = {f"straightness.stages: {name}": name for name in settings.get("straightness", {}).get("stages", ())}
+        for role, name in ({r: settings[r] for r in ("teacher", "student") if r in settings} | others | measured).items():
+            if "sampler" not in config.get(name, {}):
+                raise ValueError(f"{stage}.{role} is {name!r}, which is no stage with a sampler.")
+        for name, row in settings.get("others", {}).items():
+            _sampler(row.sampler.to_dict(), None, denoisers[row.stage].process, f"{stage}.others.{name}.sampler")
 
 
-def make_network(config: ml_collections.ConfigDict) -> layers.Network:
-    """The network of `config.network`."""
-    settings = config.network.to_dict()
+def make_network(config: ml_collections.ConfigDict, stage: str = "") -> layers.Network:
+    """The network of a stage: its own, or `config.network`."""
+    settings = _of_stage(config, stage, "network").to_dict()
     return lookup.find("models", settings.pop("name"))(**settings)
 
 
-def make_denoiser(config: ml_collections.ConfigDict) -> denoiser_lib.Denoiser:
-    """The network with `config.process` and `config.prediction`."""
-    settings = config.process.to_dict()
-    name = settings.pop("name")
-    process = _choose("process", PROCESSES, name)(**settings)
-    predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
-    return denoiser_lib.Denoiser(make_network(config).apply, process, _choose(f"prediction for {name}", predictions, config.prediction))
+def make_denoiser(config: ml_collections.ConfigDict, stage: str = "") -> denoiser_lib.Denoiser:
+    """The network of a stage with its process and prediction: its own, or the config's."""
+    return denoiser_lib.Denoiser(make_network(config, stage).apply, *_process_and_prediction(config, stage))
+
+
+def make_flow(config: ml_collections.ConfigDict, stage: str) -> denoiser_lib.Denoiser:
+    """As `make_denoiser`, as a rectified flow: by the change of variables if it is none."""
+    denoiser = make_denoiser(config, stage)
+    if isinstance(denoiser.process, process_lib.RectifiedFlow):
+        return denoiser
+    prediction = denoiser_lib.rectified(denoiser.process, denoiser.prediction)
+    return denoiser_lib.Denoiser(denoiser.network, process_lib.RectifiedFlow(), prediction)
 
 
 def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Parallel:
@@ -109,7 +121,7 @@ def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: shardin
     make = lookup.find("recipes", settings.pop("name"))
     if "distance" in settings:
         settings["distance"], settings["distance_params"] = make_distance(**settings["distance"])
-    return make(make_denoiser(config), parallel, seed=config.seed, null_cond=null_cond(config, workdir), **settings)
+    return make(make_denoiser(config, stage), parallel, seed=config.seed, null_cond=null_cond(config, workdir), **settings)
 
 
 def make_distance(name: str, *, weights: str = "", decoder: dict | None = None, **settings) -> tuple[Callable, dict | None]:
@@ -156,16 +168,21 @@ def null_cond(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     return np.load(path)
 
 
-def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> samplers.Sampler:
-    """How images are made with what a stage has trained."""
-    settings = config[stage].sampler.to_dict()
-    null = null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
-    return build_sampler(config, settings, null, f"{stage}.sampler")
+def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path, settings: dict | None = None) -> samplers.Sampler:
+    """How images are made with what a stage has trained: by its own sampler, or by that of `settings`."""
+    settings = settings or config[stage].sampler.to_dict()
+    return build_sampler(make_denoiser(config, stage), settings, _null_of(config, settings, workdir), f"{stage}.sampler")
 
 
-def build_sampler(config: ml_collections.ConfigDict, settings: dict, null, name: str) -> samplers.Sampler:
+def make_straightness(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path, num_steps: int) -> Callable:
+    """`samplers.straightness` of what a stage has trained, guided as its sampler is, as a rectified flow."""
+    settings, denoiser = config[stage].sampler.to_dict(), make_flow(config, stage)
+    denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), _null_of(config, settings, workdir))
+    return samplers.straightness(denoise, denoiser.process, num_steps=num_steps)
+
+
+def build_sampler(denoiser: denoiser_lib.Denoiser, settings: dict, null, name: str) -> samplers.Sampler:
     """The sampler of `settings`, guided where they have a "guidance_scale" above 1; `name` is what an error calls them."""
-    denoiser = make_denoiser(config)
     denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), null)
     return _sampler(settings, denoise, denoiser.process, name)
 
@@ -225,11 +242,12 @@ def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, para
 
 
 def load_params(config: ml_collections.ConfigDict, directory: str, workdir: pathlib.Path, step: int | None = None) -> dict:
-    """What a stage has trained or imported, on all devices; `directory` may contain {workdir}."""
+    """What a stage has trained or imported, on all devices; `directory` is named like the stage and may contain {workdir}."""
     directory = pathlib.Path(directory.format(workdir=workdir))
+    network = make_network(config, directory.name)
     if (directory / SOURCE).exists() and (found := metrics.read_json(directory / SOURCE)).get("directory"):
-        return load_directory(config, pathlib.Path(found["directory"]))
-    abstract, replicated = make_network(config).abstract, _replicated(config)
+        return load_directory(config, network, pathlib.Path(found["directory"]))
+    abstract, replicated = network.abstract, _replicated(config)
     if (directory / WEIGHTS).exists():
         tensors, _ = edm.read(directory / WEIGHTS)
         return jax.device_put(edm.to_params(tensors, abstract), replicated)
@@ -237,11 +255,11 @@ def load_params(config: ml_collections.ConfigDict, directory: str, workdir: path
     return checkpoint.load_weights(directory, abstract, step)
 
 
-def load_directory(config: ml_collections.ConfigDict, directory: pathlib.Path) -> dict:
+def load_directory(config: ml_collections.ConfigDict, network: layers.Network, directory: pathlib.Path) -> dict:
     """The UNet of a diffusers directory, on all devices; read and placed one tensor at a time."""
     replicated = _replicated(config)
     _, tensors = diffusers.unet(directory)
-    return convert.from_torch(tensors, make_network(config).abstract, place=lambda array, path: jax.device_put(array, replicated))
+    return convert.from_torch(tensors, network.abstract, place=lambda array, path: jax.device_put(array, replicated))
 
 
 def find_files(name: str) -> pathlib.Path:
@@ -269,6 +287,25 @@ def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
     """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
     return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
+
+
+def _null_of(config, settings, workdir):
+    """What guidance needs, if there is any."""
+    return null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
+
+
+def _of_stage(config, stage, key):
+    return config.get(stage, {}).get(key, config[key])
+
+
+def _process_and_prediction(config, stage):
+    settings, prediction = _of_stage(config, stage, "process").to_dict(), _of_stage(config, stage, "prediction")
+    name = settings.pop("name")
+    process = _choose("process", PROCESSES, name)(**settings)
+    predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
+    if stage and name == "RectifiedFlow":
+        predictions[RECTIFIED] = denoiser_lib.rectified(*_process_and_prediction(config, ""))
+    return process, _choose(f"prediction for {name}", predictions, prediction)
 
 
 def _replicated(config):

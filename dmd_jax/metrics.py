@@ -74,6 +74,15 @@ def read(directory: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def seconds(directory: str | os.PathLike) -> float | None:
+    """How long the steps of a stage took, without compiling, by the speeds in its metrics.jsonl; None if there are none."""
+    rows = [row for row in read(directory) if "steps_per_second" in row]
+    if not rows:
+        return None
+    starts = [0, *(row["step"] for row in rows[:-1])]
+    return sum((row["step"] - start) / row["steps_per_second"] for start, row in zip(starts, rows, strict=True))
+
+
 def read_json(path: pathlib.Path) -> dict:
     """Raises ValueError if the file is damaged."""
     try:

@@ -96,10 +96,12 @@ def compile_step(train_step: Callable, train_state, batch, shardings):
 
 
 def _first_params(config, stage, workdir):
-    """Those of the stage `init_from`, or random."""
-    if config[stage].init_from:
-        return experiment.load_params(config, config[stage].init_from, workdir)
-    return experiment.make_network(config).init(config.seed)
+    """Those of the stage `init_from`, or random; a network that is made of several of that stage's starts from copies of it."""
+    network, start = experiment.make_network(config, stage), config[stage].init_from
+    if not start:
+        return network.init(config.seed)
+    params = experiment.load_params(config, start, workdir)
+    return network.grow(params) if network.grow and jax.tree.structure(params) != jax.tree.structure(network.abstract) else params
 
 
 def _previews(config, stage, workdir, parallel):

@@ -13,13 +13,18 @@ def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
     names = list(result[student])
     rows = [("", "NFE", "ms/image", *names)]
-    for label, name in (("real images", "real"), (_describe(teacher, result), teacher), (_describe(student, result), student)):
+    for name in ("real", *result["nfe"]):
         if name in result:
             cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
+            label = "real images" if name == "real" else name
             rows.append((label, *cost, *(f"{result[name][score]:.3f}" if score in result[name] else "" for score in names)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join(lines) + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
+    straightness = [f"straightness of {name}: {value:.4f}" for name, value in result["straightness"].items()]
+    return (
+        "\n".join(lines + straightness)
+        + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
+    )
 
 
 def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, teacher: str, student: str):
@@ -36,8 +41,10 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(14, 12), layout="constrained")
-    axes = figure.subplot_mosaic([["a", "a", "b", "b"], ["c", "d", "e", "f"], ["t"] * 4], height_ratios=[5, 2.4, 1.2])
+    text = table(result, teacher, student)
+    height = 0.2 * (text.count("\n") + 2)
+    figure = pyplot.figure(figsize=(14, 11 + height), layout="constrained")
+    axes = figure.subplot_mosaic([["a", "a", "b", "b"], ["c", "d", "e", "f"], ["t"] * 4], height_ratios=[7.3, 3.5, height])
     for key, name in (("a", teacher), ("b", student)):
         axes[key].imshow(metrics.grid(images[name][:100]))
         axes[key].set_title(f"{_describe(name, result)}, {1e3 * result['seconds_per_image'][name]:.3f} ms an image")
@@ -49,7 +56,6 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
     _plot(axes["f"], curves[student], ("precision", "recall", "agreement"), f"{student}: scores")
     axes["e"].set_yscale("log")
     axes["t"].axis("off")
-    text = table(result, teacher, student)
     axes["t"].text(0, 1, text, family="monospace", va="top", fontsize=min(11, 1400 / text.index("\n")))
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

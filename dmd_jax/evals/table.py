@@ -39,7 +39,7 @@ def main(arguments: list[str]):
 
 def _read(path):
     result = json.loads(pathlib.Path(path).read_text())
-    teacher, student = result["nfe"]
+    teacher, student, *_ = result["nfe"]
     return {"real": result["real"], "teacher": result[teacher], "student": result[student], "speedup": result["speedup"]}
 
 
