@@ -1,5 +1,5 @@
-"""Stable Diffusion 1.5 as a one-step generator: DMD with the paper's hyper-parameters (arXiv 2311.18828, Appendix B.3, B.4, Tables 4 to 6),
-or InstaFlow with its own (arXiv 2309.06380).
+"""Stable Diffusion 1.5 as a one-step generator, with the papers' hyper-parameters: DMD (arXiv 2311.18828, Appendix B.3, B.4, Tables 4 to
+6) or InstaFlow (arXiv 2309.06380).
 
     python -m dmd_jax.main --config=configs/coco.py --workdir=/data/coco
 
@@ -13,7 +13,7 @@ Needed, and named at the start if missing:
   pt_inception-2015-12-05-6726825d.pth    https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
 
 Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages); `:instaflow` (199 days of
-one A100, pairs included), `:instaflow_1_7b` (the same but for the distillation into two UNets in series, 40 days in place of 108); `:tiny` and
+one A100, pairs included), `:instaflow_1_7b` (distilled into two UNets in series, in 40 of these days in place of 108); `:tiny` and
 `:tiny_instaflow` for tests.
 Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45); 13.10 InstaFlow-0.9B,
 11.83 InstaFlow-1.7B, 13.4 its 2-rectified flow at 25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us.

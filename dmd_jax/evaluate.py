@@ -89,7 +89,9 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
 def _models(config, settings):
     """What is measured: {name: (stage, settings of the sampler)}; the teacher and the student may be one."""
     models = {name: (name, config[name].sampler.to_dict()) for name in (settings.teacher, settings.student)}
-    return models | {name: (row.stage, row.sampler.to_dict()) for name, row in settings.get("others", {}).items()}
+    others = {name: (row.stage, row.sampler.to_dict()) for name, row in settings.get("others", {}).items()}
+    in_order = sorted(others.items(), key=lambda item: (config.stages.index(item[1][0]), item[1][1].get("num_steps", 0)))
+    return models | dict(in_order)
 
 
 def _straightness(config, settings, conditions, parallel, workdir):

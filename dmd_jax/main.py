@@ -26,11 +26,12 @@ POSITIVE = re.compile(
     r"|timing_repeats)$"
 )
 FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics)$")  # of others, wanted from the start even if used at the end
-# What may change between two runs in one workdir: lengths, intervals, where it runs, and where files of others lie, whose content is
-# compared by digests.
+# What may change between two runs in one workdir: lengths, intervals, where it runs, further rows of an evaluation, and where files of
+# others lie, whose content is compared by digests.
 CHANGEABLE = re.compile(
     r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|preview_images|checkpoint_every|keep_checkpoints"
     r"|max_skipped_updates|timing_repeats|checkpoint)$"
+    r"|^\w+\.(others|straightness)\b"
     r"|^(checkpoint|coco|taesd|prompts_file)$"
     r"|(^|\.)(captions|reference|text|autoencoder|distance|decoder)\.(checkpoint|weights|annotations|images|path|data_dir)$"
 )

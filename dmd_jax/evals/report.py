@@ -12,11 +12,10 @@ from dmd_jax import metrics
 def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
     names = list(result[student])
-    rows = [("", "NFE", "ms/image", *names)]
+    rows = [("", "NFE", "ms/image", "s of training", *names)]
     for name in ("real", *result["nfe"]):
         if name in result:
-            cost = (str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}") if name in result["nfe"] else ("", "")
-            label = "real images" if name == "real" else name
+            label, cost = ("real images", ("", "", "")) if name == "real" else (name, _costs(name, result))
             rows.append((label, *cost, *(f"{result[name][score]:.3f}" if score in result[name] else "" for score in names)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
@@ -98,6 +97,11 @@ def draw_captions(path: str | os.PathLike, captioned: dict, credit: str, columns
 def _describe(name, result):
     nfe = result["nfe"][name]
     return f"{name}, {nfe} network call{'s' * (nfe > 1)}"
+
+
+def _costs(name, result):
+    seconds = result["training_seconds"][result["protocol"]["samplers"][name]["stage"]]
+    return str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}", f"{seconds:.0f}" if seconds else ""
 
 
 def _plot(ax, rows, names, title):
