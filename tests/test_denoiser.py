@@ -23,6 +23,7 @@ PAIRS = {
     "vp-eps": (process_lib.VP(), denoiser_lib.eps, lambda alpha, sigma: EPS),
     "vp-v": (process_lib.VP(), denoiser_lib.v, lambda alpha, sigma: alpha * EPS - sigma * X),
     "flow": (process_lib.RectifiedFlow(), denoiser_lib.flow, lambda alpha, sigma: EPS - X),
+    "flow_to_data": (process_lib.RectifiedFlow(), denoiser_lib.flow_to_data, lambda alpha, sigma: X - EPS),
     "flow-eps": (process_lib.RectifiedFlow(), denoiser_lib.eps, lambda alpha, sigma: EPS),
 }
 
@@ -146,3 +147,62 @@ def test_guidance_is_one_call_that_equals_two():
     eps_cond, eps_null = ((x_t - alpha * x_hat) / sigma for x_hat in (x_cond, x_null))
     in_eps_space = (x_t - sigma * (eps_null + 2.5 * (eps_cond - eps_null))) / alpha
     np.testing.assert_allclose(x_guided, in_eps_space, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("process", "prediction"), [(process_lib.VP(), denoiser_lib.eps), (process_lib.EDM(), denoiser_lib.edm)])
+def test_rectified_is_the_change_of_variables_of_rectified_flows(process, prediction):
+    """tau = alpha / (alpha + sigma) in the papers' time, z = x_s / (alpha + sigma), v = x_hat - eps_hat."""
+    s = process.level(jnp.asarray(LEVELS))
+    alpha, sigma = (np.asarray(a, np.float64) for a in (process.alpha(s), process.sigma(s)))
+    seen = []
+
+    def network(params, x, noise, cond):
+        seen.append((x, noise))
+        return jnp.cos(x) + process_lib.expand(0.1 * noise, x)
+
+    x_s = np.random.default_rng(1).standard_normal(X.shape) * (alpha + sigma)[:, None, None, None]
+    original = denoiser_lib.Denoiser(network, process, prediction)
+    flow = denoiser_lib.Denoiser(network, process_lib.RectifiedFlow(), denoiser_lib.rectified(process, prediction))
+    t = jnp.asarray(sigma / (alpha + sigma), jnp.float32)  # 1 - tau
+    z = (x_s / (alpha + sigma)[:, None, None, None]).astype(np.float32)
+    x_hat = original(None, jnp.asarray(x_s, jnp.float32), s)
+    np.testing.assert_allclose(flow(None, z, t), x_hat, rtol=1e-4, atol=1e-4 * np.abs(x_hat).max())
+    np.testing.assert_allclose(*(np.asarray(x) for x, _ in seen), rtol=2e-4, atol=1e-4)
+    np.testing.assert_allclose(*(noise for _, noise in seen), rtol=1e-4, atol=1e-2)  # float32 of t near 1 tells timesteps apart to 1e-3
+
+    eps_hat = (x_s - alpha[:, None, None, None] * x_hat) / sigma[:, None, None, None]
+    velocity = np.asarray(denoiser_lib.velocity(z, flow(None, z, t), t), np.float64)
+    np.testing.assert_allclose(velocity, eps_hat - x_hat, rtol=1e-3, atol=1e-3 * np.abs(x_hat).max())
+
+
+def test_a_rectified_network_sees_its_noisiest_time_where_the_flow_is_noisier():
+    seen = []
+
+    def network(params, x, noise, cond):
+        seen.append((x, noise))
+        return x
+
+    for process, prediction in ((process_lib.VP(), denoiser_lib.eps), (process_lib.EDM(), denoiser_lib.edm)):
+        flow = denoiser_lib.Denoiser(network, process_lib.RectifiedFlow(), denoiser_lib.rectified(process, prediction))
+        assert np.isfinite(flow(None, jnp.ones((2, 1, 1, 1)), jnp.array([1.0, 0.999]))).all()
+    (vp_input, label), (edm_input, log_sigma) = seen
+    np.testing.assert_allclose(label, 999)
+    np.testing.assert_allclose(vp_input[0], 0.9976672, rtol=1e-5)  # sigma(999), with which Stable Diffusion takes unit noise
+    np.testing.assert_allclose(log_sigma, np.log(80) / 4, rtol=1e-6)
+    np.testing.assert_allclose(edm_input[0], 80 / np.sqrt(80**2 + 0.25), rtol=1e-5)
+
+
+def test_ddim_is_eulers_method_on_the_rectified_teacher():
+    """On the grid of its own timesteps."""
+    process, grid = process_lib.VP(), process_lib.VP().timesteps(10, "trailing")
+    network = lambda params, x, noise, cond: jnp.tanh(x) + process_lib.expand(jnp.sin(noise / 100), x)
+    original = denoiser_lib.Denoiser(network, process, denoiser_lib.eps)
+    flow = denoiser_lib.Denoiser(network, process_lib.RectifiedFlow(), denoiser_lib.rectified(process, denoiser_lib.eps))
+    alpha, sigma = process.alpha(grid), process.sigma(grid)
+    z = np.asarray(X, np.float32)
+    x = z / (alpha + sigma)[0]
+    for t, s in zip(sigma / (alpha + sigma), (sigma / (alpha + sigma))[1:], strict=False):
+        times = jnp.full(len(x), t, jnp.float32)
+        x = x + (s - t) * np.asarray(denoiser_lib.velocity(x, flow(None, x.astype(np.float32), times), times), np.float64)
+    expected = samplers.ddim(original, process, num_steps=10, spacing="trailing").sample(None, z, None)
+    np.testing.assert_allclose((alpha + sigma)[-1] * x, expected, rtol=1e-3, atol=2e-3)

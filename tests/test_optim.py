@@ -91,3 +91,9 @@ def test_frequencies_are_not_trained():
     tx = optim.adamw(learning_rate=0.1, warmup_steps=0, weight_decay=0.1)
     updates, _ = tx.update(params, tx.init(params), params)
     assert not np.any(updates["map_noise"]["freqs"]) and np.all(updates["map_layer0"]["bias"])
+
+
+def test_a_running_mean_warms_up_as_that_of_rectified_flows():
+    found = [float(optim.warmed_up(0.9999, 10, jnp.int32(n))) for n in (0, 1, 90, 10**7)]
+    np.testing.assert_allclose(found, [1 / 10, 2 / 11, 91 / 100, 0.9999], rtol=1e-6)
+    assert [float(optim.warmed_up(0.9, 0, jnp.int32(n))) for n in (0, 7)] == [np.float32(0.9)] * 2

@@ -9,11 +9,13 @@ import pytest
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process, sharding, train
 from dmd_jax.models import unet_edm
-from dmd_jax.recipes import dmd, teacher
+from dmd_jax.recipes import distil, dmd, reflow, teacher
 
 OPTIMIZER = dict(learning_rate=1e-3, warmup_steps=2)
 SETTINGS = {
     teacher: dict(optimizer=OPTIMIZER, ema_decay=0.9, cond_dropout=0.3),
+    reflow: dict(optimizer=OPTIMIZER, ema_decay=0.9, ema_warmup=10, cond_dropout=0.3),
+    distil: dict(optimizer=OPTIMIZER, ema_decay=0.9, ema_warmup=10),
     dmd: dict(
         optimizer=OPTIMIZER,
         fake_score_optimizer=OPTIMIZER,
@@ -33,6 +35,8 @@ def make(recipe, network, *, mesh="one", null_cond=10, **changes):
     data, fsdp, accumulation = MESHES[mesh]
     parallel = sharding.Parallel(sharding.make_mesh(data, fsdp), accumulation)
     denoiser = denoiser_lib.Denoiser(network, process.EDM())
+    if recipe is reflow:
+        denoiser = denoiser_lib.Denoiser(network, process.RectifiedFlow(), denoiser_lib.rectified(process.EDM(), denoiser_lib.edm))
     return recipe.make(denoiser, parallel, seed=0, null_cond=null_cond, **SETTINGS[recipe] | changes), parallel
 
 
@@ -47,7 +51,8 @@ def make_batch(recipe, seed, fresh=32, pairs=16):
 
     if recipe is teacher:
         return {"images": {"image": images(fresh), "cond": labels(fresh)}}
-    return {"fresh": {"cond": labels(fresh)}, "pairs": {"noise": images(pairs), "image": images(pairs), "cond": labels(pairs)}}
+    made = {"pairs": {"noise": images(pairs), "image": images(pairs), "cond": labels(pairs)}}
+    return made | {"fresh": {"cond": labels(fresh)}} if recipe is dmd else made
 
 
 def small(params, x, noise, cond):
@@ -89,7 +94,7 @@ def assert_same_run(one, other):
     chex.assert_trees_all_close(*parts, atol=2e-5)  # Adam makes much of small differences; a step is 1e-3
 
 
-@pytest.fixture(scope="module", params=[teacher, dmd], ids=["teacher", "dmd"])
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda recipe: recipe.__name__.split(".")[-1])
 def recipe(request):
     return request.param
 
@@ -239,6 +244,48 @@ def test_a_teacher_step_is_edms(monkeypatch):
     dropped = (cond != 0) & (drawn["cond"] == 0)
     np.testing.assert_array_equal(np.where(dropped, 0, cond), drawn["cond"])
     assert 0.26 < dropped.sum() / (cond != 0).sum() < 0.34
+
+
+def test_a_reflow_step_is_the_papers(monkeypatch):
+    state, metrics, drawn = recorded_step(monkeypatch, reflow)
+    x, eps, t = drawn["image"], drawn["noise"], drawn["t"].reshape(-1, 1, 1, 1)
+    given = make_batch(reflow, 0, pairs=40)["pairs"]
+    np.testing.assert_array_equal(x, given["image"])  # and no other noise than theirs
+    np.testing.assert_array_equal(eps, given["noise"])
+    sigma = np.minimum(t / (1 - t), 80)  # EDM's noise of that ratio
+    z = (1 - t) * x + t * eps
+    x_hat, slope = denoise(0.7, sigma / t * z, sigma, drawn["cond"])
+    error = (z - x_hat) / t - (eps - x)
+    np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-4)
+    np.testing.assert_allclose(state.generator.opt_state[1][0].mu["w"], 0.1 * np.mean(2 * error * -slope / t), rtol=1e-4)
+    assert ((drawn["cond"] == 0) >= (given["cond"] == 0)).all() and (drawn["cond"] != given["cond"]).any()
+    assert drawn["t"].min() > 0 and np.ptp(drawn["t"]) > 0.8
+
+
+def test_a_distillation_step_is_the_papers(monkeypatch):
+    made, _ = make(distil, linear, null_cond=0)
+    pairs = make_batch(distil, 0, pairs=40)["pairs"]
+    state, metrics = made.train_step(made.init({"w": jnp.float32(0.7)}), {"pairs": pairs})
+    x, slope = denoise(0.7, 80 * pairs["noise"].astype(np.float64), 80.0, pairs["cond"])
+    np.testing.assert_allclose(metrics["loss"], np.mean((x - pairs["image"]) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(state.generator.opt_state[1][0].mu["w"], 0.1 * np.mean(2 * (x - pairs["image"]) * slope), rtol=1e-4)
+
+
+def test_distillation_takes_the_distance_and_its_parameters_which_stay():
+    def absolute(scale, x, y):
+        return scale * jnp.abs(x - y).mean(axis=(1, 2, 3))
+
+    made, _ = make(distil, linear, null_cond=0, distance=absolute, distance_params=3.0)
+    pairs = make_batch(distil, 0)["pairs"]
+    state, metrics = made.train_step(made.init({"w": jnp.float32(0.7)}), {"pairs": pairs})
+    x, _ = denoise(0.7, 80 * pairs["noise"].astype(np.float64), 80.0, pairs["cond"])
+    np.testing.assert_allclose(metrics["loss"], 3 * np.mean(np.abs(x - pairs["image"])), rtol=1e-4)
+    assert state.frozen["distance"] == 3.0
+
+
+def test_reflow_refuses_what_is_no_flow():
+    with pytest.raises(ValueError, match="reflow needs the process RectifiedFlow, got EDM"):
+        reflow.make(denoiser_lib.Denoiser(linear, process.EDM()), None, seed=0, null_cond=0, optimizer=OPTIMIZER, ema_decay=0)
 
 
 def test_noises_are_independent_and_levels_are_the_papers(monkeypatch):
