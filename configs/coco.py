@@ -15,8 +15,8 @@ Needed, and named at the start if missing:
 Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages); `:instaflow` (199 days of
 one A100, pairs included), `:instaflow_1_7b` (distilled into two UNets in series, in 40 of these days in place of 108); `:tiny` and
 `:tiny_instaflow` for tests.
-Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45); 13.10 InstaFlow-0.9B,
-11.83 InstaFlow-1.7B, 13.4 its 2-rectified flow at 25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us.
+Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45); InstaFlow-0.9B
+13.10, InstaFlow-1.7B 11.83, 13.4 its 2-rectified flow at 25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us.
 Memory of each device at rest, float32 parameters, Adam and teacher: docs/results.md. Disk: a pair is 250 KB, 500,000 are 125 GB and 12
 million 3 TB; the embedding of a prompt is 118 KB, those of 3 million prompts 355 GB.
 """
@@ -276,9 +276,14 @@ def _tiny(config):
 
 
 def _tiny_instaflow(config):
-    """All of InstaFlow-1.7B; later phases have more steps."""
+    """All of InstaFlow-1.7B with UNets of one level and steps that can be seen; second phases have more of them."""
     config = _tiny(_instaflow_1_7b(config))
+    for settings in (config, config.distil_1, config.distil_2):
+        settings.network.update(block_out_channels=(32,), attention=(True,))
     config.reflow_2.num_steps = config.distil_2.num_steps = 6
+    for stage in (config.reflow_1, config.reflow_2, config.distil_1, config.distil_2):
+        stage.recipe.optimizer.update(learning_rate=1e-4, warmup_steps=1)
+    config.evaluate.others = dict(reflow_2_euler_2=config.evaluate.others.reflow_2_euler_2)
     config.evaluate.straightness.update(num_steps=4, count=8)
     return config
 

@@ -3,9 +3,9 @@
     python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
 
 Hardware: 2 CPU cores, 6 minutes. Expected scores: docs/results.md.
-Variants: `:no_matching` and `:no_regression` leave out one of the losses (arXiv 2311.18828, Table 2); `:instaflow` straightens the teacher's
-ODE in two rounds of reflow and distils it (arXiv 2309.06380), and puts DMD beside it, in 10 minutes; `:smoke` and `:smoke_instaflow` are for
-tests.
+Variants: `:no_matching` and `:no_regression` leave out one of the losses (arXiv 2311.18828, Table 2); `:instaflow` straightens the
+teacher's ODE in two rounds of reflow and distils it (arXiv 2309.06380), with DMD beside it, in 10 minutes; `:smoke` and `:smoke_instaflow` are
+for tests.
 """
 
 import ml_collections
@@ -159,13 +159,13 @@ def _smoke(config):
 def _instaflow(config, rounds=2):
     """Rounds of reflow, each on pairs of the one before, and the last one distilled; beside it distillation without reflow, and DMD."""
 
-    def stage(name, start, pairs, num_steps, sampler, **recipe):
+    def stage(name, recipe, start, pairs, num_steps, sampler):
         optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps)
         config[name] = dict(
             program="train",
             process=dict(name="RectifiedFlow"),
             prediction="rectified",  # by the change of variables from EDM; "flow": the weights as they are, as InstaFlow does
-            recipe=dict(optimizer=optimizer, ema_decay=0.99, ema_warmup=10, **recipe),  # arguments of a recipe in dmd_jax/recipes
+            recipe=dict(recipe, optimizer=optimizer, ema_decay=0.99, ema_warmup=10),  # arguments of a recipe in dmd_jax/recipes
             sampler=sampler,
             data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{pairs}")),
             init_from=f"{{workdir}}/{start}",
@@ -176,13 +176,13 @@ def _instaflow(config, rounds=2):
 
     names, flow, pairs = ["teacher", "pairs"], "teacher", "pairs"
     for k in range(1, rounds + 1):
-        flow = stage(f"reflow_{k}", flow, pairs, 1000, dict(name="euler", num_steps=25), name="reflow")
+        flow = stage(f"reflow_{k}", dict(name="reflow"), flow, pairs, 1000, dict(name="euler", num_steps=25))
         pairs = f"pairs_{k}"
         config[pairs] = dict(config.pairs.to_dict(), teacher=flow)
         names += [flow, pairs]
     distil = dict(name="distil", distance=dict(name="squared_error"))
     for name, start, made in (("distil", flow, pairs), ("direct", "teacher", "pairs")):
-        names.append(stage(name, start, made, 400, dict(name="one_step"), **distil))
+        names.append(stage(name, distil, start, made, 400, dict(name="one_step")))
 
     config.stages = (*names, "dmd", "evaluate")
     flows = [name for name in names if name.startswith("reflow")]

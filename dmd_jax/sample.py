@@ -8,6 +8,7 @@ python -m dmd_jax.sample --workdir=/data/coco --prompt="a photograph of an astro
 """
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import sys
@@ -21,8 +22,9 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dmd_jax import experiment, latents, metrics, samplers, sampling, sharding, text
-from dmd_jax.weights import diffusers
+from dmd_jax import experiment, latents, lookup, metrics, samplers, sampling, sharding, text
+from dmd_jax.models import controlnet as controlnet_lib
+from dmd_jax.weights import convert, diffusers
 
 PIPELINE = dict(name="pndm", num_steps=50, guidance_scale=7.5)  # what Stable Diffusion's own pipeline does
 
@@ -38,6 +40,7 @@ class Model(NamedTuple):
       encoder: of the prompts; None for a network of class labels.
       shape: of a latent.
       num_classes: of the labels.
+      control_shape: of a control image; None without a ControlNet.
       seconds: what the last call took, per part; the first one compiles.
     """
 
@@ -48,27 +51,38 @@ class Model(NamedTuple):
     encoder: text.Encoder | None
     shape: tuple[int, int, int]
     num_classes: int
+    control_shape: tuple[int, int, int] | None
     seconds: dict
 
-    def __call__(self, prompts: Sequence[str] | Sequence[int], *, seed: int = 0, noise: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        prompts: Sequence[str] | Sequence[int],
+        *,
+        seed: int = 0,
+        noise: np.ndarray | None = None,
+        control: Sequence[np.ndarray] | None = None,
+        control_scale: float = 1.0,
+    ) -> np.ndarray:
         """Images [N, H, W, C] in [-1, 1], float32, of N prompts, or of N labels.
 
         Args:
           prompts: of text, or class labels.
           seed: image i follows from (seed, i), the weights and prompt i.
           noise: unit Gaussian [N, h, w, c] in place of the seed's.
+          control: what the ControlNet is shown, RGB [H, W, 3] in [0, 1]: an image for each prompt, or one for all of them.
+          control_scale: what its residuals are multiplied by; 0 is the UNet alone.
 
         Raises:
-          ValueError: prompts, seed or noise do not fit.
+          ValueError: prompts, seed, noise or control do not fit.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts is {prompts!r}; expected a list of at least one.")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed}; expected 0 to 2^32 - 1.")
         start = time.perf_counter()
-        cond = self._cond(list(prompts))
+        conditions = self._conditions(list(prompts), control, control_scale)
         encoded = time.perf_counter()
-        inputs = sampling.inputs(seed, range(len(cond)), self.shape, [{"cond": row} for row in cond])
+        inputs = sampling.inputs(seed, range(len(conditions)), self.shape, conditions)
         if noise is not None:
             if np.shape(noise) != inputs["z"].shape:
                 raise ValueError(f"noise has shape {np.shape(noise)}, expected {inputs['z'].shape}.")
@@ -88,11 +102,35 @@ class Model(NamedTuple):
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"expected texts, got {prompts}.")
         for i in self.encoder.truncated(prompts):
-            warnings.warn(f"prompt {i} is longer than {self.encoder.shape[0]} tokens and is cut: {prompts[i][:60]!r}...", stacklevel=3)
+            warnings.warn(f"prompt {i} is longer than {self.encoder.shape[0]} tokens and is cut: {prompts[i][:60]!r}...", stacklevel=4)
         return self.encoder.encode(prompts)
 
+    def _conditions(self, prompts, images, scale):
+        """What the network is told of each prompt."""
+        control, cond = self._control(len(prompts), images, scale), self._cond(prompts)
+        cond = control | {"text": cond} if control else cond
+        return [{"cond": jax.tree.map(lambda a, i=i: a[i], cond)} for i in range(len(prompts))]
 
-def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sampler: dict | None = None) -> Model:
+    def _control(self, n, images, scale):
+        """What the condition has beside the text of `n` prompts."""
+        if self.control_shape is None:
+            if images is not None or scale != 1:
+                raise ValueError("control needs a ControlNet, expected none here; load the model with controlnet=directory.")
+            return {}
+        if images is None:
+            raise ValueError(f"expected control, images {self.control_shape} for the ControlNet; give one, or load the model without it.")
+        for i, image in enumerate(images):
+            if np.shape(image) != self.control_shape:
+                raise ValueError(f"control image {i} has shape {np.shape(image)}, expected {self.control_shape}; resize the images first.")
+            if not (np.min(image) >= 0 and np.max(image) <= 1):
+                raise ValueError(f"control image {i} is from {np.min(image)} to {np.max(image)}, expected 0 to 1; divide bytes by 255.")
+        if len(images) not in (1, n) or not math.isfinite(scale):
+            raise ValueError(f"got {len(images)} control images of scale {scale} for {n} prompts; expected 1 or {n}, of a finite scale.")
+        control = np.asarray(images, np.float32)
+        return {"control": np.broadcast_to(control, (n, *self.control_shape)), "scale": np.full(n, scale, np.float32)}
+
+
+def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sampler: dict | None = None, controlnet: str = "") -> Model:
     """The model of a run, or of a diffusers directory.
 
     Args:
@@ -102,6 +140,7 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
       dtype: of the network; the config's, or float32, if not given.
       sampler: what differs from the stage's own settings, such as dict(num_steps=20) or dict(name="ddim", num_steps=50). Of a directory
         they are PIPELINE, or one step if `export` has written it.
+      controlnet: the diffusers directory of a ControlNet, or its name on the hub.
 
     Raises:
       ValueError: nothing of the kind lies there, or settings do not fit.
@@ -119,14 +158,28 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
     if of_run:
         params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
     else:
-        params = experiment.load_directory(config, pathlib.Path(config.checkpoint))
+        params = experiment.load_directory(config, experiment.make_network(config), pathlib.Path(config.checkpoint))
     settings, null = _override(config[stage].sampler.to_dict(), sampler or {}), None
     if settings.get("guidance_scale", 1) > 1:
         null = encoder.encode([""])[0] if encoder else config.null_cond
-    made = experiment.build_sampler(config, settings, null, "sampler")
+    denoiser, control_shape = experiment.make_denoiser(config, stage), None
+    if controlnet:
+        network, params, control_shape = _with_controlnet(controlnet, config, stage, params, parallel)
+        denoiser, null = dataclasses.replace(denoiser, network=network), {"text": null, "control": None, "scale": None}
+    made = experiment.build_sampler(denoiser, settings, null, "sampler")
     sample = sampling.make_sample(made, parallel, batch_size)
     decode = latents.make_decode(experiment.autoencoder(config), parallel, batch_size)
-    return Model(made, sample, decode, params, encoder, experiment.image_shape(config), config.network.num_classes, {})
+    shape, num_classes = experiment.image_shape(config), config.network.num_classes
+    return Model(made, sample, decode, params, encoder, shape, num_classes, control_shape, {})
+
+
+def _with_controlnet(path, config, stage, params, parallel):
+    """A stage's network with a ControlNet, the parameters of both, and the shape of a control image."""
+    settings, tensors = diffusers.controlnet(diffusers.find(path))
+    network = lookup.find("models", settings.pop("name"))(**settings, dtype=config.network.dtype)
+    both = controlnet_lib.controlled(experiment.make_network(config, stage), network)
+    added = convert.from_torch(tensors, network.abstract, place=lambda array, path: jax.device_put(array, parallel.replicated))
+    return both, {"unet": params, "controlnet": added}, controlnet_lib.control_shape(network, experiment.image_shape(config))
 
 
 def _override(settings, changes):
@@ -175,6 +228,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sampler", dest="name", choices=names, help="another one than the model's own")
     parser.add_argument("--num_steps", type=int, help="another number of steps")
     parser.add_argument("--guidance_scale", type=float, help="another scale of the guidance; 1 for none")
+    parser.add_argument("--controlnet", default="", help="a ControlNet's diffusers directory")
+    parser.add_argument("--control", action="append", help="a control image; may be given several times, once for each prompt")
+    parser.add_argument("--control_scale", type=float, default=1.0, help="what the ControlNet's residuals are multiplied by")
     parser.add_argument("--repeats", type=int, default=0, help="make the images so many times more, to time what needs no compiling")
     return parser.parse_args(argv)
 
@@ -192,16 +248,28 @@ def run(arguments: argparse.Namespace):
         raise ValueError("expected either texts, by --prompt or --prompts, or --label; --count of at least 1, --repeats of at least 0.")
     prompts = prompts or arguments.label
     changes = {key: getattr(arguments, key) for key in ("name", "num_steps", "guidance_scale") if getattr(arguments, key) is not None}
-    model = load(arguments.path, stage=arguments.stage, batch_size=arguments.batch_size, dtype=arguments.dtype, sampler=changes)
+    paths = arguments.control or []
+    copies = arguments.count if len(paths) > 1 else 1
+    control = [image for path in paths for image in [_read_control(path)] * copies] or None
+    names = ("stage", "batch_size", "dtype", "controlnet")
+    model = load(arguments.path, sampler=changes, **{name: getattr(arguments, name) for name in names})
     prompts = [prompt for prompt in prompts for _ in range(arguments.count)]
     for repeat in range(arguments.repeats + 1):
-        images = model(prompts, seed=arguments.seed)
+        images = model(prompts, seed=arguments.seed, control=control, control_scale=arguments.control_scale)
         parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in model.seconds.items())
         compiled = " with compiling" if repeat == 0 else ""
         print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {model.sampler.nfe} network calls each")
     columns = min(len(images), 8)
     Image.fromarray(metrics.grid(images, columns)).save(out)
     print(out)
+
+
+def _read_control(path):
+    """[H, W, 3] in [0, 1]."""
+    with Image.open(path) as picture:
+        if picture.mode not in ("1", "L", "RGB"):
+            raise ValueError(f"{path} has mode {picture.mode}, expected RGB or grey without transparency; convert it first.")
+        return np.asarray(picture.convert("RGB"), np.float32) / 255
 
 
 def main():

@@ -17,17 +17,17 @@ def inputs(seed: int, indices: Iterable[int], shape: tuple[int, ...], conditions
       seed: of all of them.
       indices: of the images, N of them.
       shape: of an image.
-      conditions: a source of {"cond": ...}, gone through again and again.
+      conditions: a source of {"cond": ...}, arrays or trees of them, gone through again and again.
 
     Returns:
-      {"z": [N, *shape] unit Gaussian, "key": [N, 2] uint32 for noise added on the way, "cond": [N, ...]}.
+      {"z": [N, *shape] unit Gaussian, "key": [N, 2] uint32 for noise added on the way, "cond": [N, ...] or a tree of such}.
     """
     rows = []
     for i in indices:
         rng = np.random.Generator(np.random.Philox(key=[seed, i]))
         z = rng.standard_normal(shape, np.float32)
         rows.append((z, rng.integers(2**32, size=2, dtype=np.uint32), conditions[i % len(conditions)]["cond"]))
-    return {name: np.stack(column) for name, column in zip(("z", "key", "cond"), zip(*rows, strict=True), strict=True)}
+    return dict(zip(("z", "key", "cond"), jax.tree.map(lambda *column: np.stack(column), *rows), strict=True))
 
 
 def make_sample(sampler: samplers.Sampler, parallel: sharding.Parallel, batch_size: int) -> Callable:

@@ -29,6 +29,14 @@ SCHEDULER = {  # of Stable Diffusion 1.5
     "steps_offset": 1,
     "trained_betas": None,
 }
+ENCODER = {  # of the UNet, and of a ControlNet
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 32,
+}
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -47,16 +55,7 @@ def build(path, *, seed=0, variant=None, shards=False, old_names=False, prefix=F
       **unet: other settings of the UNet than below.
     """
     path = pathlib.Path(path)
-    settings = {
-        "sample_size": 8,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "attention_head_dim": 4,
-        "cross_attention_dim": 32,
-    }
+    settings = ENCODER | {"sample_size": 8, "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     vocabulary = _vocabulary()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -82,6 +81,20 @@ def build(path, *, seed=0, variant=None, shards=False, old_names=False, prefix=F
     _write(path / "scheduler/scheduler_config.json", SCHEDULER | ({} if prediction == "epsilon" else {"prediction_type": prediction}))
     _write(path / "model_index.json", _index("AutoencoderTiny" if tiny else "AutoencoderKL"))
     return path
+
+
+def build_controlnet(path, *, seed=0, **settings):
+    """Writes a ControlNet for such a UNet to the directory `path`, whose images are 16x16; `settings` are others than those above."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = diffusers.ControlNetModel(**(ENCODER | {"conditioning_embedding_out_channels": (8, 16)} | settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():  # above all the convolutions that begin as zeros
+                    parameter.normal_(std=0.5)
+        _disturb(model)
+    model.save_pretrained(path)
+    return pathlib.Path(path)
 
 
 def _kl():

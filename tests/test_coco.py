@@ -45,6 +45,9 @@ def write_coco(path):
 def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("files")
     sd.build(path / "sd")
+    sd.build(
+        path / "one_level", block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
     sd.build(path / "with_taesd", tiny=True)
     shutil.copytree(path / "with_taesd/vae", path / "taesd")
     write_coco(path / "coco")
@@ -53,11 +56,13 @@ def files(tmp_path_factory):
     return path
 
 
-def tiny(files):
-    config = bench.load_config("coco:tiny")
-    config.update(checkpoint=str(files / "sd"), coco=str(files / "coco"), taesd=str(files / "taesd"))
+def tiny(files, variant="tiny", directory="sd"):
+    config = bench.load_config(f"coco:{variant}")
+    config.update(checkpoint=str(files / directory), coco=str(files / "coco"), taesd=str(files / "taesd"))
     config.prompts_file = str(files / "prompts.txt")
-    config.dmd.recipe.distance.weights = str(files / "lpips.npz")
+    for settings in (config[stage] for stage in config.stages):
+        if "weights" in settings.get("recipe", {}).get("distance", {}):
+            settings.recipe.distance.weights = str(files / "lpips.npz")
     config.features = dict(name="efficientnet", size=32, batch_size=8)
     config.evaluate.reference.size = 16
     config.mesh.data = 1

@@ -1,5 +1,7 @@
-"""Reflow between two Gaussians, where everything is known: from noise N(0, 1) to images N(MEAN, STD^2) the ODE of the first rectified flow is
+"""Reflow between two Gaussians, where all is known: from noise N(0, 1) to images N(MEAN, STD^2) the ODE of the first rectified flow is
 z -> MEAN + STD z, and of its pairs the straight flow has the velocity z - x at x_t = (1 - t) x + t z."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,7 @@ def test_reflow_keeps_the_marginals(reflowed):
 def integrate(params, t_end):
     x = np.asarray(Z, np.float64)
     times = np.linspace(1, t_end, 101)
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in itertools.pairwise(times):
         x = x + (s - t) * np.asarray(network(params, x.astype(np.float32), jnp.full(len(x), 1000 * t, jnp.float32), COND))
     return x
 

@@ -1,0 +1,130 @@
+"""The ControlNet of Stable Diffusion 1.x and 2.x (Zhang et al., arXiv 2302.05543, section 3), diffusers' ControlNetModel.
+
+A copy of the UNet's encoder sees the latents x and an image c; 1x1 convolutions Z that begin as zeros lead to the UNet's decoder:
+
+    residuals = scale Z(encoder(conv_in(x) + embedding(c), label, text))
+
+Attribute names are the keys of the checkpoints. One that was made for Stable Diffusion serves whatever came of it, one step or many.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dmd_jax.models import layers, unet_sd
+
+INITIALIZERS = ((r"^controlnet_(down_blocks|mid_block)\..*kernel$", layers.zeros), *unet_sd.INITIALIZERS)
+
+
+class ConditionNet(nnx.Module):
+    """Of an image [B, H, W, 3] to features [B, h, w, c], halved once for each further one of `widths`."""
+
+    def __init__(self, c, widths, *, dtype, rngs):
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), padding=unet_sd.PADDING, dtype=dtype, rngs=rngs)
+        pairs = [(conv(a, a), conv(a, b, strides=2)) for a, b in itertools.pairwise(widths)]
+        self.conv_in = conv(3, widths[0])
+        self.blocks = layers.numbered(list(itertools.chain(*pairs)))
+        self.conv_out = conv(widths[-1], c)
+
+    def __call__(self, image):
+        x = nnx.silu(self.conv_in(image))
+        for block in layers.in_order(self.blocks):
+            x = nnx.silu(block(x))
+        return self.conv_out(x)
+
+
+class ControlNet(unet_sd.Encoder):
+    """See `controlnet` for the settings."""
+
+    def __init__(self, *, embedding_widths, **settings):
+        super().__init__(**settings)
+        widths, dtype, rngs = (settings[name] for name in ("widths", "dtype", "rngs"))
+        skips = unet_sd.skip_channels(widths, settings["layers_per_block"])
+        zero = functools.partial(nnx.Conv, kernel_size=(1, 1), dtype=dtype, rngs=rngs)
+        self.controlnet_cond_embedding = ConditionNet(widths[0], embedding_widths, dtype=dtype, rngs=rngs)
+        self.controlnet_down_blocks = layers.numbered([zero(c, c) for c in skips])
+        self.controlnet_mid_block = zero(widths[-1], widths[-1])
+
+    def __call__(self, x, noise, cond, control, scale):
+        x, skips = self.encode(self.conv_in(x) + self.controlnet_cond_embedding(control), self.embed(noise), cond)
+        skips = [zero(skip) for zero, skip in zip(layers.in_order(self.controlnet_down_blocks), skips, strict=True)]
+        scale = scale[:, None, None, None]
+        return jax.tree.map(lambda residual: (scale * residual).astype(residual.dtype), (self.controlnet_mid_block(x), skips))
+
+
+def controlnet(
+    *,
+    channels: int = 4,
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+    layers_per_block: int = 2,
+    attention: tuple[bool, ...] = (True, True, True, False),
+    num_heads: int | tuple[int, ...] = 8,
+    cross_attention_dim: int = 768,
+    use_linear_projection: bool = False,
+    norm_num_groups: int = 32,
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256),
+    dtype: str = "float32",
+    remat: bool | str = False,
+) -> layers.Network:
+    """The network `(params, x [B, h, w, channels], noise [B], cond [B, L, cross_attention_dim], control [B, H, W, 3], scale [B]) ->
+    residuals`, for a `unet_sd.UNet`: of the middle, and a list of those of its skips.
+
+    `control` is RGB in [0, 1], and H = h * 2 ** (len(conditioning_embedding_out_channels) - 1): 8 h with the defaults, which are those of
+    Stable Diffusion 1.x. `scale` is what the residuals are multiplied by, usually 1.
+
+    Args:
+      conditioning_embedding_out_channels: of the convolutions that bring the image down to the size of the latents.
+      Others: the UNet's, see `unet_sd.unet`.
+
+    Raises:
+      ValueError: settings that do not fit each other.
+    """
+    settings = unet_sd.module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups)
+    settings |= dict(channels=channels, c_cond=cross_attention_dim, linear=use_linear_projection, dtype=jnp.dtype(dtype), remat=remat)
+    settings |= dict(embedding_widths=tuple(conditioning_embedding_out_channels))
+    return layers.functional(lambda rngs: ControlNet(rngs=rngs, **settings), INITIALIZERS)
+
+
+def controlled(unet: layers.Network, controlnet: layers.Network) -> Callable:
+    """One network of two: `(params, x, noise, cond) -> what the UNet predicts`, for a `Denoiser`.
+
+    Its `params` are {"unet": ..., "controlnet": ...}; its `cond` is {"text": [B, L, C], "control": [B, H, W, 3], "scale": [B]}, see
+    `controlnet`. Both see the same x, label and text.
+
+    Raises:
+      ValueError: they do not fit each other; lists all that differs.
+    """
+    module = unet.bind(unet.abstract)
+    if not isinstance(module, unet_sd.UNet):
+        raise ValueError(f"a ControlNet is for the UNet of Stable Diffusion, unet_sd.UNet; this network is a {type(module).__name__}.")
+    theirs, ours = _layout(module), _layout(controlnet.bind(controlnet.abstract))
+    if differing := [f"{name} is {ours[name]}, the UNet's is {value}" for name, value in theirs.items() if ours[name] != value]:
+        raise ValueError(f"the ControlNet does not fit the UNet: {'; '.join(differing)}; use one that was made for such a model.")
+
+    def apply(params, x, noise, cond):
+        residuals = controlnet.apply(params["controlnet"], x, noise, cond["text"], cond["control"], cond["scale"])
+        return unet.apply(params["unet"], x, noise, cond["text"], residuals)
+
+    return apply
+
+
+def control_shape(controlnet: layers.Network, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """[H, W, 3] of the image that goes with latents of `shape`."""
+    convolutions = controlnet.bind(controlnet.abstract).controlnet_cond_embedding.blocks
+    factor = 2 ** (len(layers.in_order(convolutions)) // 2)
+    return shape[0] * factor, shape[1] * factor, 3
+
+
+def _layout(encoder):
+    """What a ControlNet and its UNet must have in common."""
+    blocks = layers.in_order(encoder.down_blocks)
+    return {
+        "in_channels": encoder.conv_in.in_features,
+        "block_out_channels": tuple(block.resnets["0"].conv2.out_features for block in blocks),
+        "layers_per_block": len(layers.in_order(blocks[0].resnets)),
+        "cross_attention_dim": encoder.mid_block.attentions["0"].transformer_blocks["0"].attn2.to_k.in_features,
+    }
