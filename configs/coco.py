@@ -208,7 +208,7 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
     lpips = dict(config.dmd.recipe.distance.to_dict(), decoder=dict(checkpoint=config.get_ref("checkpoint")))  # the full decoder, or TAESD
     del config.dmd
 
-    config.teacher.sampler = dict(name="dpm_solver_pp", num_steps=25, guidance_scale=5.0)
+    config.teacher.sampler = dict(name="dpm_solver_pp", num_steps=25, guidance_scale=5.0, last="sigma_min")  # as diffusers 0.19
     config.pairs.update(count=1_600_000, batch_size=64)
     config.text.batch_size = config.features.batch_size = 512
     start, before = "teacher", ""

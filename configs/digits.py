@@ -4,8 +4,8 @@
 
 Hardware: 2 CPU cores, 6 minutes. Expected scores: docs/results.md.
 Variants: `:no_matching` and `:no_regression` leave out one of the losses (arXiv 2311.18828, Table 2); `:instaflow` straightens the
-teacher's ODE in two rounds of reflow and distils it (arXiv 2309.06380), with DMD beside it, in 10 minutes; `:smoke` and `:smoke_instaflow` are
-for tests.
+teacher's ODE in two rounds of reflow and distils it (arXiv 2309.06380), with DMD beside it, in 10 minutes; `:smoke` and
+`:smoke_instaflow` are for tests.
 """
 
 import ml_collections
@@ -189,6 +189,7 @@ def _instaflow(config, rounds=2):
     steps = {"teacher": (1, 2, 4, 8)} | dict.fromkeys(flows, (1, 2, 4, 8, 25))
     rows = {f"{name}_euler_{n}": dict(stage=name, sampler=dict(name="euler", num_steps=n)) for name in steps for n in steps[name]}
     rows |= {name: dict(stage=name, sampler=dict(name="one_step")) for name in ("direct", "dmd")}
+    rows["distil_int8"] = dict(stage="distil", sampler=dict(name="one_step"), quantize="int8")
     config.evaluate.update(student="distil", others=rows, straightness=dict(stages=("teacher", *flows), num_steps=100, count=500))
     return config
 

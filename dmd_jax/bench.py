@@ -4,17 +4,18 @@ python -m dmd_jax.bench step --network=cifar10 --batch_size=2
 python -m dmd_jax.bench step --network=cifar10 --batch_size=2 --against=torch
 python -m dmd_jax.bench forward --network=coco --against=torch
 python -m dmd_jax.bench sample --network=coco --teacher_steps=3
+python -m dmd_jax.bench stack --network=coco
 python -m dmd_jax.bench lower --network=coco --devices=64 --fsdp=8
+python -m dmd_jax.bench lower --network=coco:instaflow --stage=reflow_2
 
 `step` prints parameters, memory and seconds of the DMD step; beside them the time that XLA's own convolutions and matrix products of the
 step take alone, one after another. `--against=torch` runs the same step in PyTorch in between, same network, losses, optimizers and batch.
 `forward` does so for the UNet of Stable Diffusion and diffusers' with the same weights, and prints how far apart they are. `sample` times
-one step against the teacher's sampler. `lower` traces the DMD step for devices that need not be there, and prints what its state takes.
+one step against the teacher's sampler, `stack` against one step of two UNets in series. `lower` traces the step of a training stage for
+devices that need not be there, and prints what its state takes.
 """
 
 import argparse
-import collections
-import functools
 import importlib.util
 import math
 import pathlib
@@ -46,40 +47,15 @@ def make_step(config, batch_size: int, directory: pathlib.Path):
     """The step of `config`, compiled, with its state and a batch; what else it reads is random and written to `directory`."""
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
     parallel.check_batch("batch_size", batch_size)
-    bench_parts.write_files(config, directory)
+    bench_parts.write_files(config, "dmd", directory)
     recipe, params = experiment.make_recipe(config, "dmd", parallel, directory), experiment.make_network(config).init(0)
     _, shardings = train.abstract_state(recipe, params, parallel)
     state = train.first_state(recipe, params, shardings)
-    batch = jax.device_put(bench_parts.random_batch(config, batch_size), parallel.batch_sharding)
+    batch = jax.device_put(bench_parts.random_batch(config, "dmd", batch_size), parallel.batch_sharding)
     began = time.perf_counter()
     step = train.compile_step(recipe.train_step, state, batch, shardings)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return recipe, step, state, batch
-
-
-def products(jaxpr, times: int = 1) -> collections.Counter:
-    """How often a program runs each convolution and matrix product: {(primitive, shapes, parameters): count}, from its jaxpr."""
-    found = collections.Counter()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
-            avals = tuple((v.aval.shape, str(v.aval.dtype)) for v in eqn.invars)
-            found[eqn.primitive, avals, tuple(sorted(eqn.params.items(), key=str))] += times
-        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                found += products(value, inner)
-    return found
-
-
-def seconds_alone(recipe, state, batch) -> float:
-    """The time of the step's convolutions and matrix products, each as a program of its own."""
-    total = 0.0
-    for (primitive, avals, params), count in products(jax.make_jaxpr(recipe.train_step)(state, batch).jaxpr).items():
-        arrays = [jnp.ones(shape, dtype) for shape, dtype in avals]
-        program = jax.jit(functools.partial(primitive.bind, **dict(params))).lower(*arrays).compile()
-        total += count * min(bench_parts.timed(lambda p=program, a=arrays: jax.block_until_ready(p(*a)))[0] for _ in range(3))
-    return total
 
 
 def step(arguments: argparse.Namespace):
@@ -97,7 +73,7 @@ def step(arguments: argparse.Namespace):
         if arguments.against:
             from dmd_jax import bench_torch
 
-            other = bench_torch.Step(config, jax.device_get(state.frozen), bench_parts.random_batch(config, arguments.batch_size))
+            other = bench_torch.Step(config, jax.device_get(state.frozen), bench_parts.random_batch(config, "dmd", arguments.batch_size))
     count = sum(a.size for a in jax.tree.leaves(state.generator.params))
     flops = compiled.cost_analysis()["flops"]
     print(bench_parts.devices())
@@ -107,7 +83,7 @@ def step(arguments: argparse.Namespace):
     sizes = f"{memory.argument_size_in_bytes / 2**30:.1f} GiB of state and {memory.temp_size_in_bytes / 2**30:.1f} GiB besides"
     print(f"parameters: 3 x {count:,}; a step: {flops / 1e12:.3f} TFLOP, {sizes} on each device", flush=True)
 
-    alone = seconds_alone(recipe, state, batch) if arguments.alone else None
+    alone = bench_parts.seconds_alone(recipe, state, batch) if arguments.alone else None
     (state, metrics), ours, theirs = compiled(state, batch), [], []
     jax.block_until_ready(metrics)
     if other:
@@ -165,13 +141,8 @@ def forward(arguments: argparse.Namespace):
 def sample(arguments: argparse.Namespace):
     """Times one step against the teacher's sampler, from texts to images."""
     config = _of_stable_diffusion(arguments)
-    if config.text.name != "clip":
-        raise ValueError(f"{arguments.network} takes its texts from {config.text.name}, expected clip; use --network=coco.")
-    width = config.network.cross_attention_dim
-    encoder = clip_text.clip(hidden_size=width, intermediate_size=4 * width, num_heads=max(width // 64, 1))
-    decoder = vae.kl(latent_channels=config.network.channels)
     sizes = dict(batch_size=arguments.batch_size, teacher_steps=arguments.teacher_steps, repeats=arguments.repeats)
-    found = bench_sd.sample(config, encoder, decoder, **sizes)
+    found = bench_sd.sample(config, *_around(arguments, config), **sizes)
     part = found.nfe / found.calls
     print(f"text encoder: {bench_parts.spread(found.text)} s; decoder: {bench_parts.spread(found.decoder)} s")
     print(f"one step: {bench_parts.spread(found.one_step)} s")
@@ -186,15 +157,31 @@ def sample(arguments: argparse.Namespace):
     print(f"peak memory: {bench_parts.peak_memory()}")
 
 
+def stack(arguments: argparse.Namespace):
+    """Times one step of one UNet against one of two in series, from texts to images."""
+    config = _of_stable_diffusion(arguments)
+    found = bench_sd.stack(config, *_around(arguments, config), batch_size=arguments.batch_size, repeats=arguments.repeats)
+    print(f"text encoder: {bench_parts.spread(found.text)} s; decoder: {bench_parts.spread(found.decoder)} s")
+    for name, count, seconds in zip(("one UNet", "two in series"), found.parameters, (found.one, found.two), strict=True):
+        print(f"{name}, {count:,} parameters: {bench_parts.spread(seconds)} s")
+    rows = list(zip(found.text, found.one, found.two, found.decoder, strict=True))
+    images = [(text + two + decoder) / (text + one + decoder) for text, one, two, decoder in rows]
+    networks = [two / one for _, one, two, _ in rows]
+    print(f"two take {bench_parts.spread(images)} times as long from text to image; the network alone {bench_parts.spread(networks)}")
+    print(f"peak memory: {bench_parts.peak_memory()}")
+
+
 def lower(arguments: argparse.Namespace):
-    """Traces and lowers the DMD step for devices that need not be there."""
+    """Traces and lowers the step of a training stage for devices that need not be there."""
     jax.config.update("jax_platforms", "cpu")  # the program must not depend on where it is made
     config = load_config(arguments.network)
     with tempfile.TemporaryDirectory() as directory:
-        bench_parts.write_files(config, pathlib.Path(directory))
-        found = bench_sd.lower(config, pathlib.Path(directory), devices=arguments.devices, fsdp=arguments.fsdp)
+        bench_parts.write_files(config, arguments.stage, pathlib.Path(directory))
+        found = bench_sd.lower(config, arguments.stage, pathlib.Path(directory), devices=arguments.devices, fsdp=arguments.fsdp)
     mesh = f"data={arguments.devices // arguments.fsdp} x fsdp={arguments.fsdp}"
-    print(f"{arguments.network}, {config.network.dtype}, batch {config.dmd.batch_size} + {config.dmd.batch_size} pairs, {mesh}")
+    batch = " + ".join(f"{size} {name}" for name, size in bench_parts.batch_sizes(config, arguments.stage).items())
+    parameters = sum(math.prod(a.shape) for a in jax.tree.leaves(found.state.generator.params))
+    print(f"{arguments.network}, stage {arguments.stage}, {parameters:,} parameters, batch {batch}, {mesh}")
     size = f"{len(found.text) / 1e6:.1f} MB of StableHLO"
     print(f"traced in {found.trace_seconds:.1f} s, lowered for TPUs in {found.lower_seconds:.1f} s; {size}")
     print("GiB of state on each device at rest, between steps:")
@@ -205,6 +192,15 @@ def lower(arguments: argparse.Namespace):
     whole = sum(size for name, size in bench_sd.at_rest(found.state, 1).items() if name not in bench_sd.NOT_GATHERED)
     print(f"while a step runs, every device also gathers what its networks compute with: {whole / 2**30:.2f}")
     print(f"peak memory here: {bench_parts.peak_memory()}")
+
+
+def _around(arguments, config):
+    """The text encoder and the autoencoder of Stable Diffusion."""
+    if config.text.name != "clip":
+        raise ValueError(f"{arguments.network} takes its texts from {config.text.name}, expected clip; use --network=coco.")
+    width = config.network.cross_attention_dim
+    encoder = clip_text.clip(hidden_size=width, intermediate_size=4 * width, num_heads=max(width // 64, 1))
+    return encoder, vae.kl(latent_channels=config.network.channels)
 
 
 def _of_stable_diffusion(arguments):
@@ -240,17 +236,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--checkpoint", default="", help="directory to which the state is saved, and from which it is read back")
     command.add_argument("--no-alone", dest="alone", action="store_false", help="do not time convolutions and matrix products alone")
 
-    for run in (forward, sample):
+    for run in (forward, sample, stack):
         command = add(run, "coco")
         command.add_argument("--batch_size", type=int, default=1, help="over all devices")
         command.add_argument("--repeats", type=int, default=3, help="to be timed, after one that is not")
         command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the UNet")
         if run is forward:
             command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
-        else:
+        if run is sample:
             command.add_argument("--teacher_steps", type=int, default=0, help="of the teacher; all the config's if not given")
 
     command = add(lower, "coco")
+    command.add_argument("--stage", default="dmd", help="of the config, one that trains")
     command.add_argument("--devices", type=int, default=64, help="of the mesh")
     command.add_argument("--fsdp", type=int, default=8, help="devices over which the state is split")
     return parser.parse_args(argv)

@@ -1,8 +1,10 @@
-"""Stable Diffusion at its real size: the UNet beside diffusers', one step beside the teacher's many, and DMD's step for a pod.
+"""Stable Diffusion at its real size: the UNet beside diffusers', one step beside the teacher's many and beside that of two UNets in series,
+and the step of training for a pod.
 
 Weights are random. What is returned is printed by `bench.py`.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from dmd_jax import bench_parts, experiment, sampling, sharding
+from dmd_jax import bench_parts, experiment, lookup, sampling, sharding
 from dmd_jax.models import layers
 
 NOT_GATHERED = ("Adam", "running mean")  # parts of a state that a step needs only where they lie
@@ -100,35 +102,94 @@ def sample(config, encoder: layers.Network, decoder: layers.Network, *, batch_si
       ValueError: the batch or the steps do not fit, or something is not finite.
     """
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
-    networks = {"text": encoder, "unet": experiment.make_network(config), "decoder": decoder}
-    params = {name: jax.device_put(bench_parts.random_params(n.abstract), parallel.replicated) for name, n in networks.items()}
-    encode, decode = (parallel.in_batches("batch_size", n.apply, batch_size) for n in (encoder, decoder))
-    ids = np.random.default_rng(0).integers(0, 1000, (batch_size, bench_parts.LENGTH), np.int32)
-    cond = encode(params["text"], ids)
-    inputs = sampling.inputs(0, range(batch_size), experiment.image_shape(config), [{"cond": row} for row in cond])
-
-    settings = config.teacher.sampler.to_dict()
-    nfe = experiment.build_sampler(config, settings, cond[0], "teacher.sampler").nfe
-    teacher = experiment.build_sampler(config, settings | ({"num_steps": teacher_steps} if teacher_steps else {}), cond[0], "teacher_steps")
-    one_step = experiment.build_sampler(config, {"name": "one_step"}, None, "one_step")
+    encode, inputs, decode = _around(config, encoder, decoder, parallel, batch_size)
+    denoiser, params = experiment.make_denoiser(config), _random_params(experiment.make_network(config), parallel)
+    settings, null = config.teacher.sampler.to_dict(), inputs["cond"][0]
+    nfe = experiment.build_sampler(denoiser, settings, null, "teacher.sampler").nfe
+    teacher = experiment.build_sampler(denoiser, settings | ({"num_steps": teacher_steps} if teacher_steps else {}), null, "teacher_steps")
+    one_step = experiment.build_sampler(denoiser, {"name": "one_step"}, None, "one_step")
     by_one_step, by_teacher = (sampling.make_sample(sampler, parallel, batch_size) for sampler in (one_step, teacher))
-    parts = (
-        lambda: encode(params["text"], ids),
-        lambda: by_one_step(params["unet"], inputs),
-        lambda: by_teacher(params["unet"], inputs),
-        lambda: decode(params["decoder"], inputs["z"]),
-    )
+    parts = encode, lambda: by_one_step(params, inputs), lambda: by_teacher(params, inputs), decode
+    return Sampled(*_in_turn(parts, repeats), calls=teacher.nfe, nfe=nfe)
+
+
+class Stacked(NamedTuple):
+    """What `stack` found: seconds of each run, and how many parameters there are.
+
+    Attributes:
+      text: of the text encoder.
+      one: of one step of one UNet.
+      two: of one step of two in series.
+      decoder: of the decoder.
+      parameters: of one and of two.
+    """
+
+    text: list[float]
+    one: list[float]
+    two: list[float]
+    decoder: list[float]
+    parameters: tuple[int, int]
+
+
+def stack(config, encoder: layers.Network, decoder: layers.Network, *, batch_size: int, repeats: int) -> Stacked:
+    """Images of texts by one step of one UNet and of two in series, timed as in `sample`. The one shares its weights with the two.
+
+    Args:
+      config: of a UNet of Stable Diffusion.
+      encoder: of texts, `(params, ids [B, L]) -> cond`.
+      decoder: of latents.
+      batch_size: texts at once, over all devices.
+      repeats: runs that are timed.
+
+    Raises:
+      ValueError: the batch does not fit, or something is not finite.
+    """
+    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
+    encode, inputs, decode = _around(config, encoder, decoder, parallel, batch_size)
+
+    settings = config.network.to_dict()
+    make = lookup.find("models", settings.pop("name"))
+    networks = [make(**settings | {"stack": units}) for units in (1, 2)]
+    two = _random_params(networks[1], parallel)
+    one = two["units"]["1"] | two["units"]["0"]
+
+    def step(network, params):
+        denoiser = dataclasses.replace(experiment.make_denoiser(config), network=network.apply)
+        sampler = experiment.build_sampler(denoiser, {"name": "one_step"}, None, "one_step")
+        sample = sampling.make_sample(sampler, parallel, batch_size)
+        return lambda: sample(params, inputs)
+
+    times = _in_turn((encode, *map(step, networks, (one, two)), decode), repeats)
+    return Stacked(*times, parameters=tuple(sum(a.size for a in jax.tree.leaves(params)) for params in (one, two)))
+
+
+def _around(config, encoder, decoder, parallel, batch_size):
+    """A function that encodes texts, the inputs of a sampler with what it makes, and a function that decodes latents."""
+    texts, latents = (_random_params(network, parallel) for network in (encoder, decoder))
+    encode, decode = (parallel.in_batches("batch_size", network.apply, batch_size) for network in (encoder, decoder))
+    ids = np.random.default_rng(0).integers(0, 1000, (batch_size, bench_parts.LENGTH), np.int32)
+    cond = encode(texts, ids)
+    inputs = sampling.inputs(0, range(batch_size), experiment.image_shape(config), [{"cond": row} for row in cond])
+    return lambda: encode(texts, ids), inputs, lambda: decode(latents, inputs["z"])
+
+
+def _random_params(network, parallel):
+    return jax.device_put(bench_parts.random_params(network.abstract), parallel.replicated)
+
+
+def _in_turn(parts, repeats):
+    """The seconds of each part, one part after another, again and again, after a run that compiles."""
     if not all(np.isfinite(part()).all() for part in parts):
         raise ValueError("an output is not finite.")
     rows = [[bench_parts.timed(part)[0] for part in parts] for _ in range(repeats)]
-    return Sampled(*map(list, zip(*rows, strict=True)), calls=teacher.nfe, nfe=nfe)
+    return map(list, zip(*rows, strict=True))
 
 
 class Lowered(NamedTuple):
     """What `lower` found.
 
     Attributes:
-      state: abstract, of the DMD stage.
+      state: abstract, of the stage.
       trace_seconds: of tracing.
       lower_seconds: of lowering.
       text: the program.
@@ -140,11 +201,12 @@ class Lowered(NamedTuple):
     text: str
 
 
-def lower(config, directory, *, devices: int, fsdp: int) -> Lowered:
-    """DMD's step as StableHLO for a mesh of TPUs that need not be there; the networks in training are shapes alone.
+def lower(config, stage: str, directory, *, devices: int, fsdp: int) -> Lowered:
+    """A training step as StableHLO for a mesh of TPUs that need not be there; the networks in training are shapes alone.
 
     Args:
-      config: with a stage `dmd`, whose files `bench_parts.write_files` has written.
+      config: whose files `bench_parts.write_files` has written.
+      stage: that trains.
       directory: that stands for the run's.
       devices: of the mesh.
       fsdp: its second axis.
@@ -152,14 +214,17 @@ def lower(config, directory, *, devices: int, fsdp: int) -> Lowered:
     Raises:
       ValueError: the devices cannot share the batch, or do not make such a mesh.
     """
-    settings, parallel = config.dmd, sharding.Parallel(abstract_mesh(devices, fsdp), config.dmd.get("accumulation", 1))
-    parallel.check_batch("batch_size", settings.batch_size)
-    recipe = experiment.make_recipe(config, "dmd", parallel, directory)
-    state = jax.eval_shape(recipe.init, experiment.make_network(config).abstract)
+    parallel = sharding.Parallel(abstract_mesh(devices, fsdp), config[stage].get("accumulation", 1))
+    sizes = bench_parts.batch_sizes(config, stage)
+    for name, size in sizes.items():
+        parallel.check_batch(f"{name} batch_size", size)
+    recipe = experiment.make_recipe(config, stage, parallel, directory)
+    state = jax.eval_shape(recipe.init, experiment.make_network(config, stage).abstract, recipe.others)
     shardings = parallel.state_shardings(state)
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    shape = lambda a: jax.ShapeDtypeStruct((settings.batch_size, *a.shape[1:]), a.dtype, sharding=parallel.batch_sharding)
-    batch = jax.tree.map(shape, bench_parts.random_batch(config, 1))
+    shape = lambda a, size: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=parallel.batch_sharding)
+    rows = bench_parts.random_batch(config, stage, 1)
+    batch = {name: jax.tree.map(lambda a, size=size: shape(a, size), rows[name]) for name, size in sizes.items()}
     step = jax.jit(recipe.train_step, donate_argnums=0, out_shardings=(shardings, None))
     trace_seconds, traced = bench_parts.timed(lambda: step.trace(placed, batch))
     lower_seconds, lowered = bench_parts.timed(lambda: traced.lower(lowering_platforms=("tpu",)))
@@ -177,8 +242,9 @@ def at_rest(state, fsdp: int) -> dict[str, int]:
     """Bytes of the parts of an abstract state on each device between steps, for any number of devices with that `fsdp`."""
     parallel = sharding.Parallel(abstract_mesh(fsdp, fsdp))
     sizes = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, state, parallel.state_shardings(state))
-    generator, fake_score, distance = sizes.generator, sizes.fake_score, sizes.frozen["distance"]
-    parts = {"generator": generator.params, "fake score": fake_score.params, "Adam": (generator.opt_state, fake_score.opt_state)}
-    parts |= {"running mean": generator.ema, "teacher": sizes.frozen["real_score"]}
+    nets, frozen = [net for net in (sizes.generator, sizes.fake_score) if net], sizes.frozen or {}
+    parts = dict(zip(("generator", "fake score"), (net.params for net in nets), strict=False))
+    parts |= {"Adam": [net.opt_state for net in nets], "running mean": sizes.generator.ema, "teacher": frozen.get("real_score")}
+    distance = frozen.get("distance")
     parts |= distance if distance and "decoder" in distance else {"distance": distance}
     return {name: sum(jax.tree.leaves(part)) for name, part in parts.items()}

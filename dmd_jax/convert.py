@@ -40,7 +40,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     """
     checkpoint, directory = config[stage].checkpoint, workdir / stage
     of_file = pathlib.Path(checkpoint).suffix in edm.SUFFIXES
-    source = _file(config, checkpoint, directory) if of_file else _directory(config, checkpoint)
+    source = _file(config, checkpoint, directory) if of_file else _directory(config, stage, checkpoint)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         metrics.write_json(directory / experiment.SOURCE, source)
@@ -57,13 +57,17 @@ def _file(config, checkpoint, directory):
     return {"file": str(path), "sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
 
 
-def _directory(config, checkpoint):
+def _directory(config, stage, checkpoint):
     path = diffusers.find(checkpoint).absolute()
     found, tensors = diffusers.unet(path)
-    scheduler = diffusers.scheduler(path)
-    stated = found | {f"process.{key}": value for key, value in scheduler["process"].items()} | {"prediction": scheduler["prediction"]}
-    ours = config.network.to_dict() | {f"process.{key}": value for key, value in config.process.items()} | {"prediction": config.prediction}
-    stated.pop("size")  # a UNet of convolutions and attention takes any
-    convert.check_settings(stated, ours)
-    convert.from_torch(tensors, experiment.make_network(config).abstract, place=lambda array, path: None)
+    found = {key: value for key, value in found.items() if key != "size"}  # a UNet of convolutions and attention takes any
+    network, process, prediction = (experiment.of_stage(config, stage, key) for key in ("network", "process", "prediction"))
+    stated = _settings(found | {"stack": 1}, **diffusers.scheduler(path))
+    convert.check_settings(stated, _settings(network, process, prediction))
+    convert.from_torch(tensors, experiment.make_network(config, stage).abstract, place=lambda array, path: None)
     return {"directory": str(path), "sha256": diffusers.digest(path)}
+
+
+def _settings(network, process, prediction):
+    """Of a model, in one dict."""
+    return dict(network.items()) | {f"process.{key}": value for key, value in process.items()} | {"prediction": prediction}

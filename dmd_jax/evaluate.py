@@ -5,6 +5,7 @@ import json
 import pathlib
 import statistics
 import time
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -16,6 +17,20 @@ from dmd_jax.evals import report, retrieval, suite
 from dmd_jax.weights import files
 
 SHOWN = 100  # images in the report
+
+
+class Measured(NamedTuple):
+    """A row of the evaluation.
+
+    Attributes:
+      stage: that has trained it.
+      sampler: settings.
+      quantize: "int8" for eight bits.
+    """
+
+    stage: str
+    sampler: dict
+    quantize: str = ""
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
@@ -40,14 +55,22 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
 
     models = _models(config, settings)
     scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
-    for name, (trained, sampler_settings) in models.items():
-        sampler = experiment.make_sampler(config, trained, workdir, sampler_settings)
+    first = experiment.inputs(config, range(settings.batch_size), conditions)
+    for name, model in models.items():
+        denoiser = experiment.make_denoiser(config, model.stage)
+        params = experiment.load_params(config, f"{{workdir}}/{model.stage}", workdir)
+        if model.quantize:
+            denoiser, params = experiment.quantized(config, model.stage, params, first["cond"])
+        null = experiment.null_of(config, model.sampler, workdir)
+        sampler = experiment.build_sampler(denoiser, model.sampler, null, f"the sampler of {name}")
         sample_latents = sampling.make_sample(sampler, parallel, settings.batch_size)
         sample = lambda params, inputs, make=sample_latents: decode(make(params, inputs))
-        params = experiment.load_params(config, f"{{workdir}}/{trained}", workdir)
-        first = experiment.inputs(config, range(settings.batch_size), conditions)
         images[name] = sample(params, first)[:SHOWN]
-        seconds[name], nfe[name] = _seconds_per_image(sample, params, first, settings.timing_repeats), sampler.nfe
+        seconds[name] = _seconds_per_image(sample, params, first, settings.timing_repeats)
+        nfe[name] = sampler.nfe
+        if sampler.nfe is None:  # it differs from image to image
+            count = sampling.make_sample(sampler._replace(sample=sampler.count), parallel, settings.batch_size)
+            nfe[name] = float(count(params, first).mean())
         scores[name] = []
         for r in range(settings.seed_ranges):
             batches = _batches(config, settings, range(r * settings.count, (r + 1) * settings.count), sample, params, conditions)
@@ -67,7 +90,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
         },
         **{name: _over_ranges(scores[name], features.frechet) for name in scores},
         "straightness": _straightness(config, settings, conditions, parallel, workdir) if "straightness" in settings else {},
-        "training_seconds": {name: metrics.seconds(workdir / name) for name in dict.fromkeys(stage for stage, _ in models.values())},
+        "training_seconds": {name: metrics.seconds(workdir / name) for name in dict.fromkeys(model.stage for model in models.values())},
         "seed_ranges": scores,
         "nfe": nfe,
         "seconds_per_image": seconds,
@@ -87,10 +110,10 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
 
 
 def _models(config, settings):
-    """What is measured: {name: (stage, settings of the sampler)}; the teacher and the student may be one."""
-    models = {name: (name, config[name].sampler.to_dict()) for name in (settings.teacher, settings.student)}
-    others = {name: (row.stage, row.sampler.to_dict()) for name, row in settings.get("others", {}).items()}
-    in_order = sorted(others.items(), key=lambda item: (config.stages.index(item[1][0]), item[1][1].get("num_steps", 0)))
+    """What is measured, by name; the teacher and the student may be one."""
+    models = {name: Measured(name, config[name].sampler.to_dict()) for name in (settings.teacher, settings.student)}
+    others = {name: Measured(**row.to_dict()) for name, row in settings.get("others", {}).items()}
+    in_order = sorted(others.items(), key=lambda item: (config.stages.index(item[1].stage), item[1].sampler.get("num_steps", 0)))
     return models | dict(in_order)
 
 
@@ -171,9 +194,9 @@ def _protocol(config, stage, workdir):
         "seed": experiment.EVALUATION_SEED,
         "features": config.features.to_dict(),
         "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
-        "samplers": {name: {"stage": stage, **sampler} for name, (stage, sampler) in models.items()},
+        "models": {name: model._asdict() for name, model in models.items()},
         "statistics_sha256": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
-        "versions": {stage: experiment.version(workdir / stage) for stage, _ in models.values()},
+        "versions": {stage: experiment.version(workdir / stage) for stage in (model.stage for model in models.values())},
     }
     return json.loads(json.dumps(protocol))
 

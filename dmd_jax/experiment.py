@@ -1,5 +1,7 @@
 """What a config describes, as objects; the stages share this, and nothing below them sees a config."""
 
+import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -7,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, latents, lookup, losses, metrics, recipes, samplers, sampling, sharding, text
+from dmd_jax import checkpoint, latents, lookup, losses, metrics, quantize, recipes, samplers, sampling, sharding, text
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
@@ -18,7 +20,8 @@ from dmd_jax.weights import convert, diffusers, edm, files, lpips
 PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
 PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow", "flow_to_data")}  # those that are defined for each process
 RECTIFIED = "rectified"  # the prediction of a stage that is a rectified flow by the change of variables from the config's process
-SAMPLERS = {n: getattr(samplers, n) for n in ("one_step", "euler", "heun", "stochastic_heun", "ddim", "pndm", "dpm_solver_pp")}
+SAMPLER_NAMES = ("one_step", "euler", "heun", "stochastic_heun", "rk45", "ddim", "pndm", "dpm_solver_pp")
+SAMPLERS = {name: getattr(samplers, name) for name in SAMPLER_NAMES}
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
 EVALUATION_SEED = 2**32  # far from the seeds of runs
@@ -60,10 +63,11 @@ def teacher_directory(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
 
 def check_names(config: ml_collections.ConfigDict):
     """Raises ValueError if something that the config names does not exist; opens no file."""
-    denoisers = {}
+    denoisers, made = {}, {}
     for stage in ("", *config.stages):
+        settings = json.dumps([of_stage(config, stage, key) for key in ("network", "process", "prediction")], default=dict)
         try:
-            denoisers[stage] = make_denoiser(config, stage)
+            denoisers[stage] = made[settings] = made.get(settings) or make_denoiser(config, stage)
         except (TypeError, ZeroDivisionError) as error:
             raise ValueError(f"network or process of {stage or 'the config'} does not fit ({error}); check names and values.") from error
     lookup.find("evals", config.features.name)
@@ -88,17 +92,30 @@ def check_names(config: ml_collections.ConfigDict):
                 raise ValueError(f"{stage}.{role} is {name!r}, which is no stage with a sampler.")
         for name, row in settings.get("others", {}).items():
             _sampler(row.sampler.to_dict(), None, denoisers[row.stage].process, f"{stage}.others.{name}.sampler")
+            _choose("quantize", {"": None, "int8": None}, row.get("quantize", ""))
+
+
+def of_stage(config: ml_collections.ConfigDict, stage: str, key: str):
+    """`network`, `process` or `prediction` of a stage: its own, or the config's."""
+    return config.get(stage, {}).get(key, config[key])
 
 
 def make_network(config: ml_collections.ConfigDict, stage: str = "") -> layers.Network:
     """The network of a stage: its own, or `config.network`."""
-    settings = _of_stage(config, stage, "network").to_dict()
+    settings = of_stage(config, stage, "network").to_dict()
     return lookup.find("models", settings.pop("name"))(**settings)
 
 
 def make_denoiser(config: ml_collections.ConfigDict, stage: str = "") -> denoiser_lib.Denoiser:
     """The network of a stage with its process and prediction: its own, or the config's."""
     return denoiser_lib.Denoiser(make_network(config, stage).apply, *_process_and_prediction(config, stage))
+
+
+def quantized(config: ml_collections.ConfigDict, stage: str, params: dict, cond: np.ndarray) -> tuple[denoiser_lib.Denoiser, dict]:
+    """The denoiser of a stage in eight bits, and its parameters, for conditions like `cond` [B, ...]."""
+    inputs = [np.zeros((1, *shape), dtype) for shape, dtype in ((image_shape(config), np.float32), ((), np.float32))]
+    apply, params = quantize.int8(make_network(config, stage), params, (*inputs, cond[:1]))
+    return dataclasses.replace(make_denoiser(config, stage), network=apply), params
 
 
 def make_flow(config: ml_collections.ConfigDict, stage: str) -> denoiser_lib.Denoiser:
@@ -168,16 +185,21 @@ def null_cond(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     return np.load(path)
 
 
-def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path, settings: dict | None = None) -> samplers.Sampler:
-    """How images are made with what a stage has trained: by its own sampler, or by that of `settings`."""
-    settings = settings or config[stage].sampler.to_dict()
-    return build_sampler(make_denoiser(config, stage), settings, _null_of(config, settings, workdir), f"{stage}.sampler")
+def null_of(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
+    """What a sampler of `settings` needs as `null_cond`: None if it is not guided."""
+    return null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
+
+
+def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> samplers.Sampler:
+    """How images are made with what a stage has trained."""
+    settings = config[stage].sampler.to_dict()
+    return build_sampler(make_denoiser(config, stage), settings, null_of(config, settings, workdir), f"{stage}.sampler")
 
 
 def make_straightness(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path, num_steps: int) -> Callable:
     """`samplers.straightness` of what a stage has trained, guided as its sampler is, as a rectified flow."""
     settings, denoiser = config[stage].sampler.to_dict(), make_flow(config, stage)
-    denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), _null_of(config, settings, workdir))
+    denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), null_of(config, settings, workdir))
     return samplers.straightness(denoise, denoiser.process, num_steps=num_steps)
 
 
@@ -289,17 +311,8 @@ def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dic
     return sampling.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
 
 
-def _null_of(config, settings, workdir):
-    """What guidance needs, if there is any."""
-    return null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
-
-
-def _of_stage(config, stage, key):
-    return config.get(stage, {}).get(key, config[key])
-
-
 def _process_and_prediction(config, stage):
-    settings, prediction = _of_stage(config, stage, "process").to_dict(), _of_stage(config, stage, "prediction")
+    settings, prediction = of_stage(config, stage, "process").to_dict(), of_stage(config, stage, "prediction")
     name = settings.pop("name")
     process = _choose("process", PROCESSES, name)(**settings)
     predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}

@@ -4,6 +4,7 @@ python -m dmd_jax.export --workdir=/data/coco --stage=dmd --out=student
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 
@@ -14,20 +15,30 @@ from dmd_jax.weights import diffusers_write, edm
 def export(workdir: pathlib.Path, stage: str, out: pathlib.Path, dtype: str = "float32", base_model: str = ""):
     """Raises ValueError if there is no such run or stage, or `out` cannot be written."""
     config, stage = experiment.read_run(workdir, stage)
-    params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
-    if config.network.name == "unet_sd.unet":
+    network, process, prediction = (experiment.of_stage(config, stage, key) for key in ("network", "process", "prediction"))
+    load = lambda: experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
+    if network.name == "unet_sd.unet":
         teacher = experiment.teacher_directory(config, workdir)
         if teacher is None:
             raise ValueError(f"{workdir} did not start from a diffusers directory, whose autoencoder and text encoder an export needs.")
         if config[stage].sampler.name != "one_step":
             raise ValueError(f"{stage!r} needs many steps; only a one-step generator is exported as a diffusers directory.")
-        diffusers_write.write(out, teacher, params, dtype=dtype, base_model=base_model or config.checkpoint)
+        if (units := network.get("stack", 1)) > 1:
+            raise ValueError(f"{stage!r} trained a stack of {units} UNets, for which diffusers has no class; export a stage that has one.")
+        if "recipe" not in config[stage]:
+            raise ValueError(f"{stage!r} has trained nothing; use the directory that it was imported from, {teacher}.")
+        process = experiment.make_denoiser(config, stage).process
+        trained_for = {"process": {"name": type(process).__name__} | dataclasses.asdict(process), "prediction": prediction}
+        options = dict(dtype=dtype, base_model=base_model or config.checkpoint, trained_for=trained_for, method=config[stage].recipe.name)
+        diffusers_write.write(out, teacher, load(), **options)
     elif out.suffix != ".safetensors" or (out.exists() and not out.is_file()) or not out.parent.is_dir():
         raise ValueError(f"--out is {out}; expected a file that ends in .safetensors, in a directory that exists.")
     elif dtype != "float32":
         raise ValueError(f"--dtype is {dtype}; EDM's checkpoints are float32.")
+    elif process.name != "EDM":
+        raise ValueError(f"{stage!r} has the process {process.name}, which EDM's checkpoints cannot say; export one of the process EDM.")
     else:
-        edm.write(out, params, config.network.to_dict())
+        edm.write(out, load(), network.to_dict())
 
 
 def main():

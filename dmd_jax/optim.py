@@ -43,8 +43,10 @@ def adamw(
 
 
 def warmed_up(ema_decay: float, ema_warmup: float, step: jax.Array) -> jax.Array:
-    """The decay of a running mean at `step`, min(ema_decay, (1 + step) / (ema_warmup + step)): without a warm-up the initial parameters stay
-    in it for some 1 / (1 - ema_decay) steps. The papers of rectified flows have 10; 0 is none."""
+    """The decay of a running mean at `step`: min(ema_decay, (1 + step) / (ema_warmup + step)).
+
+    Without a warm-up the initial parameters stay in it for some 1 / (1 - ema_decay) steps. The code of rectified flows has 10; 0 is none.
+    """
     return jnp.minimum(ema_decay, (1 + step) / (ema_warmup + step))
 
 

@@ -36,6 +36,9 @@ class Process(Protocol):
     def prior(self, z: jax.Array) -> jax.Array:
         """The input of a one-step generator, for unit Gaussian noise `z`."""
 
+    def at_ratio(self, ratio: jax.Array) -> jax.Array:
+        """The time at which sigma / alpha is `ratio`, 0 to infinity; the noisiest time there is for more than its."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EDM:
@@ -69,6 +72,9 @@ class EDM:
 
     def prior(self, z):
         return self.sigma_max * z
+
+    def at_ratio(self, ratio):
+        return jnp.minimum(ratio, self.sigma_max)
 
     def _ramp(self, n):
         """Equation 5: n values from sigma_max down to sigma_min."""
@@ -132,6 +138,10 @@ class VP:
     def prior(self, z):
         return z  # not sigma(t_max) z: Stable Diffusion is sampled from unit noise
 
+    def at_ratio(self, ratio):
+        table = jnp.asarray(_scaled_linear(self.beta_min, self.beta_max)[:-1], ratio.dtype)
+        return jnp.interp(ratio, table, jnp.arange(-1, NUM_LEVELS, dtype=ratio.dtype))
+
     def _ratio(self, t):
         """sigma / alpha."""
         xp = t.__array_namespace__()  # numpy's or JAX's
@@ -156,7 +166,17 @@ def _check_timesteps(num_steps):
 
 @dataclasses.dataclass(frozen=True)
 class RectifiedFlow:
-    """x_t = (1 - t) x + t eps, t in [0, 1] (Liu et al., arXiv 2209.03003, whose t runs the other way)."""
+    """x_t = (1 - t) x + t eps, t in [0, 1]: rectified flow (Liu et al., arXiv 2209.03003 and 2309.06380).
+
+    In the papers time runs the other way, from noise X_0 = eps to data X_1 = x:
+
+        theirs                              here
+        t                                   1 - t
+        X_t = t X_1 + (1 - t) X_0           x_t
+        v = X_1 - X_0                       x - eps = -F, F what a network of `denoiser.flow` predicts
+        label 1000 (1 - t) of the network   1000 t
+        Z += v / N at t = 0, 1/N, ...       `samplers.euler` over grid(N), t = 1, 1 - 1/N, ...; with N = 3, labels 1000, 666.67, 333.33
+    """
 
     @property
     def t_max(self) -> float:
@@ -179,6 +199,9 @@ class RectifiedFlow:
 
     def prior(self, z):
         return z
+
+    def at_ratio(self, ratio):
+        return 1 / (1 + 1 / ratio)  # r / (1 + r), also of infinity
 
 
 def add_noise(process: Process, x: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:

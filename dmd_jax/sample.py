@@ -130,7 +130,16 @@ class Model(NamedTuple):
         return {"control": np.broadcast_to(control, (n, *self.control_shape)), "scale": np.full(n, scale, np.float32)}
 
 
-def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sampler: dict | None = None, controlnet: str = "") -> Model:
+def load(
+    path: str,
+    *,
+    stage: str = "",
+    batch_size: int = 1,
+    dtype: str = "",
+    sampler: dict | None = None,
+    controlnet: str = "",
+    quantize: str = "",
+) -> Model:
     """The model of a run, or of a diffusers directory.
 
     Args:
@@ -139,18 +148,24 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
       batch_size: images that are made at once; spread over as many devices as divide it.
       dtype: of the network; the config's, or float32, if not given.
       sampler: what differs from the stage's own settings, such as dict(num_steps=20) or dict(name="ddim", num_steps=50). Of a directory
-        they are PIPELINE, or one step if `export` has written it.
+        they are PIPELINE, or one step where `export` has written it or model_index.json names a RectifiedFlowPipeline: InstaFlow, from
+        which a 2-rectified flow cannot be told: give it dict(name="euler", num_steps=25, guidance_scale=1.5).
       controlnet: the diffusers directory of a ControlNet, or its name on the hub.
+      quantize: "int8" for weights and activations in eight bits.
 
     Raises:
       ValueError: nothing of the kind lies there, or settings do not fit.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    if quantize not in ("", "int8") or (quantize and controlnet):
+        raise ValueError(f"quantize is {quantize!r}; expected 'int8', without a ControlNet, or nothing.")
     workdir, devices = pathlib.Path(path).absolute(), math.gcd(batch_size, jax.device_count())
     of_run = (workdir / "config.json").exists()
     config, stage = experiment.read_run(workdir, stage, devices=devices) if of_run else (_of_directory(path, devices), "teacher")
-    config.network.dtype = dtype or config.network.dtype
+    for settings in (config, config[stage]):
+        if "network" in settings:
+            settings.network.dtype = dtype or settings.network.dtype
     if "batch_size" in config.get("text", {}):
         config.text.batch_size = batch_size
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
@@ -163,6 +178,9 @@ def load(path: str, *, stage: str = "", batch_size: int = 1, dtype: str = "", sa
     if settings.get("guidance_scale", 1) > 1:
         null = encoder.encode([""])[0] if encoder else config.null_cond
     denoiser, control_shape = experiment.make_denoiser(config, stage), None
+    if quantize:
+        cond = np.zeros((1, *encoder.shape), np.float32) if encoder else np.zeros(1, np.int32)
+        denoiser, params = experiment.quantized(config, stage, params, cond)
     if controlnet:
         network, params, control_shape = _with_controlnet(controlnet, config, stage, params, parallel)
         denoiser, null = dataclasses.replace(denoiser, network=network), {"text": null, "control": None, "scale": None}
@@ -231,6 +249,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--controlnet", default="", help="a ControlNet's diffusers directory")
     parser.add_argument("--control", action="append", help="a control image; may be given several times, once for each prompt")
     parser.add_argument("--control_scale", type=float, default=1.0, help="what the ControlNet's residuals are multiplied by")
+    parser.add_argument("--quantize", default="", choices=["", "int8"], help="weights and activations in eight bits")
     parser.add_argument("--repeats", type=int, default=0, help="make the images so many times more, to time what needs no compiling")
     return parser.parse_args(argv)
 
@@ -251,14 +270,15 @@ def run(arguments: argparse.Namespace):
     paths = arguments.control or []
     copies = arguments.count if len(paths) > 1 else 1
     control = [image for path in paths for image in [_read_control(path)] * copies] or None
-    names = ("stage", "batch_size", "dtype", "controlnet")
+    names = ("stage", "batch_size", "dtype", "controlnet", "quantize")
     model = load(arguments.path, sampler=changes, **{name: getattr(arguments, name) for name in names})
     prompts = [prompt for prompt in prompts for _ in range(arguments.count)]
     for repeat in range(arguments.repeats + 1):
         images = model(prompts, seed=arguments.seed, control=control, control_scale=arguments.control_scale)
         parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in model.seconds.items())
         compiled = " with compiling" if repeat == 0 else ""
-        print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {model.sampler.nfe} network calls each")
+        calls = f"{model.sampler.nfe or 'as many as it takes of'} network calls each"
+        print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {calls}")
     columns = min(len(images), 8)
     Image.fromarray(metrics.grid(images, columns)).save(out)
     print(out)

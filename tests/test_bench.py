@@ -43,7 +43,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         distance = dict(name="lpips", weights=str(tmp_path / "lpips.npz"), size=16)
     config = make_config(name, distance)
     recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path)
-    params, batch = random_weights(experiment.make_network(config).abstract), bench_parts.random_batch(config, 4)
+    params, batch = random_weights(experiment.make_network(config).abstract), bench_parts.random_batch(config, "dmd", 4)
     state = recipe.init(params)
     drawn = []
     right = sharding.Parallel.split
@@ -74,7 +74,7 @@ def test_products_are_counted_with_their_repetitions():
         x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, length=3)[0]
         return jax.jit(lambda x: jax.lax.conv(x[None, None], kernel, (1, 1), "SAME"))(x) + (x @ x)[None, None]
 
-    found = bench.products(jax.make_jaxpr(program)(jnp.ones((4, 4)), jnp.ones((1, 1, 3, 3))).jaxpr)
+    found = bench_parts.products(jax.make_jaxpr(program)(jnp.ones((4, 4)), jnp.ones((1, 1, 3, 3))).jaxpr)
     assert sorted((p.name, n) for (p, *_), n in found.items()) == [("conv_general_dilated", 1), ("dot_general", 4)]
 
 
@@ -119,6 +119,21 @@ def test_one_step_and_the_teacher_are_timed(toy):
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
 
 
+def test_one_unet_and_two_are_timed(toy, monkeypatch, capsys):
+    decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
+    found = bench_sd.stack(toy, TEXT_ENCODER, decoder, batch_size=1, repeats=2)
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.make_network(toy).abstract))
+    lacking = 4 * 16 * 9 + 16 + 2 * 16 + 16 * 4 * 9 + 4  # conv_in, conv_norm_out, conv_out
+    assert found.parameters == (count, 2 * count - lacking)
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
+
+    monkeypatch.setattr(bench_sd, "stack", lambda *_, **__: bench_sd.Stacked([1.0], [2.0], [5.0], [3.0], parameters=(7, 13)))
+    bench.stack(bench.parse(["stack", "--network=coco:tiny"]))
+    printed = capsys.readouterr().out
+    assert "1.500 (1.500 to 1.500) times as long from text to image; the network alone 2.500" in printed
+    assert "two in series, 13 parameters: 5.000" in printed
+
+
 @pytest.mark.parametrize(("nfe", "images", "networks"), [(51, "34.667", "102.000"), (3, "2.667", "6.000")])
 def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, capsys):
     monkeypatch.setattr(bench_sd, "sample", lambda *_, **__: bench_sd.Sampled([1.0], [2.0], [12.0], [3.0], calls=3, nfe=nfe))
@@ -129,10 +144,10 @@ def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, c
 
 
 def test_the_step_is_lowered_for_devices_that_are_not_there(toy, tmp_path, capsys, monkeypatch):
-    bench_parts.write_files(toy, tmp_path)
+    bench_parts.write_files(toy, "dmd", tmp_path)
     toy.dmd.batch_size = 64
     toy.dmd.recipe.ema_decay = 0.5
-    found = bench_sd.lower(toy, tmp_path, devices=64, fsdp=8)
+    found = bench_sd.lower(toy, "dmd", tmp_path, devices=64, fsdp=8)
     assert '"data"=8, "fsdp"=8' in found.text and "64x77x32xf16" in found.text
 
     parallel = sharding.Parallel(sharding.make_mesh(data=1, fsdp=8))
@@ -151,13 +166,34 @@ def test_the_step_is_lowered_for_devices_that_are_not_there(toy, tmp_path, capsy
     assert "fsdp=64: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stack", [1, 2])
+@pytest.mark.parametrize("recipe", ["reflow", "distil"])
+def test_other_stages_are_lowered(toy, tmp_path, recipe, stack):
+    toy.flow = dict(program="train", process=dict(name="RectifiedFlow"), prediction="flow", network=dict(toy.network, stack=stack))
+    toy.flow.recipe = dict(name=recipe, optimizer=dict(learning_rate=1e-6, warmup_steps=1), ema_decay=0.9)
+    toy.flow.update(data=dict(pairs=dict(toy.dmd.data.pairs, batch_size=16)), batch_size=8)
+    if recipe == "distil":
+        toy.flow.recipe.distance = toy.dmd.recipe.distance
+    toy.stages = (*toy.stages, "flow")
+    bench_parts.write_files(toy, "flow", tmp_path)
+    found = bench_sd.lower(toy, "flow", tmp_path, devices=8, fsdp=2)
+    assert "16x77x32xf16" in found.text and "8x77x32xf16" not in found.text
+    parts = bench_sd.at_rest(found.state, 1)
+    names = {"generator", "Adam", "running mean"} | ({"lpips", "decoder"} if recipe == "distil" else set())
+    assert {name for name, size in parts.items() if size} == names
+    abstract = experiment.make_network(toy, "flow").abstract
+    assert parts["generator"] == sum(4 * a.size for a in jax.tree.leaves(abstract)) and ("units" in abstract) == (stack > 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("forward --network=cifar10", "the network of cifar10 is unet_edm.ddpmpp, expected unet_sd.unet; use --network=coco."),
         ("forward --repeats=0", "repeats is 0 and batch_size 1; expected at least 1."),
         ("sample --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
-        ("lower --network=coco:guidance8", "the config has no stage 'dmd'; use another variant."),
+        ("stack --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
+        ("lower --network=coco:guidance8", "the config trains no stage 'dmd'; there are: dmd_1, dmd_2, "),
+        ("lower --network=coco --stage=teacher", "the config trains no stage 'teacher'; there are: dmd."),
         ("lower --network=coco --fsdp=7", "devices 64 are not divisible by fsdp 7; change one of them."),
         ("step --network=coco:tiny --against=torch", "--against=torch knows the networks of unet_edm alone"),
     ],

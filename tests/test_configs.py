@@ -6,9 +6,10 @@ import pytest
 from dmd_jax import bench, experiment, main
 
 NAMES = (
-    *("digits", "digits:no_matching", "digits:no_regression", "digits:smoke", "fashion_mnist", "fashion_mnist:small"),
-    *("cifar10", "cifar10:uncond", "imagenet64", "imagenet64:stochastic"),
-    *("twemoji", "twemoji:small", "coco", "coco:guidance8", "coco:tiny"),
+    *("digits", "digits:no_matching", "digits:no_regression", "digits:smoke", "digits:instaflow", "digits:smoke_instaflow"),
+    *("fashion_mnist", "fashion_mnist:small", "cifar10", "cifar10:uncond", "cifar10:rectified_flow"),
+    *("imagenet64", "imagenet64:stochastic", "twemoji", "twemoji:small"),
+    *("coco", "coco:guidance8", "coco:tiny", "coco:instaflow", "coco:instaflow_1_7b", "coco:tiny_instaflow"),
 )
 
 
@@ -59,12 +60,17 @@ def test_the_published_schedule_of_guidance_8():
     assert stages[7].recipe.matching_levels == (20, 500) and stages[6].recipe.matching_levels == (20, 980)
 
 
-@pytest.mark.parametrize(("name", "devices"), [("coco", 72), ("coco", 8), ("coco:guidance8", 80), ("coco:guidance8", 8)])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("coco", 72), ("coco", 8), ("coco:guidance8", 80), ("coco:guidance8", 8), ("coco:instaflow", 64), ("coco:instaflow_1_7b", 64)],
+)
 def test_every_batch_can_be_shared(name, devices):
-    """By as many devices as the paper had, and by one box."""
+    """By as many devices as the paper had, where that is known, and by one box."""
     config = bench.load_config(name)
-    batches = [config.text.batch_size, config.features.batch_size, config.pairs.batch_size, config.evaluate.batch_size]
-    for settings in (config[stage] for stage in config.stages if config[stage].program == "train"):
+    stages = [config[stage] for stage in config.stages]
+    batches = [config.text.batch_size, config.features.batch_size, config.evaluate.batch_size]
+    batches += [settings.batch_size for settings in stages if settings.program == "pairs"]
+    for settings in (settings for settings in stages if settings.program == "train"):
         batches += [settings.batch_size, settings.preview_images, settings.data.pairs.get("batch_size", settings.batch_size)]
     assert not [n for n in batches if n % devices]
 
@@ -78,3 +84,31 @@ def test_stable_diffusion_at_the_papers_settings():
     assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay, recipe.optimizer.clip) == (1e-5, 0.01, 10.0)
     assert config.teacher.sampler.to_dict() == dict(name="pndm", num_steps=50, guidance_scale=3.0)
     assert sum(a.size for a in jax.tree.leaves(experiment.make_network(config).abstract)) == 859_520_964
+
+
+def test_instaflow_at_the_papers_settings():
+    """InstaFlow, arXiv 2309.06380: what is published of the recipe, and the sizes of both generators."""
+    config, large = bench.load_config("coco:instaflow"), bench.load_config("coco:instaflow_1_7b")
+    assert config.teacher.sampler.to_dict() == dict(name="dpm_solver_pp", num_steps=25, guidance_scale=5.0, last="sigma_min")
+    assert config.pairs.count == config.flow_pairs.count == 1_600_000 and config.flow_pairs.teacher == "reflow_2"
+    assert config.reflow_2.sampler.to_dict() == dict(name="euler", num_steps=25, guidance_scale=1.5)
+    phases = [(c[name].batch_size, c[name].num_steps) for c in (config, large) for name in ("reflow_1", "reflow_2", "distil_1", "distil_2")]
+    assert phases[:4] == [(64, 70_000), (1024, 70_000 + 25_000), (1024, 21_500), (1024, 21_500 + 18_000)]
+    assert phases[6:] == [(64, 110_000), (320, 110_000 + 2_500)]
+    assert [config[name].recipe.distance.name for name in ("distil_1", "distil_2")] == ["squared_error", "lpips"]
+    optimizer = config.reflow_1.recipe.optimizer
+    assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.clip, config.reflow_1.recipe.ema_decay) == (1e-6, 1000, 1.0, 0.9999)
+    sizes = [sum(a.size for a in jax.tree.leaves(experiment.make_network(c, "distil_2").abstract)) for c in (config, large)]
+    assert sizes == [859_520_964, 1_719_017_924]
+
+
+def test_rectified_flow_at_the_papers_settings():
+    """Liu et al., arXiv 2209.03003, and its public code."""
+    config = bench.load_config("cifar10:rectified_flow")
+    assert config.teacher.recipe.ema_decay == 0.999999 and config.reflow_1.recipe.ema_decay == config.distil.recipe.ema_decay == 0.9999
+    for stage in (config.teacher, config.reflow_1, config.distil):
+        optimizer = stage.recipe.optimizer
+        assert (stage.batch_size, stage.num_steps, stage.recipe.ema_warmup) == (128, 1_300_000, 10)
+        assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.clip, optimizer.weight_decay) == (2e-4, 5000, 1.0, 0.0)
+    assert config.teacher.sampler.to_dict() == dict(name="rk45", rtol=1e-5, atol=1e-5)
+    assert config.teacher_pairs.count == 1_000_000 and config.distil.recipe.distance.name == "lpips"

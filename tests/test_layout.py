@@ -8,14 +8,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 CHAIN = (  # a module imports none of its own line, nor of those above it
     {"main", "bench"},
-    {"train", "convert", "embed", "pairs", "evaluate", "export", "sample"},
+    {"train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "sample"},
     {"recipes"},
     {"losses", "samplers"},
     {"denoiser"},
+    {"ode"},
     {"process"},
 )
-STAGES = {"main", "bench", "train", "convert", "embed", "pairs", "evaluate", "export", "sample", "experiment"}
-MATHEMATICS = {"process", "denoiser", "samplers", "losses"}
+STAGES = {"main", "bench", "train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "sample", "experiment"}
+MATHEMATICS = {"process", "ode", "denoiser", "samplers", "losses"}
 
 
 def imported(tree):

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
+from dmd_jax import samplers
 
 PROCESSES = (process_lib.EDM(), process_lib.VP(), process_lib.RectifiedFlow())
 EDM_LEVELS = {0: 0.002, 1: 0.00205020, 20: 0.00323159, 100: 0.0167514, 300: 0.319434, 500: 2.526508, 700: 12.44353}
@@ -138,3 +140,51 @@ def test_add_noise_has_a_time_per_image(process):
     t = process.level(jnp.array([20, 500, 999]))
     expected = [process.alpha(t)[i] * x[i] + process.sigma(t)[i] * eps[i] for i in range(3)]
     chex.assert_trees_all_close(process_lib.add_noise(process, x, eps, t), np.stack(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_time_of_a_ratio(process):
+    """The inverse of sigma / alpha, at all levels, between them and beyond."""
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.float64, 1e-12)):
+        with jax.enable_x64(True):
+            t = process.level(jnp.arange(process_lib.NUM_LEVELS)).astype(dtype)
+            t = jnp.concatenate([t, (t[1:] + 2 * t[:-1]) / 3])
+            found = jax.jit(process.at_ratio)(process.sigma(t) / process.alpha(t))
+        np.testing.assert_allclose(found, t, rtol=tolerance, atol=tolerance * process.t_max)
+        assert found.dtype == dtype
+    none, most = process.at_ratio(jnp.array([0.0, jnp.inf]))
+    assert process.sigma(none[None]) == 0 and most == process.t_max
+
+
+def test_the_time_of_a_ratio_by_itself():
+    np.testing.assert_allclose(process_lib.EDM().at_ratio(jnp.array([0.5, 81])), [0.5, 80])
+    np.testing.assert_allclose(process_lib.VP().at_ratio(jnp.array(list(RATIO.values()))), list(RATIO), atol=0.1)
+    np.testing.assert_allclose(process_lib.RectifiedFlow().at_ratio(jnp.array([0.25, 3])), [0.2, 0.75], rtol=1e-6)
+
+
+def test_rectified_flow_in_the_papers_time():
+    """t = 0 is noise X_0 and t = 1 data X_1."""
+    process, rng = process_lib.RectifiedFlow(), np.random.default_rng(0)
+    x0, x1 = rng.standard_normal((2, 5, 2, 2, 1), dtype=np.float32)
+    t = np.float32([0, 0.1, 0.4, 0.75, 1])[:, None, None, None]
+    seen = []
+
+    def unet(params, x, label, cond):  # that predicts -v
+        jax.debug.callback(lambda label: seen.append(label), label)
+        return params * x + label[:, None, None, None] / 1000
+
+    denoise = denoiser_lib.Denoiser(unet, process, denoiser_lib.flow)
+    x_t = process_lib.add_noise(process, x1, x0, jnp.asarray(1 - t.ravel()))
+    np.testing.assert_allclose(x_t, t * x1 + (1 - t) * x0, atol=1e-6)
+    _, target = denoise.output_and_target(0.3, x1[1:-1], x0[1:-1], jnp.asarray(1 - t.ravel()[1:-1]))
+    np.testing.assert_allclose(target, -(x1 - x0)[1:-1], atol=1e-5)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen.pop(), 1000 * (1 - t.ravel()[1:-1]), rtol=1e-6)
+
+    x = samplers.euler(denoise, process, num_steps=3).sample(0.3, jnp.asarray(x0), None)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, np.repeat(np.float32([[1000], [666.67], [333.33]]), 5, axis=1), atol=0.005)
+    z = x0
+    for i in range(3):
+        z = z + -(0.3 * z + (1 - i / 3)) / 3
+    np.testing.assert_allclose(x, z, atol=1e-6)

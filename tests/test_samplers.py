@@ -124,14 +124,22 @@ def test_heun_is_of_second_order():
 
 SD15 = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)  # of its scheduler
 DDIM, PNDM = dict(SD15, set_alpha_to_one=False, clip_sample=False), dict(SD15, set_alpha_to_one=False, skip_prk_steps=True)
+SIGMA_MIN = dict(SD15, final_sigmas_type="sigma_min")
 SCHEDULERS = {  # ours and diffusers'
     "leading": (samplers.ddim, dict(spacing="leading"), "DDIMScheduler", DDIM),
     "trailing": (samplers.ddim, dict(spacing="trailing"), "DDIMScheduler", DDIM | dict(timestep_spacing="trailing")),
     "linspace": (samplers.ddim, dict(spacing="linspace"), "DPMSolverMultistepScheduler", SD15 | dict(solver_order=1)),
     "pndm": (samplers.pndm, {}, "PNDMScheduler", PNDM),
     "dpm_solver_pp": (samplers.dpm_solver_pp, {}, "DPMSolverMultistepScheduler", SD15),
+    "sigma_min": (
+        samplers.dpm_solver_pp,
+        dict(last="sigma_min"),
+        "DPMSolverMultistepScheduler",
+        SD15 | dict(final_sigmas_type="sigma_min"),
+    ),
     "euler": (samplers.euler, {}, "EulerDiscreteScheduler", SD15),
 }
+CASES = sorted({*itertools.product(SCHEDULERS, (1, 2, 4, 7, 20, 50)), *(("sigma_min", n) for n in (10, 14, 15, 25))} - {("pndm", 1)})
 Z = np.random.default_rng(0).standard_normal((2, 3, 3, 2), np.float32)
 
 
@@ -182,7 +190,7 @@ def test_timesteps_are_those_of_diffusers(name):
         assert (np.diff(grid) <= 0).all() and (VP.sigma(grid[:-1]) > 0).all()
 
 
-@pytest.mark.parametrize(("name", "num_steps"), sorted({*itertools.product(SCHEDULERS, (1, 2, 4, 7, 20, 50))} - {("pndm", 1)}))
+@pytest.mark.parametrize(("name", "num_steps"), CASES)
 def test_what_the_network_sees_and_the_result_are_those_of_diffusers(name, num_steps):
     seen, expected = [], []
     x, nfe = ours(name, num_steps, see=lambda *call: seen.append(call))
@@ -196,7 +204,7 @@ def test_what_the_network_sees_and_the_result_are_those_of_diffusers(name, num_s
         assert difference(x_t, expected_x_t) < tolerance
 
 
-@pytest.mark.parametrize("name", ["leading", "trailing", "linspace", "dpm_solver_pp", "euler"])
+@pytest.mark.parametrize("name", ["leading", "trailing", "linspace", "dpm_solver_pp", "sigma_min", "euler"])
 def test_networks_of_v_are_sampled_as_by_diffusers(name):
     assert difference(ours(name, 7, denoiser_lib.v)[0], theirs(name, 7, prediction_type="v_prediction")) < 1e-5
 
@@ -217,6 +225,8 @@ def test_float64_on_eight_devices_agrees_with_diffusers(name):
         ("leading", dict(set_alpha_to_one=True)),
         ("pndm", dict(set_alpha_to_one=True)),
         ("dpm_solver_pp", dict(final_sigmas_type="sigma_min")),
+        ("sigma_min", dict(final_sigmas_type="zero")),
+        ("sigma_min", dict(euler_at_final=True)),
         ("dpm_solver_pp", dict(solver_order=1)),
         ("dpm_solver_pp", dict(solver_type="heun")),
         ("euler", dict(timestep_spacing="leading")),
@@ -258,11 +268,57 @@ def test_dpm_solver_pp_has_finite_gradients(num_steps):
     assert all(np.isfinite(a).all() and np.any(a) for a in jax.tree.leaves(values))
 
 
+FLOW = process_lib.RectifiedFlow()
+MEAN, SPREAD = (np.linspace(a, b, 32, dtype=np.float32).reshape(1, 4, 4, 2) for a, b in ((1, -0.5), (0.1, 0.8)))
+
+
+def flow_velocity(t, x):
+    """The exact dx/dt of the rectified flow between N(0, 1) and N(MEAN, SPREAD^2), [B, 4, 4, 2]."""
+    slope = (t - (1 - t) * SPREAD**2) / ((1 - t) ** 2 * SPREAD**2 + t**2)
+    return slope * (x - (1 - t) * MEAN) - MEAN
+
+
+def flow_denoiser(params, x_t, t, cond):
+    t = process_lib.expand(t, x_t)
+    return x_t - t * flow_velocity(t, x_t)
+
+
+def test_rk45_is_scipys():
+    """As in the public code, but for the end of time; on eight devices, each image with steps of its own."""
+    solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
+    z = np.random.default_rng(1).standard_normal((12, 4, 4, 2), np.float32) * np.float32(np.linspace(0.3, 2, 12))[:, None, None, None]
+    inputs = dict(z=z, key=np.zeros((12, 2), np.uint32), cond=np.zeros(12, np.int32))
+    sampler = samplers.rk45(flow_denoiser, FLOW)
+    run = lambda sampler: sampling.make_sample(sampler, sharding.Parallel(sharding.make_mesh()), 16)({}, inputs)
+    x, calls = run(sampler), run(sampler._replace(sample=sampler.count))
+
+    network = jax.jit(flow_denoiser)  # float32: its rounding decides on the length of steps whose error is next to nothing
+    denoise = lambda t, x: network(None, np.float32(x).reshape(1, 4, 4, 2), np.float32([t]), None).__array__().ravel()
+    for row, found, count in zip(z, x, calls, strict=True):
+        theirs = solve_ivp(lambda t, x: (x - denoise(t, x)) / t, (1, 1e-3), row.ravel().astype(float), rtol=1e-5, atol=1e-5)
+        assert count == theirs.nfev + 1
+        np.testing.assert_allclose(found.ravel(), denoise(1e-3, theirs.y[:, -1]), atol=1e-6)
+    assert sampler.nfe is None and len(set(calls.tolist())) > 1
+    np.testing.assert_allclose(x, MEAN + SPREAD * z, atol=5e-4)  # the tolerance is of a step
+
+
+def test_the_end_of_rk45():
+    """The last step to t = 0 is off by T_MIN^2 / 2 times the acceleration, z / SPREAD there; with no such step it would be far more."""
+    with jax.enable_x64(True):
+        z = jax.random.normal(jax.random.key(0), (4, 4, 4, 2))
+        x = samplers.rk45(flow_denoiser, FLOW, rtol=1e-7, atol=1e-7).sample(None, z, None)
+    np.testing.assert_allclose(np.abs(x - (MEAN + SPREAD * z)), 0, atol=1.2 * 0.5e-6 / SPREAD.min() * np.abs(z).max())
+    assert 1e-3 * np.abs(flow_velocity(0, MEAN + SPREAD * z)).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("make", "process", "settings", "message"),
     [
         (samplers.pndm, EDM, dict(num_steps=20), "pndm needs the process VP, got EDM; use euler or heun"),
         (samplers.dpm_solver_pp, process_lib.RectifiedFlow(), dict(num_steps=20), "got RectifiedFlow"),
+        (samplers.dpm_solver_pp, VP, dict(num_steps=20, last="first"), "no end 'first' of dpm_solver_pp; there are: zero, sigma_min"),
+        (samplers.rk45, EDM, {}, "rk45 needs the process RectifiedFlow, got EDM"),
+        (samplers.straightness, VP, {}, "straightness needs the process RectifiedFlow, got VP"),
         (samplers.ddim, VP, dict(num_steps=20, spacing="karras"), "no spacing 'karras'; there are: leading"),
         (samplers.ddim, VP, dict(num_steps=0, spacing="leading"), "num_steps is 0, expected 1 to 999"),
         (samplers.euler, VP, dict(num_steps=1001), "num_steps is 1001, expected 1 to 999"),

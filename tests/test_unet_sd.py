@@ -227,6 +227,61 @@ def test_parity_would_show_mistakes(monkeypatch, params, inputs, output, mistake
     assert moved > 10 * TOLERANCE
 
 
+def stacked(kind, n):
+    """Of UNets of diffusers in series: the outer layers of the first and the last alone are left, and weights differ from unit to unit."""
+    units = [diffusers_unet(**SETTINGS[kind]) for _ in range(n)]
+    for i, unit in enumerate(units):
+        for parameter in unit.parameters():
+            parameter.data = parameter.data.roll(i)
+        if i > 0:
+            unit.conv_in = torch.nn.Identity()
+        if i < n - 1:
+            unit.conv_norm_out = unit.conv_act = unit.conv_out = torch.nn.Identity()
+    return torch.nn.ModuleDict({"units": torch.nn.ModuleList(units)})
+
+
+@pytest.mark.parametrize(("kind", "n"), [("sd1", 2), ("sd2", 3)])
+def test_parity_of_a_stack(kind, n, inputs):
+    oracle, network, (x, noise, cond) = stacked(kind, n), make(kind, stack=n), inputs[kind]
+    params, expected = params_of(oracle, network), test_features.nchw(x)
+    with torch.no_grad():
+        for unit in oracle["units"]:
+            expected = unit(expected, torch.from_numpy(noise), torch.from_numpy(cond)).sample
+    apply = jax.jit(network.apply)
+    assert error(apply(params, x, noise, cond), nhwc(expected)) < TOLERANCE
+    units, blocks = params["units"], ("down_blocks", "mid_block", "up_blocks")
+    swapped = units["0"] | {name: units["1"][name] for name in blocks}, units["1"] | {name: units["0"][name] for name in blocks}
+    labels = [units[i] | {"time_embedding": units["0"]["time_embedding"]} for i in ("0", "1")]
+    for wrong in (swapped, labels):
+        moved = apply({"units": units | dict(zip(("0", "1"), wrong, strict=True))}, x, noise, cond)
+        assert error(moved, nhwc(expected)) > 10 * TOLERANCE
+
+
+def test_a_stack_grows_from_one_unet(params):
+    network, one = make("sd1", stack=3), params["sd1"]
+    grown = network.grow(one)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grown, network.abstract)
+    lacking = [("conv_norm_out", "conv_out"), ("conv_in", "conv_norm_out", "conv_out"), ("conv_in",)]
+    for unit, names in zip(grown["units"].values(), lacking, strict=True):
+        chex.assert_trees_all_equal(unit, {name: part for name, part in one.items() if name not in names})
+    assert make("sd1").grow is None
+
+    other = {name: part for name, part in one.items() if name != "mid_block"} | {"new": one["conv_in"], "conv_out": one["conv_in"]}
+    for wrong, problems in (
+        (other, (r"missing mid_block\.resnets", r"unused new\.kernel", r"conv_out\.bias has shape \(16,\), expected \(4,\)")),
+        (grown, (r"missing conv_in\.kernel", r"unused units\.0\.conv_in\.kernel")),
+    ):
+        for problem in problems:
+            with pytest.raises(ValueError, match=f"^a stack of UNets grows from the parameters of one .*{problem}"):
+                network.grow(wrong)
+
+
+def test_parameters_of_instaflows_stack():
+    network, one = unet_sd.unet(stack=2), unet_sd.unet()
+    assert sum(a.size for a in jax.tree.leaves(network.abstract)) == 1_719_017_924
+    chex.assert_trees_all_equal(network.grow(one.abstract), network.abstract)
+
+
 @pytest.fixture(scope="module")
 def full():
     return unet_sd.unet()
@@ -279,12 +334,22 @@ def test_bfloat16_is_close_and_its_embedding_is_float32(one_level):
     assert error(jax.jit(half.apply)(params, x, noise[::-1], cond), output) > 1e-3
 
 
+@pytest.mark.parametrize("stack", [1, 2])
 @pytest.mark.parametrize("remat", [True, "dots_with_no_batch_dims_saveable"])
-def test_remat_is_block_by_block(one_level, remat):
-    _, params, inputs = one_level
-    text = str(jax.make_jaxpr(unet_sd.unet(**ONE_LEVEL, remat=remat).apply)(params, *inputs))
-    assert text.count("= remat") == 9  # residual blocks and transformers
-    assert text.count("policy=None") == 9 * (remat is True)
+def test_remat_is_block_by_block(one_level, remat, stack):
+    _, _, inputs = one_level
+    network = unet_sd.unet(**ONE_LEVEL, remat=remat, stack=stack, dtype="bfloat16")
+    text = str(jax.make_jaxpr(network.apply)(network.abstract, *inputs))
+    assert text.count("= remat") == 9 * stack  # residual blocks and transformers
+    assert text.count("policy=None") == 9 * stack * (remat is True)
+
+
+def test_a_stack_in_bfloat16_is_close(one_level):
+    _, params, (x, noise, cond) = one_level
+    network, half = (unet_sd.unet(**ONE_LEVEL, stack=2, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    output = jax.jit(half.apply)(network.grow(params), x, noise, cond)
+    expected = jax.jit(network.apply)(network.grow(params), x, noise, cond.astype(np.float32))
+    assert output.dtype == jnp.float32 and 1e-4 < error(output, expected) < 5e-2
 
 
 def test_remat_changes_no_gradient():
@@ -320,6 +385,7 @@ def test_initial_parameters(one_level):
         (dict(num_heads=(5, 10)), r"^num_heads has 2 values, expected 4: one per level of block_out_channels.$"),
         (dict(norm_num_groups=48), r"^block_out_channels 320 is not divisible by norm_num_groups 48; change one of them.$"),
         (dict(num_heads=(5, 6, 8, 8)), r"^block_out_channels 640 is not divisible by num_heads 6; change one of them.$"),
+        (dict(stack=0), r"^stack is 0, expected 1 or more: the number of UNets in series.$"),
         (dict(remat="dots"), r"^no remat policy 'dots'; use True, False or one of everything_saveable, "),
     ],
 )

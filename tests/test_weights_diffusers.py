@@ -257,6 +257,7 @@ def test_what_is_not_written(plain, copy, tmp_path):
         ("full exists already", "full", plain, params, {}),
         ("none is not a directory; make it first", "none/out", plain, params, {}),
         ("no dtype 'int8'; there are: float32, float16, bfloat16", "out", plain, params, {"dtype": "int8"}),
+        ("no method 'gan'; there are: dmd, distil, reflow", "out", plain, params, {"method": "gan"}),
         ("no finite float16: .*; use another dtype", "out", plain, huge, {"dtype": "float16"}),
         (r"does not fit .*: missing conv_in\.bias; .*unused conv_new", "out", plain, less, {}),
         (r"conv_in\.bias has shape \(4, 4\), expected \(16,\)", "out", plain, other, {}),
@@ -347,7 +348,7 @@ def test_other_bad_parts_are_refused(copy):
         config.write_text(before)
     for values, message in (
         ({"beta_schedule": "linear"}, "beta_schedule is 'linear', expected 'scaled_linear'"),
-        ({"prediction_type": "sample"}, "prediction_type is 'sample', expected epsilon or v_prediction"),
+        ({"prediction_type": "sample"}, "prediction_type is 'sample', expected epsilon, v_prediction or flow_prediction"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, expected False"),
     ):
         change(copy / "scheduler/scheduler_config.json", **(sd.SCHEDULER | values))
@@ -368,7 +369,7 @@ def test_hub(tmp_path, monkeypatch):
     listing += ["unet/diffusion_pytorch_model.non_ema.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     listing += ["unet/diffusion_pytorch_model.fp16.safetensors", "tokenizer/merges.txt", "text_encoder/model.safetensors"]
     found = [list(huggingface_hub.utils.filter_repo_objects(listing, allow_patterns=patterns)) for _, patterns in asked]
-    both = ["unet/config.json", "tokenizer/merges.txt"]
+    both = ["model_index.json", "unet/config.json", "tokenizer/merges.txt"]
     assert sorted(found[0]) == sorted([*both, "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
     assert sorted(found[1]) == sorted([*both, "unet/diffusion_pytorch_model.fp16.safetensors"])
     for name in ("/no/where", "name", "a/b/c", "../name"):

@@ -96,12 +96,12 @@ def draw_captions(path: str | os.PathLike, captioned: dict, credit: str, columns
 
 def _describe(name, result):
     nfe = result["nfe"][name]
-    return f"{name}, {nfe} network call{'s' * (nfe > 1)}"
+    return f"{name}, {nfe:.0f} network call{'s' * (nfe > 1)}"
 
 
 def _costs(name, result):
-    seconds = result["training_seconds"][result["protocol"]["samplers"][name]["stage"]]
-    return str(result["nfe"][name]), f"{1e3 * result['seconds_per_image'][name]:.3f}", f"{seconds:.0f}" if seconds else ""
+    seconds = result["training_seconds"][result["protocol"]["models"][name]["stage"]]
+    return f"{result['nfe'][name]:.0f}", f"{1e3 * result['seconds_per_image'][name]:.3f}", f"{seconds:.0f}" if seconds else ""
 
 
 def _plot(ax, rows, names, title):

@@ -23,12 +23,14 @@ class Network(NamedTuple):
       abstract: the parameters' shapes and dtypes, a nested dict.
       init: `seed -> params`, numpy arrays: the same on every machine, and made without compiling anything.
       bind: `params -> module`, for what else the module can do.
+      grow: `(params of the network that it is made of) -> params`; None if it is made of no other.
     """
 
     apply: Callable
     abstract: dict
     init: Callable
     bind: Callable
+    grow: Callable | None = None
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tuple[str, Callable], ...]) -> Network:

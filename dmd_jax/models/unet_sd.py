@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), diffusers' UNet2DConditionModel.
+"""The UNet of Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), diffusers' UNet2DConditionModel, and stacks of it.
 
 Attribute names are the keys of the checkpoints. The time embedding is float32 whatever the dtype of the trunk; so are the softmax of
 attentions, the statistics of norms and the last convolution.
@@ -9,7 +9,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 from dmd_jax.models import layers
 
@@ -156,6 +156,38 @@ class UNet(Encoder):
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
 
+class Stack(nnx.Module):
+    """UNets in series, the features of each going into the next: of `conv_in` and of `conv_norm_out` and `conv_out` there is one each."""
+
+    def __init__(self, n, **settings):
+        units = [UNet(**settings) for _ in range(n)]
+        for unit in units[:-1]:
+            del unit.conv_norm_out, unit.conv_out
+        for unit in units[1:]:
+            del unit.conv_in
+        self.units = layers.numbered(units)
+
+    def __call__(self, x, noise, cond):
+        units = layers.in_order(self.units)
+        x = units[0].conv_in(x)
+        for unit in units:
+            x = unit.trunk(x, noise, cond)
+        return units[-1].head(x)
+
+
+def _grow(abstract, params):
+    """Parameters of a stack out of those of one UNet, in each unit but for what it lacks; the units share arrays."""
+    units = abstract["units"]
+    one = units["0"] | units[str(len(units) - 1)]
+    expected, found = (traverse_util.flatten_dict(tree, sep=".") for tree in (one, params))
+    problems = [f"missing {path}" for path in expected if path not in found] + [f"unused {path}" for path in found if path not in expected]
+    pairs = {path: (found[path].shape, a.shape) for path, a in expected.items() if path in found}
+    problems += [f"{path} has shape {a}, expected {b}" for path, (a, b) in pairs.items() if a != b]
+    if problems:
+        raise ValueError(f"a stack of UNets grows from the parameters of one with the same settings; these differ: {'; '.join(problems)}.")
+    return {"units": {name: {child: params[child] for child in unit} for name, unit in units.items()}}
+
+
 def skip_channels(widths: tuple[int, ...], layers_per_block: int) -> list[int]:
     """Of each skip of an `Encoder`, in the order of `Encoder.encode`."""
     halved = [[width] * (layers_per_block + 1) for width in widths]
@@ -181,6 +213,7 @@ def unet(
     cross_attention_dim: int = 768,
     use_linear_projection: bool = False,
     norm_num_groups: int = 32,
+    stack: int = 1,
     dtype: str = "float32",
     remat: bool | str = False,
 ) -> layers.Network:
@@ -188,6 +221,11 @@ def unet(
 
     The defaults are those of Stable Diffusion 1.x. 2.x: num_heads (5, 10, 20, 20), cross_attention_dim 1024, use_linear_projection. Any
     height and width will do.
+
+    With `stack` = 2 it is the "Stacked U-Net" of InstaFlow-1.7B (Liu et al., arXiv 2309.06380): two UNets in series with weights of their
+    own, the same label and text for each, and the blocks between them left out that only turn features into latents and back. Which
+    those are is an interpretation, since no code or checkpoint of it is public: the first one's conv_norm_out and conv_out and the
+    second one's conv_in, which leaves 1,719,017,924 parameters.
 
     Args:
       size: usual height and width, which the network does not depend on.
@@ -201,6 +239,7 @@ def unet(
       use_linear_projection: the layers around the transformers are linear instead of 1x1 convolutions, which is the same but for the
         shapes in checkpoints.
       norm_num_groups: of the group normalisations.
+      stack: UNets in series, under "units"; `grow` makes their parameters of those of a single one.
       dtype: of the convolutions and linear layers, but not of the time embedding and the last convolution.
       remat: see `layers.runner`; block by block.
 
@@ -209,9 +248,14 @@ def unet(
     """
     if num_classes:
         raise ValueError(f"num_classes is {num_classes}, expected 0: this network is conditioned on sequences; use unet_edm for labels.")
+    if stack < 1:
+        raise ValueError(f"stack is {stack}, expected 1 or more: the number of UNets in series.")
     settings = module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups)
     settings |= dict(channels=channels, c_cond=cross_attention_dim, linear=use_linear_projection, dtype=jnp.dtype(dtype), remat=remat)
-    return layers.functional(lambda rngs: UNet(rngs=rngs, **settings), INITIALIZERS)
+    if stack == 1:
+        return layers.functional(lambda rngs: UNet(rngs=rngs, **settings), INITIALIZERS)
+    network = layers.functional(lambda rngs: Stack(stack, rngs=rngs, **settings), INITIALIZERS)
+    return network._replace(grow=functools.partial(_grow, network.abstract))
 
 
 def module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups) -> dict:

@@ -1,6 +1,7 @@
 """Directories of Stable Diffusion as diffusers lays them out: a folder per network, with config.json and .safetensors files.
 
-Only those folders count, not what model_index.json says of a pipeline. `diffusers_write` writes such directories.
+Only those folders count, and of model_index.json whether the pipeline is InstaFlow's: the checkpoints of rectified flows have the
+scheduler of Stable Diffusion, which their pipeline passes over. `diffusers_write` writes such directories.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ UNET_FIXED |= dict(mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_fac
 UNET_FIXED |= dict(
     resnet_time_scale_shift="default", resnet_out_scale_factor=1, attention_type="default", conv_in_kernel=3, conv_out_kernel=3
 )
+CONTROL_MORE = ("in_channels", "attention_head_dim", "down_block_types", "conditioning_embedding_out_channels")
+CONTROL_FIXED = UNET_FIXED | dict(conditioning_channels=3, controlnet_conditioning_channel_order="rgb", global_pool_conditions=False)
 KL = ("block_out_channels", "layers_per_block", "latent_channels", "scaling_factor", "norm_num_groups")
 KL_MORE = ("down_block_types", "up_block_types")
 KL_FIXED = dict(in_channels=3, out_channels=3, act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
@@ -35,11 +38,14 @@ HARMLESS |= {"sample_size", "block_out_channels", "addition_embed_type_num_heads
 HARMLESS |= {"latent_magnitude", "latent_shift"}  # of latents stored as bytes
 KINDS = {
     "UNet2DConditionModel": (UNET + UNET_MORE, UNET_FIXED),
+    "ControlNetModel": (UNET + CONTROL_MORE, CONTROL_FIXED),
     "AutoencoderKL": (KL + KL_MORE, KL_FIXED),
     "AutoencoderTiny": (TINY, TINY_FIXED),
 }
 ONE_STEP = "_one_step"  # the mark of a one-step generator in scheduler_config.json; diffusers passes over such names
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}  # F = eps - x, labels 1000 t
+INSTAFLOW = "RectifiedFlowPipeline"  # _class_name in model_index.json
 
 
 def find(name_or_path: str | os.PathLike, variant: str | None = None) -> pathlib.Path:
@@ -67,6 +73,7 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> pathlib
     middle = f".{variant}" if variant else ""
     patterns = [
         "config.json",
+        "model_index.json",
         "README.md",
         "LICEN[CS]E*",
         "tokenizer/*.json",
@@ -94,19 +101,21 @@ def unet(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict
     """
     config, tensors = files.read(directory, "unet", variant)
     config, problems = _checked(directory, "unet", config, "UNet2DConditionModel")
-    for key in ("layers_per_block", "cross_attention_dim", "sample_size"):
-        if isinstance(config[key], tuple) and len(set(config[key])) == 1:
-            config[key] = config[key][0]
-        if not isinstance(config[key], int):
-            problems.append(f"{key} is {config[key]!r}, expected one number")
-    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"])
-    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
-    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
-    problems += _differing(config, {"down_block_types": down, "up_block_types": up, "out_channels": config["in_channels"]})
-    _refuse(directory, "unet", problems)
-    settings = {"name": "unet_sd.unet", "size": config["sample_size"], "channels": config["in_channels"], "num_classes": 0}
-    settings |= {"attention": attention, "num_heads": config["attention_head_dim"]}
-    return settings | {key: config[key] for key in UNET}, tensors
+    settings, more = _encoder(config, ("layers_per_block", "cross_attention_dim", "sample_size"))
+    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(settings["attention"]))
+    more += _differing(config, {"up_block_types": up, "out_channels": config["in_channels"]})
+    _refuse(directory, "unet", problems + more)
+    return {"name": "unet_sd.unet", "size": config["sample_size"], "num_classes": 0} | settings, tensors
+
+
+def controlnet(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
+    """As `unet`, a ControlNet, which usually has a directory of its own."""
+    config, tensors = files.read(directory, "controlnet", variant)
+    config, problems = _checked(directory, "controlnet", config, "ControlNetModel")
+    settings, more = _encoder(config, ("layers_per_block", "cross_attention_dim"))
+    _refuse(directory, "controlnet", problems + more)
+    settings["conditioning_embedding_out_channels"] = config["conditioning_embedding_out_channels"]
+    return {"name": "controlnet.controlnet"} | settings, tensors
 
 
 def vae(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
@@ -135,24 +144,36 @@ def text_encoder(directory: str | os.PathLike, variant: str | None = None) -> tu
 
 
 def scheduler(directory: str | os.PathLike) -> dict:
-    """What the UNet was trained for: {"process": {"name": "VP", "beta_min": ..., "beta_max": ...}, "prediction": "eps" or "v"}.
+    """What the UNet was trained for: {"process": {"name": "VP", "beta_min": ..., "beta_max": ...}, "prediction": "eps" or "v"}, or
+    {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"} where the pipeline is InstaFlow's, and "flow" where
+    scheduler_config.json says so.
 
     Raises:
       ValueError: it is something else.
     """
+    if _is_instaflow(directory):
+        return {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"}
     config = {"prediction_type": "epsilon"} | files.read_json(files.folder(directory, "scheduler") / "scheduler_config.json")
+    if config["prediction_type"] == FLOW["prediction_type"]:
+        _refuse(directory, "scheduler", _missing(config, FLOW) + _differing(config, FLOW))
+        return {"process": {"name": "RectifiedFlow"}, "prediction": "flow"}
     problems = _missing(config, ("beta_schedule", "beta_start", "beta_end"))
     expected = dict(beta_schedule="scaled_linear", num_train_timesteps=1000, trained_betas=None, rescale_betas_zero_snr=False)
     problems += _differing(config, expected)
     if config["prediction_type"] not in PREDICTIONS:
-        problems.append(f"prediction_type is {config['prediction_type']!r}, expected {' or '.join(PREDICTIONS)}")
+        problems.append(f"prediction_type is {config['prediction_type']!r}, expected {', '.join(PREDICTIONS)} or {FLOW['prediction_type']}")
     _refuse(directory, "scheduler", problems)
     process = {"name": "VP", "beta_min": config["beta_start"], "beta_max": config["beta_end"]}
     return {"process": process, "prediction": PREDICTIONS[config["prediction_type"]]}
 
 
 def is_one_step(directory: str | os.PathLike) -> bool:
-    """Whether `diffusers_write` wrote it."""
+    """Whether one step is what its UNet was made for: `diffusers_write` wrote it, or its pipeline is InstaFlow's.
+
+    A 2-rectified flow cannot be told from InstaFlow. Its paper samples it in 25 steps of `euler` with a guidance_scale of 1.5.
+    """
+    if _is_instaflow(directory):
+        return True
     config = files.read_json(files.folder(directory, "scheduler") / "scheduler_config.json")
     return config.get(ONE_STEP) is True
 
@@ -166,6 +187,11 @@ def digest(directory: str | os.PathLike, variant: str | None = None) -> str:
     return sha256.hexdigest()
 
 
+def _is_instaflow(directory):
+    index = pathlib.Path(directory) / "model_index.json"
+    return index.exists() and files.read_json(index).get("_class_name") == INSTAFLOW
+
+
 def _checked(directory, name, config, *classes):
     """`config` with what the first ones lack, and all that is not supported in it."""
     kind = config.get("_class_name")
@@ -177,6 +203,20 @@ def _checked(directory, name, config, *classes):
     others = sorted(config.keys() - {*taken, *fixed, *HARMLESS})
     off = {key: config[key] for key in others if not key.startswith("_") and config[key]}
     return config, _differing(config, fixed) + [f"{key} is {value!r}, expected none" for key, value in off.items()]
+
+
+def _encoder(config, numbers):
+    """Settings of the half that a ControlNet has too, and what is not supported there; `numbers` may come as one per level."""
+    problems = []
+    for key in numbers:
+        if isinstance(config[key], tuple) and len(set(config[key])) == 1:
+            config[key] = config[key][0]
+        if not isinstance(config[key], int):
+            problems.append(f"{key} is {config[key]!r}, expected one number")
+    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"])
+    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
+    settings = {"channels": config["in_channels"], "attention": attention, "num_heads": config["attention_head_dim"]}
+    return settings | {key: config[key] for key in UNET}, problems + _differing(config, {"down_block_types": down})
 
 
 def _missing(config, keys):

@@ -1,7 +1,8 @@
 """A one-step Stable Diffusion as a directory that diffusers opens.
 
 Its scheduler is the one whose default is the very step of the generator: DDIM with "trailing" timesteps, of which a single one is 999, and
-with alpha 1 after the last, makes x_hat = (z - sigma eps) / alpha.
+with alpha 1 after the last, makes x_hat = (z - sigma eps) / alpha; DPM-Solver++ of a flow, whose single step is at the time 1, makes
+x_hat = z - F with the label 1000. Where F = x - eps the last convolution is written with the other sign.
 """
 
 import json
@@ -10,6 +11,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -24,12 +26,11 @@ INDEX = {
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
 }
-SCHEDULER = {
+DDIM = {
     diffusers.ONE_STEP: True,
     "_class_name": "DDIMScheduler",
     "timestep_spacing": "trailing",
@@ -39,10 +40,23 @@ SCHEDULER = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
+FLOW = diffusers.FLOW | {
+    diffusers.ONE_STEP: True,
+    "_class_name": "DPMSolverMultistepScheduler",
+    "solver_order": 1,
+    "flow_shift": 1e17,  # takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64
+    "steps_offset": 1,
+}
+NEGATED = "_negated"  # in scheduler_config.json: whether the last convolution was written with the other sign
+METHODS = {  # by recipe: how a card calls it, and its tags
+    "dmd": ("Distribution Matching Distillation (https://arxiv.org/abs/2311.18828)", "dmd"),
+    "distil": ("distillation on pairs of an ODE as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)", "instaflow"),
+    "reflow": ("reflow as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)", "rectified-flow"),
+}
 CARD = """---
 {front}library_name: diffusers
 pipeline_tag: text-to-image
-tags: [distillation, one-step, dmd, jax]
+tags: [distillation, one-step, {tag}, jax]
 ---
 
 # One-step generator distilled from {base_model}
@@ -55,13 +69,16 @@ image = pipe("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).imag
 ```
 
 Always use `num_inference_steps=1` and `guidance_scale=1.0`, and leave the scheduler as it is. There is no safety checker.
-
-Made with dmd_jax by Distribution Matching Distillation (https://arxiv.org/abs/2311.18828): the UNet was trained to make in one step what
-{base_model} makes in many. The autoencoder, the text encoder and the tokenizer are those of {base_model}.
+{flow}
+Made with dmd_jax by {method}: the UNet was trained to make in one
+step what {base_model} makes in many. The autoencoder, the text encoder and the tokenizer are those of {base_model}.
 
 ## Licence
 
 {licence}
+"""
+CARD_OF_FLOW = """
+The UNet is that of a rectified flow and predicts noise - image: the latents of the image are `z - unet(z, 1000, text)`.
 """
 KNOWN = "This is a derivative of {base_model}, whose licence holds: {name}."
 UNKNOWN = "Unknown: {base_model} came without a statement of its licence. Find out which one holds before you use or pass on this model."
@@ -75,6 +92,8 @@ def write(
     dtype: str = "float32",
     base_model: str | None = None,
     variant: str | None = None,
+    trained_for: dict | None = None,
+    method: str = "dmd",
 ):
     """Writes the directory `out`, whole or not at all.
 
@@ -85,22 +104,24 @@ def write(
       dtype: of the UNet's weights: float32, float16 or bfloat16.
       base_model: the teacher's name, best that on the hub; None: that of its directory.
       variant: of the teacher's weight files.
+      trained_for: process and prediction of the generator, as `diffusers.scheduler` has them; None: those of the teacher.
+      method: the recipe that trained it, one of METHODS.
 
     Raises:
-      ValueError: `out` is not empty, the teacher's directory is not complete, or the parameters do not fit it or `dtype`.
+      ValueError: `out` is not empty, the teacher's directory is not complete, the parameters do not fit it or `dtype`, or diffusers has
+        no such step.
     """
+    check_vacant(out)
     out, teacher = pathlib.Path(out), pathlib.Path(teacher)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already; choose another directory.")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out.absolute().parent} is not a directory; make it first.")
-    if dtype not in DTYPES:
-        raise ValueError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
+    for name, value, choices in (("dtype", dtype, DTYPES), ("method", method, METHODS)):
+        if value not in choices:
+            raise ValueError(f"no {name} {value!r}; there are: {', '.join(choices)}.")
     if missing := [name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (teacher / name).is_dir()]:
         raise ValueError(f"{teacher} has no {'/, '.join(missing)}/; expected a whole directory in the layout of diffusers.")
     (unet_config, expected), (vae_config, _) = (files.read(teacher, name, variant) for name in ("unet", "vae"))
-    process = diffusers.scheduler(teacher)
-    tensors = _unet(params, expected, DTYPES[dtype])
+    trained_for = trained_for or diffusers.scheduler(teacher)
+    scheduler = _scheduler(trained_for["process"], trained_for["prediction"])
+    tensors = _unet(params, trained_for["prediction"], expected, DTYPES[dtype])
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         new = pathlib.Path(folder, "model")
         (new / "unet").mkdir(parents=True)
@@ -112,17 +133,20 @@ def write(
         for file in (*teacher.glob("tokenizer/*.json"), *teacher.glob("tokenizer/*.txt")):
             shutil.copy(file, new / "tokenizer")
         (new / "scheduler").mkdir()
-        _write_json(new / "scheduler/scheduler_config.json", SCHEDULER | _noise(process))
-        _write_json(new / "model_index.json", INDEX | {"vae": ["diffusers", vae_config["_class_name"]]})
+        _write_json(new / "scheduler/scheduler_config.json", scheduler)
+        classes = {"vae": vae_config["_class_name"], "scheduler": scheduler["_class_name"]}
+        _write_json(new / "model_index.json", INDEX | {name: ["diffusers", kind] for name, kind in classes.items()})
         for file in _licence_files(teacher):
             shutil.copy(file, new / file.name)
-        (new / "README.md").write_text(_card(teacher, base_model or teacher.absolute().name))
+        (new / "README.md").write_text(_card(teacher, base_model or teacher.absolute().name, method, scheduler))
         new.rename(out)
 
 
-def _unet(params, expected, dtype):
-    """PyTorch's tensors with the names and shapes of the teacher's."""
+def _unet(params, prediction, expected, dtype):
+    """PyTorch's tensors with the names and shapes of the teacher's; what they make has diffusers' sign."""
     tensors, shapes = convert.to_torch(params), {name: expected.shape(name) for name in expected}
+    if prediction == "flow_to_data":
+        tensors |= {name: -tensor for name, tensor in tensors.items() if name.startswith("conv_out.")}
     problems = [f"missing {name}" for name in shapes if name not in tensors] + [f"unused {name}" for name in tensors if name not in shapes]
     if not problems:
         differing = [name for name, shape in shapes.items() if _plain(tensors[name].shape) != _plain(shape)]
@@ -141,30 +165,40 @@ def _plain(shape):
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _copy_network(source, target, variant):
-    """config.json and weight files, which lose their variant's name.
-
-    transformers would load halved weights as they are, diffusers the UNet in float32; the two do not go together.
-    """
+def _copy_config(source, target):
+    """transformers would load halved weights as they are, diffusers the UNet in float32; the two do not go together."""
     target.mkdir()
     config = {key: value for key, value in files.read_json(source / "config.json").items() if key != "dtype"}
     _write_json(target / "config.json", config | ({"torch_dtype": "float32"} if "model_type" in config else {}))
+
+
+def _copy_network(source, target, variant):
+    """config.json and weight files, which lose their variant's name."""
+    _copy_config(source, target)
     chosen, parts = files.weight_files(source, variant)
     for file in {chosen, *parts}:
         name = re.sub(r"\.safetensors\.index\.\w+\.json$", ".safetensors.index.json", file.name) if file == chosen else file.name
         shutil.copy(file, target / re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name))
 
 
-def _noise(process):
-    prediction = next(name for name, ours in diffusers.PREDICTIONS.items() if ours == process["prediction"])
-    return {"beta_start": process["process"]["beta_min"], "beta_end": process["process"]["beta_max"], "prediction_type": prediction}
+def _scheduler(process, prediction):
+    """The content of scheduler_config.json."""
+    of_vp = {ours: theirs for theirs, ours in diffusers.PREDICTIONS.items()}
+    if process["name"] == "VP" and prediction in of_vp:
+        return DDIM | {"beta_start": process["beta_min"], "beta_end": process["beta_max"], "prediction_type": of_vp[prediction]}
+    if process["name"] == "RectifiedFlow" and prediction in ("flow", "flow_to_data"):
+        return FLOW | {NEGATED: prediction == "flow_to_data"}
+    raise ValueError(
+        f"diffusers has no scheduler for the process {process['name']} with the prediction {prediction!r}; expected VP with "
+        f"{' or '.join(of_vp)}, or RectifiedFlow with flow or flow_to_data."
+    )
 
 
 def _licence_files(teacher):
     return [file for file in sorted(teacher.iterdir()) if file.is_file() and re.match(r"licen[cs]e", file.name, re.IGNORECASE)]
 
 
-def _card(teacher, base_model):
+def _card(teacher, base_model, method, scheduler):
     """The README.md, with what the teacher's says of its licence."""
     readme = teacher / "README.md"
     header = re.match(r"---\n(.*?)\n---", readme.read_text() if readme.is_file() else "", re.DOTALL)
@@ -172,9 +206,75 @@ def _card(teacher, base_model):
     name = ", ".join([*(line.split(":", 1)[1].strip() for line in lines), *(file.name for file in _licence_files(teacher))])
     front = [*lines, f"base_model: {base_model}\nbase_model_relation: finetune"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) else lines
     licence = KNOWN.format(base_model=base_model, name=name) if name else UNKNOWN.format(base_model=base_model)
-    return CARD.format(front="".join(f"{line}\n" for line in front), base_model=base_model, licence=licence)
+    method, tag = METHODS[method]
+    flow = CARD_OF_FLOW if scheduler["_class_name"] == FLOW["_class_name"] else ""
+    front = "".join(f"{line}\n" for line in front)
+    return CARD.format(front=front, base_model=base_model, licence=licence, method=method, tag=tag, flow=flow)
 
 
 def _write_json(path, content):
     content = {key: value for key, value in content.items() if key != "_name_or_path"}
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_changed(
+    out: str | os.PathLike,
+    directory: str | os.PathLike,
+    changed: Mapping[str, Mapping[str, np.ndarray]],
+    others: Mapping[str, pathlib.Path],
+):
+    """Writes `out`, a copy of `directory` with other weights in it, whole or not at all.
+
+    Networks that are not changed are copied as they are, or without their variant's name if they have no other weights. Single files of
+    weights beside the folders are left out: they would be those of before.
+
+    Args:
+      out: must not exist, or be empty.
+      directory: in the layout of diffusers; of any pipeline and scheduler.
+      changed: by folder ("unet", "text_encoder"), all tensors of the network in float32, by the names of `diffusers_files.read`.
+      others: by folder, that of another directory to take in its place.
+
+    Raises:
+      ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not finite.
+    """
+    check_vacant(out)
+    out, directory = pathlib.Path(out), pathlib.Path(directory)
+    sources = {path.name: path for path in sorted(directory.iterdir()) if not path.name.startswith(".")} | dict(others)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
+        new = pathlib.Path(folder, "model")
+        new.mkdir()
+        for name, source in sources.items():
+            if name in changed:
+                _write_network(source, new / name, changed[name])
+            elif source.is_dir() and _only_variant(source):
+                _copy_network(source, new / name, None)
+            elif source.is_dir():
+                shutil.copytree(source, new / name)
+            elif source.suffix not in (".safetensors", ".ckpt", ".bin"):
+                shutil.copy(source, new / name)
+        new.rename(out)
+
+
+def check_vacant(out: str | os.PathLike):
+    """Raises ValueError if a directory `out` cannot be made."""
+    out = pathlib.Path(out).absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already; choose another directory.")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is not a directory; make it first.")
+
+
+def _write_network(source, target, tensors):
+    if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise ValueError(f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; use smaller changes.")
+    _, old = files.read(source.parent, source.name)
+    _copy_config(source, target)
+    file = target / f"{files.STEM.get(target.name, files.DEFAULT_STEM)}.safetensors"
+    safetensors.numpy.save_file({old.places[name][1]: tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def _only_variant(folder):
+    """Whether there are weights, and none but those of a variant."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return False
+    return not re.fullmatch(r"\w+\.safetensors(\.index\.json)?", files.weight_files(folder)[0].name)
