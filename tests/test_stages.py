@@ -329,3 +329,67 @@ def test_images_of_labels(finished):
     np.testing.assert_allclose(model([3], seed=1)[0], images[0], atol=1e-5)
     with pytest.raises(ValueError, match="expected labels from 0 to 9"):
         model(["three"])
+
+
+def as_flow(config, workdir):
+    """Adds a stage `flow`: the teacher as a rectified flow."""
+    shutil.copytree(workdir / "teacher", workdir / "flow")
+    config.flow = dict(config.teacher, process=dict(name="RectifiedFlow"), prediction="rectified", sampler=dict(name="euler", num_steps=4))
+    config.stages = ("teacher", "pairs", "flow", "dmd", "evaluate")
+
+
+def test_further_rows_of_an_evaluation(workdir, capsys):
+    """Another sampler, eight bits, steps without a fixed number; they stand in the order of stages and steps."""
+    config = smoke()
+    as_flow(config, workdir)
+    rows = {
+        "adaptive": dict(name="rk45", rtol=1e-2, atol=1e-2),
+        "eight": dict(name="euler", num_steps=8),
+        "two": dict(name="euler", num_steps=2),
+    }
+    config.evaluate.others = {name: dict(stage="flow", sampler=sampler) for name, sampler in rows.items()}
+    config.evaluate.others.int8 = dict(stage="dmd", sampler=dict(name="one_step"), quantize="int8")
+    config.evaluate.straightness = dict(stages=("teacher", "flow"), num_steps=10, count=32)
+    main.run(config, workdir, "evaluate")
+    result = metrics.read_json(workdir / "evaluation.json")
+    assert list(result["nfe"]) == ["teacher", "dmd", "adaptive", "two", "eight", "int8"]
+    assert (result["nfe"]["two"], result["nfe"]["eight"]) == (2, 8) and 8 < result["nfe"]["adaptive"] < 200
+    assert result["int8"] != result["dmd"] and result["int8"].keys() == result["dmd"].keys()
+    assert result["straightness"]["teacher"] == pytest.approx(result["straightness"]["flow"]) and result["straightness"]["flow"] > 0
+    assert result["training_seconds"]["teacher"] > 0
+    text = capsys.readouterr().out
+    assert "straightness of flow: 0." in text and text.index("adaptive ") < text.index("two ") < text.index("eight ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(others=dict(row=dict(stage="floww", sampler=dict(name="one_step")))),
+            "evaluate.others.row.stage is 'floww', which is no stage",
+        ),
+        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="eulerr", num_steps=1)))), "no sampler 'eulerr', did you mean 'euler'"),
+        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="euler")))), "evaluate.others.row.sampler does not fit: .*num_steps"),
+        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="rk45")))), "rk45 needs the process RectifiedFlow, got EDM"),
+        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="one_step"), quantize="int4"))), "no quantize 'int4'"),
+        (
+            dict(straightness=dict(stages=("pairs",), num_steps=10, count=8)),
+            "evaluate.straightness.stages: pairs is 'pairs', which is no stage",
+        ),
+    ],
+)
+def test_rows_that_cannot_be(changes, message):
+    config = smoke()
+    config.evaluate.update(changes)
+    with pytest.raises(ValueError, match=message):
+        main.check(config)
+
+
+def test_a_flow_is_named_where_it_is_needed():
+    config = smoke()
+    config.dmd.recipe = dict(name="reflow", optimizer=config.dmd.recipe.optimizer, ema_decay=0.0)
+    with pytest.raises(ValueError, match="reflow needs the process RectifiedFlow, got EDM; give it to the stage"):
+        experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(1)), pathlib.Path("nowhere"))
+    config.prediction = "rectified"  # of the teacher: of what?
+    with pytest.raises(ValueError, match="no prediction for EDM 'rectified'"):
+        main.check(config)
