@@ -176,7 +176,7 @@ def _instaflow(config, rounds=2):
 
     names, flow, pairs = ["teacher", "pairs"], "teacher", "pairs"
     for k in range(1, rounds + 1):
-        flow = stage(f"reflow_{k}", dict(name="reflow"), flow, pairs, 1000, dict(name="euler", num_steps=25))
+        flow = stage(f"reflow_{k}", dict(name="reflow"), flow, pairs, 800, dict(name="euler", num_steps=25))
         pairs = f"pairs_{k}"
         config[pairs] = dict(config.pairs.to_dict(), teacher=flow)
         names += [flow, pairs]
@@ -184,6 +184,7 @@ def _instaflow(config, rounds=2):
     for name, start, made in (("distil", flow, pairs), ("direct", "teacher", "pairs")):
         names.append(stage(name, distil, start, made, 400, dict(name="one_step")))
 
+    config.dmd.update(preview_every=200)
     config.stages = (*names, "dmd", "evaluate")
     flows = [name for name in names if name.startswith("reflow")]
     steps = {"teacher": (1, 2, 4, 8)} | dict.fromkeys(flows, (1, 2, 4, 8, 25))

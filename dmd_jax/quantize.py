@@ -51,7 +51,7 @@ def int8(network: layers.Network, params: dict, inputs: tuple) -> tuple[Callable
 
     def build(params, inputs):
         model = qwix.quantize_model(network.bind(params), qwix.PtqProvider([rule]), *inputs, skip_nnx_init=True)
-        for _, module in model.iter_modules():
+        for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.Dict):
                 for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
                     delattr(module, name)  # they would pass for children

@@ -334,6 +334,7 @@ def test_images_of_labels(finished):
 def as_flow(config, workdir):
     """Adds a stage `flow`: the teacher as a rectified flow."""
     shutil.copytree(workdir / "teacher", workdir / "flow")
+    (workdir / "config.json").unlink()
     config.flow = dict(config.teacher, process=dict(name="RectifiedFlow"), prediction="rectified", sampler=dict(name="euler", num_steps=4))
     config.stages = ("teacher", "pairs", "flow", "dmd", "evaluate")
 
@@ -368,7 +369,7 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
             dict(others=dict(row=dict(stage="floww", sampler=dict(name="one_step")))),
             "evaluate.others.row.stage is 'floww', which is no stage",
         ),
-        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="eulerr", num_steps=1)))), "no sampler 'eulerr', did you mean 'euler'"),
+        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="eulerr", num_steps=1)))), r"no sampler 'eulerr' .did you mean 'euler'"),
         (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="euler")))), "evaluate.others.row.sampler does not fit: .*num_steps"),
         (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="rk45")))), "rk45 needs the process RectifiedFlow, got EDM"),
         (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="one_step"), quantize="int4"))), "no quantize 'int4'"),

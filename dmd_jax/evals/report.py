@@ -49,7 +49,7 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
         axes[key].set_title(f"{_describe(name, result)}, {1e3 * result['seconds_per_image'][name]:.3f} ms an image")
         axes[key].axis("off")
     _plot(axes["c"], curves[teacher], ("loss",), f"{teacher}: loss")
-    _plot(axes["d"], curves[student], ("matching", "regression", "fake_score"), f"{student}: losses")
+    _plot(axes["d"], curves[student], ("matching", "regression", "fake_score", "loss"), f"{student}: losses")
     frechet = next(iter(result[student]))
     _plot(axes["e"], curves[student], (frechet,), f"{student}: {frechet} to training images")
     _plot(axes["f"], curves[student], ("precision", "recall", "agreement"), f"{student}: scores")
