@@ -205,9 +205,9 @@ def _override(settings, changes):
     if changes.get("name", settings["name"]) != settings["name"]:
         settings = {key: settings[key] for key in ("num_steps", "guidance_scale") if key in settings}
     settings |= changes
-    if settings["name"] == "one_step" and "num_steps" in changes:
-        raise ValueError(f"num_steps is {changes['num_steps']}, but the sampler is one_step; name another one.")
-    if settings["name"] == "one_step":
+    if settings["name"] in ("one_step", "rk45"):
+        if "num_steps" in changes:
+            raise ValueError(f"num_steps is {changes['num_steps']}, but the sampler is {settings['name']}; name another one.")
         settings.pop("num_steps", None)
     if not 0 <= settings.get("guidance_scale", 1) < math.inf:
         raise ValueError(f"guidance_scale is {settings['guidance_scale']}; expected a number of at least 0.")
@@ -277,7 +277,7 @@ def run(arguments: argparse.Namespace):
         images = model(prompts, seed=arguments.seed, control=control, control_scale=arguments.control_scale)
         parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in model.seconds.items())
         compiled = " with compiling" if repeat == 0 else ""
-        calls = f"{model.sampler.nfe or 'as many as it takes of'} network calls each"
+        calls = f"{model.sampler.nfe} network calls each" if model.sampler.nfe else "as many network calls as it takes"
         print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {calls}")
     columns = min(len(images), 8)
     Image.fromarray(metrics.grid(images, columns)).save(out)
