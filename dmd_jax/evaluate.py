@@ -57,26 +57,15 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
     first = experiment.inputs(config, range(settings.batch_size), conditions)
     for name, model in models.items():
-        denoiser = experiment.make_denoiser(config, model.stage)
-        params = experiment.load_params(config, f"{{workdir}}/{model.stage}", workdir)
-        if model.quantize:
-            denoiser, params = experiment.quantized(config, model.stage, params, first["cond"])
-        null = experiment.null_of(config, model.sampler, workdir)
-        sampler = experiment.build_sampler(denoiser, model.sampler, null, f"the sampler of {name}")
-        sample_latents = sampling.make_sample(sampler, parallel, settings.batch_size)
-        sample = lambda params, inputs, make=sample_latents: decode(make(params, inputs))
-        images[name] = sample(params, first)[:SHOWN]
-        seconds[name] = _seconds_per_image(sample, params, first, settings.timing_repeats)
-        nfe[name] = sampler.nfe
-        if sampler.nfe is None:  # it differs from image to image
-            count = sampling.make_sample(sampler._replace(sample=sampler.count), parallel, settings.batch_size)
-            nfe[name] = float(count(params, first).mean())
+        sample, nfe[name] = _make_sample(config, model, first, parallel, settings.batch_size, workdir)
+        draw = lambda inputs, sample=sample: decode(sample(inputs))
+        images[name], seconds[name] = draw(first)[:SHOWN], _seconds_per_image(draw, first, settings.timing_repeats)
         scores[name] = []
         for r in range(settings.seed_ranges):
-            batches = _batches(config, settings, range(r * settings.count, (r + 1) * settings.count), sample, params, conditions)
+            batches = _batches(config, settings, range(r * settings.count, (r + 1) * settings.count), draw, conditions)
             scores[name].append(suite.compare(features, real, suite.collect(features, batches, settings.neighbours)))
         if retrieve:
-            retrieved, captioned[name] = retrieve(functools.partial(sample, params))
+            retrieved, captioned[name] = retrieve(draw)
             scores[name] = [score | retrieved for score in scores[name]]
 
     result = {
@@ -115,6 +104,20 @@ def _models(config, settings):
     others = {name: Measured(**row.to_dict()) for name, row in settings.get("others", {}).items()}
     in_order = sorted(others.items(), key=lambda item: (config.stages.index(item[1].stage), item[1].sampler.get("num_steps", 0)))
     return models | dict(in_order)
+
+
+def _make_sample(config, model, first, parallel, batch_size, workdir):
+    """`inputs -> images`, or latents, by a model, and the network calls for one; where each has its own number, the mean over `first`."""
+    denoiser = experiment.make_denoiser(config, model.stage)
+    params = experiment.load_params(config, f"{{workdir}}/{model.stage}", workdir)
+    if model.quantize:
+        denoiser, params = experiment.quantized(config, model.stage, params, first["cond"])
+    null = experiment.null_of(config, model.sampler, workdir)
+    sampler = experiment.build_sampler(denoiser, model.sampler, null, f"a sampler of {model.stage}")
+    nfe = sampler.nfe
+    if nfe is None:
+        nfe = float(sampling.make_sample(sampler._replace(sample=sampler.count), parallel, batch_size)(params, first).mean())
+    return functools.partial(sampling.make_sample(sampler, parallel, batch_size), params), nfe
 
 
 def _straightness(config, settings, conditions, parallel, workdir):
@@ -171,9 +174,9 @@ def _inputs(config, settings, indices, conditions):
         yield experiment.inputs(config, indices[start : start + settings.batch_size], conditions)
 
 
-def _batches(config, settings, indices, sample, params, conditions):
+def _batches(config, settings, indices, sample, conditions):
     for inputs in _inputs(config, settings, indices, conditions):
-        yield sample(params, inputs), inputs["cond"]
+        yield sample(inputs), inputs["cond"]
 
 
 def _over_ranges(scores, frechet):
@@ -208,11 +211,11 @@ def _reference_content(settings, workdir):
     return {"source": settings["source"], "digest": experiment.open_source(settings, workdir).digest}
 
 
-def _seconds_per_image(sample, params, inputs, repeats):
+def _seconds_per_image(sample, inputs, repeats):
     """The median of `repeats` runs of one batch that is already compiled."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        sample(params, inputs)
+        sample(inputs)
         times.append(time.perf_counter() - began)
     return statistics.median(times) / len(inputs["z"])
