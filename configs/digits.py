@@ -160,11 +160,11 @@ def _instaflow(config, rounds=2):
     """Rounds of reflow, each on pairs of the one before, and the last one distilled; beside it distillation without reflow, and DMD."""
 
     def stage(name, recipe, start, pairs, num_steps, sampler):
-        optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps)
+        optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps)  # a longer stage needs a longer decay
         config[name] = dict(
             program="train",
             process=dict(name="RectifiedFlow"),
-            prediction="rectified",  # by the change of variables from EDM; "flow": the weights as they are, as InstaFlow does
+            prediction="rectified",  # by the change of variables from EDM; "flow", for all of them: the weights as they are
             recipe=dict(recipe, optimizer=optimizer, ema_decay=0.99, ema_warmup=10),  # arguments of a recipe in dmd_jax/recipes
             sampler=sampler,
             data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{pairs}")),

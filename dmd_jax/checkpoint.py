@@ -78,6 +78,15 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
     return None
 
 
+def read_fingerprint(directory: str | os.PathLike) -> str | None:
+    """That of the newest checkpoint, see `restore`; None if it is damaged."""
+    with open_manager(directory, keep=1000) as manager:
+        try:
+            return manager.restore(manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["fingerprint"]
+        except Exception:  # Orbax raises all kinds; whoever reads the state says so
+            return None
+
+
 def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> state.TrainState:
     """The newest state of another stage, for one that goes on from it; without `frozen`.
 

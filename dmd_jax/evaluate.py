@@ -188,7 +188,8 @@ def _over_ranges(scores, frechet):
 def _protocol(config, stage, workdir):
     """Everything that the scores depend on, as it is read back."""
     settings, autoencoder = config[stage], experiment.autoencoder(config)
-    models = _models(config, settings)
+    models, straight = _models(config, settings), settings.get("straightness", {}).get("stages", ())
+    stages = dict.fromkeys((*(model.stage for model in models.values()), *straight))
     keys = ("count", "seed_ranges", "neighbours", "conditions", "statistics", "retrieval", "straightness")
     protocol = {
         **{key: value for key, value in settings.to_dict().items() if key in keys},
@@ -199,7 +200,8 @@ def _protocol(config, stage, workdir):
         "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
         "models": {name: model._asdict() for name, model in models.items()},
         "statistics_sha256": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
-        "versions": {stage: experiment.version(workdir / stage) for stage in (model.stage for model in models.values())},
+        "versions": {name: experiment.version(workdir / name) for name in stages},
+        "guidance": {name: config[name].sampler.get("guidance_scale", 1.0) for name in straight},
     }
     return json.loads(json.dumps(protocol))
 

@@ -1,6 +1,7 @@
 """What a config describes, as objects; the stages share this, and nothing below them sees a config."""
 
 import dataclasses
+import inspect
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, latents, lookup, losses, metrics, quantize, recipes, samplers, sampling, sharding, text
+from dmd_jax import checkpoint, latents, lookup, losses, metrics, optim, quantize, recipes, samplers, sampling, sharding, text
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
@@ -24,6 +25,8 @@ SAMPLER_NAMES = ("one_step", "euler", "heun", "stochastic_heun", "rk45", "ddim",
 SAMPLERS = {name: getattr(samplers, name) for name in SAMPLER_NAMES}
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
+RESERVED = ("protocol", "features", "reference", "real", "straightness", "training_seconds", "seed_ranges", "nfe", "seconds_per_image")
+RESERVED += ("speedup", "device")  # keys of evaluation.json beside its rows
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 WEIGHTS, SOURCE = "weights.safetensors", "source.json"  # of a stage that imports them, and the file they came from
 
@@ -81,18 +84,16 @@ def check_names(config: ml_collections.ConfigDict):
         if "sampler" in settings:
             _sampler(settings.sampler.to_dict(), None, denoisers[stage].process, f"{stage}.sampler")
         if "recipe" in settings:
-            lookup.find("recipes", settings.recipe.name)
+            _check_recipe(settings.recipe.to_dict(), f"{stage}.recipe")
+            _check_start(config, stage)
             distance = settings.recipe.get("distance", {"name": "squared_error"})
             if _choose("distance", DISTANCES, distance["name"]) and not distance.get("weights"):
                 raise ValueError(f"{stage}.recipe.distance {distance['name']!r} needs a file of weights; name one.")
-        others = {f"others.{name}.stage": row.stage for name, row in settings.get("others", {}).items()}
-        measured = {f"straightness.stages: {name}": name for name in settings.get("straightness", {}).get("stages", ())}
-        for role, name in ({r: settings[r] for r in ("teacher", "student") if r in settings} | others | measured).items():
-            if "sampler" not in config.get(name, {}):
-                raise ValueError(f"{stage}.{role} is {name!r}, which is no stage with a sampler.")
-        for name, row in settings.get("others", {}).items():
-            _sampler(row.sampler.to_dict(), None, denoisers[row.stage].process, f"{stage}.others.{name}.sampler")
-            _choose("quantize", {"": None, "int8": None}, row.get("quantize", ""))
+        for role in ("teacher", "student"):
+            if role in settings:
+                _check_sampled(config, settings[role], f"{stage}.{role}")
+        if settings.program == "evaluate":
+            _check_rows(config, stage, denoisers)
 
 
 def of_stage(config: ml_collections.ConfigDict, stage: str, key: str):
@@ -321,11 +322,61 @@ def _process_and_prediction(config, stage):
     return process, _choose(f"prediction for {name}", predictions, prediction)
 
 
+def _check_recipe(settings, name):
+    make, optimizers = lookup.find("recipes", settings.pop("name")), [key for key in settings if key.endswith("optimizer")]
+    try:
+        inspect.signature(make).bind(None, None, seed=0, null_cond=0, **settings)
+        for key in optimizers:
+            inspect.signature(optim.adamw).bind(**settings[key])
+    except TypeError as error:
+        raise ValueError(f"{name} does not fit: {error}.") from error
+
+
+def _check_start(config, stage):
+    """Whether a stage can go on from what the one before has learnt."""
+    before = pathlib.Path(config[stage].get("init_from", "")).name
+    if before not in config.stages:
+        return
+    for key in ("size", "channels", "num_classes"):
+        ours, theirs = of_stage(config, stage, "network").get(key), config.network.get(key)
+        if ours != theirs:
+            raise ValueError(f"{stage}.network.{key} is {ours}, expected {theirs}, as config.network has it.")
+    flows = [of_stage(config, name, "prediction") for name in (stage, before) if of_stage(config, name, "process").name == "RectifiedFlow"]
+    if len(set(flows)) > 1:
+        raise ValueError(f"{stage}.prediction is {flows[0]!r}, but it starts from {before}, whose is {flows[1]!r}; give both the same.")
+
+
+def _check_sampled(config, stage, name):
+    if not isinstance(stage, str) or stage not in config.stages or "sampler" not in config[stage]:
+        raise ValueError(f"{name} is {stage!r}, which is no stage with a sampler.")
+
+
+def _check_rows(config, stage, denoisers):
+    settings = config[stage].to_dict()
+    for name, row in settings.get("others", {}).items():
+        where = f"{stage}.others.{name}"
+        if name in (*RESERVED, settings["teacher"], settings["student"]):
+            raise ValueError(f"{where} has a name that is taken; choose another one.")
+        if not isinstance(row, dict) or not {"stage", "sampler"} <= row.keys() <= {"stage", "sampler", "quantize"}:
+            raise ValueError(f"{where} is {row!r}, expected stage, sampler and, if wanted, quantize.")
+        _check_sampled(config, row["stage"], f"{where}.stage")
+        _sampler(row["sampler"], None, denoisers[row["stage"]].process, f"{where}.sampler")
+        if _choose("quantize", {"": False, "int8": True}, row.get("quantize", "")):
+            quantize.require_qwix()
+    if straightness := settings.get("straightness"):
+        if straightness.keys() != {"stages", "num_steps", "count"}:
+            raise ValueError(f"{stage}.straightness is {straightness}, expected stages, num_steps and count.")
+        for name in straightness["stages"]:
+            _check_sampled(config, name, f"{stage}.straightness.stages: {name}")
+
+
 def _replicated(config):
     return sharding.Parallel(sharding.make_mesh(**config.mesh)).replicated
 
 
 def _sampler(settings, denoise, process, name):
+    if not isinstance(settings, dict) or "name" not in settings:
+        raise ValueError(f"{name} is {settings!r}, expected the name of a sampler and its settings.")
     settings = {key: value for key, value in settings.items() if key != "guidance_scale"}
     make = _choose("sampler", SAMPLERS, settings.pop("name"))
     try:

@@ -53,6 +53,7 @@ def main():
         export(
             pathlib.Path(arguments.workdir).absolute(), arguments.stage, pathlib.Path(arguments.out), arguments.dtype, arguments.base_model
         )
+        print(arguments.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -94,6 +94,10 @@ def check(config):
     for stage in config.stages:
         if stage not in config or config[stage].get("program") not in PROGRAMS:
             raise ValueError(f"stage {stage!r} needs a key of that name with a program, one of {', '.join(PROGRAMS)}.")
+        before = config[stage].get("continues")
+        if before and config[stage].num_steps <= config[before].num_steps:
+            done = config[before].num_steps
+            raise ValueError(f"{stage}.num_steps is {config[stage].num_steps}, but {before}, which it continues, has {done}; give it more.")
     experiment.check_names(config)
 
 

@@ -9,6 +9,7 @@ python -m dmd_jax.personalise --model=student --custom=dreamshaper --base=stable
 import argparse
 import math
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -53,7 +54,7 @@ def personalise(
         raise ValueError(f"alpha is {alpha}, but there is no custom model; a LoRA has a multiplier of its own.")
     if not all(map(math.isfinite, (alpha, *(multiplier for _, multiplier in loras)))):
         raise ValueError(f"alpha is {alpha}, multipliers are {[multiplier for _, multiplier in loras]}; expected finite numbers.")
-    diffusers_write.check_vacant(out)
+    diffusers_write.check_vacant(out, model)
     model, custom, base = (diffusers.find(path) if path is not None else None for path in (model, custom, base))
     _check_folders(model, FOLDERS)
     others = {}
@@ -67,7 +68,7 @@ def personalise(
     factors = [(lora.read(file, shapes), multiplier) for file, multiplier in loras]
     networks["unet"], changed = _turned(model, networks["unet"]), {}
     if custom is not None:
-        changed["unet"] = lora.transfer(networks["unet"], diffusers.unet(custom)[1], diffusers.unet(base)[1], alpha)
+        changed["unet"] = lora.transfer(networks["unet"], *(_turned(path, diffusers.unet(path)[1]) for path in (custom, base)), alpha)
     for by_network, multiplier in factors:
         for network, parts in by_network.items():
             changed[network] = lora.merge(changed.get(network, networks[network]), parts, multiplier)
@@ -76,9 +77,10 @@ def personalise(
     diffusers_write.write_changed(out, model, changed, others)
 
 
-def _turned(model, tensors):
+def _turned(directory, tensors):
     """The last convolution with the sign that it was trained with, and back: what is added to it knows no other."""
-    if not diffusers_files.read_json(model / "scheduler/scheduler_config.json").get(diffusers_write.NEGATED):
+    scheduler = directory / "scheduler/scheduler_config.json"
+    if not scheduler.exists() or not diffusers_files.read_json(scheduler).get(diffusers_write.NEGATED):
         return tensors
     return {name: -tensors[name] if name.startswith("conv_out.") else tensors[name] for name in tensors}
 
@@ -105,8 +107,10 @@ def _lora(argument):
     file, _, multiplier = argument.rpartition(":")
     try:
         return (file, float(multiplier)) if file else (argument, 1.0)
-    except ValueError:  # a colon of the path
-        return argument, 1.0
+    except ValueError as error:
+        if pathlib.Path(file).is_file():
+            raise argparse.ArgumentTypeError(f"the multiplier {multiplier!r} of {file} is no number") from error
+        return argument, 1.0  # a colon of the path
 
 
 def main():
@@ -123,6 +127,7 @@ def main():
         personalise(
             arguments.model, arguments.out, loras=arguments.lora, custom=arguments.custom, base=arguments.base, alpha=arguments.alpha
         )
+        print(arguments.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

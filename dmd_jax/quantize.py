@@ -41,7 +41,7 @@ def int8(network: layers.Network, params: dict, inputs: tuple) -> tuple[Callable
     Raises:
       ValueError: qwix is not installed, or the network has other layers than expected.
     """
-    qwix = _qwix()
+    qwix = require_qwix()
     paths = ["/".join(path[:-1]) for path in traverse_util.flatten_dict(params) if path[-1] == "kernel"]
     idle = [regex for regex in FLOAT if not any(re.search(regex, path) for path in paths)]
     if idle:
@@ -67,7 +67,12 @@ def int8(network: layers.Network, params: dict, inputs: tuple) -> tuple[Callable
     return lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), made
 
 
-def _qwix():
+def require_qwix():
+    """The package.
+
+    Raises:
+      ValueError: it is not installed.
+    """
     try:
         import qwix
     except ImportError as error:

@@ -158,8 +158,10 @@ def load(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
-    if quantize not in ("", "int8") or (quantize and controlnet):
-        raise ValueError(f"quantize is {quantize!r}; expected 'int8', without a ControlNet, or nothing.")
+    if quantize not in ("", "int8"):
+        raise ValueError(f"quantize is {quantize!r}; expected 'int8' or nothing.")
+    if quantize and controlnet:
+        raise ValueError("eight bits do not go together with a ControlNet; leave out one of them.")
     workdir, devices = pathlib.Path(path).absolute(), math.gcd(batch_size, jax.device_count())
     of_run = (workdir / "config.json").exists()
     config, stage = experiment.read_run(workdir, stage, devices=devices) if of_run else (_of_directory(path, devices), "teacher")
@@ -205,10 +207,14 @@ def _override(settings, changes):
     if changes.get("name", settings["name"]) != settings["name"]:
         settings = {key: settings[key] for key in ("num_steps", "guidance_scale") if key in settings}
     settings |= changes
+    if settings.get("num_steps", 1) < 1:
+        raise ValueError(f"num_steps is {settings['num_steps']}; expected at least 1.")
     if settings["name"] in ("one_step", "rk45"):
         if "num_steps" in changes:
             raise ValueError(f"num_steps is {changes['num_steps']}, but the sampler is {settings['name']}; name another one.")
         settings.pop("num_steps", None)
+    elif "num_steps" not in settings:
+        raise ValueError(f"the sampler {settings['name']} needs num_steps; give it.")
     if not 0 <= settings.get("guidance_scale", 1) < math.inf:
         raise ValueError(f"guidance_scale is {settings['guidance_scale']}; expected a number of at least 0.")
     return settings
@@ -277,7 +283,7 @@ def run(arguments: argparse.Namespace):
         images = model(prompts, seed=arguments.seed, control=control, control_scale=arguments.control_scale)
         parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in model.seconds.items())
         compiled = " with compiling" if repeat == 0 else ""
-        calls = f"{model.sampler.nfe} network calls each" if model.sampler.nfe else "as many network calls as it takes"
+        calls = "as many network calls as it takes" if model.sampler.nfe is None else f"{model.sampler.nfe} network calls each"
         print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {calls}")
     columns = min(len(images), 8)
     Image.fromarray(metrics.grid(images, columns)).save(out)
@@ -287,7 +293,7 @@ def run(arguments: argparse.Namespace):
 def _read_control(path):
     """[H, W, 3] in [0, 1]."""
     with Image.open(path) as picture:
-        if picture.mode not in ("1", "L", "RGB"):
+        if picture.mode not in ("1", "L", "RGB") or "transparency" in picture.info:
             raise ValueError(f"{path} has mode {picture.mode}, expected RGB or grey without transparency; convert it first.")
         return np.asarray(picture.convert("RGB"), np.float32) / 255
 

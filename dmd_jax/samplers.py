@@ -188,6 +188,8 @@ def straightness(denoise: Callable, process: process_lib.RectifiedFlow, *, num_s
     Source: Liu et al., arXiv 2209.03003.
     """
     _check_flow("straightness", process)
+    if num_steps < 2:
+        raise ValueError(f"num_steps of straightness is {num_steps}, expected 2 or more: one step is straight.")
     grid = process.grid(num_steps)
     follow = _euler_path(denoise, process, grid, _noisiest(process, grid), see=lambda x_hat, eps_hat: (eps_hat - x_hat).astype(jnp.float32))
 

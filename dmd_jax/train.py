@@ -14,8 +14,24 @@ from dmd_jax.evals import suite
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
-    """Whether the stage has its last checkpoint."""
-    return max(checkpoint.all_steps(workdir / stage), default=0) >= config[stage].num_steps
+    """Whether the stage has its last checkpoint.
+
+    Raises:
+      ValueError: it was trained on other data than there are now, such as pairs that were made again by another teacher.
+    """
+    if max(checkpoint.all_steps(workdir / stage), default=0) < config[stage].num_steps:
+        return False
+    try:
+        streams = experiment.make_streams(config, stage, workdir)
+    except (ValueError, OSError):  # gone, perhaps to make room
+        return True
+    found = checkpoint.read_fingerprint(workdir / stage)
+    if found and not found.startswith(pipeline.fingerprint(streams, seed=config.seed)):
+        raise ValueError(
+            f"{workdir / stage} was trained on other data than its sources have now; use another workdir, or delete it and what was made "
+            "from it to train it again."
+        )
+    return True
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
@@ -101,7 +117,17 @@ def _first_params(config, stage, workdir):
     if not start:
         return network.init(config.seed)
     params = experiment.load_params(config, start, workdir)
-    return network.grow(params) if network.grow and jax.tree.structure(params) != jax.tree.structure(network.abstract) else params
+    if network.grow and jax.tree.structure(params) != jax.tree.structure(network.abstract):
+        return network.grow(params)
+    shapes, expected = (
+        {jax.tree_util.keystr(path): a.shape for path, a in jax.tree.leaves_with_path(t)} for t in (params, network.abstract)
+    )
+    if differing := [path for path in shapes.keys() | expected.keys() if shapes.get(path) != expected.get(path)]:
+        raise ValueError(
+            f"the network of {stage} does not fit what {start} has, which it starts from: {len(differing)} parameters differ, such as "
+            f"{min(differing)}; give both the same settings."
+        )
+    return params
 
 
 def _previews(config, stage, workdir, parallel):

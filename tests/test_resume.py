@@ -66,7 +66,7 @@ def test_killed_at_any_moment(tmp_path):
     [
         ("--config.dmd.batchsize=64", 'Did you mean "batch_size"'),
         ("--config.dmd.batch_size=many", "invalid literal for int()"),
-        ("--config=configs/digits.py:fast", "configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, smoke."),
+        ("--config=configs/digits.py:fast", "configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, instaflow, "),
     ],
 )
 def test_bad_flags(tmp_path, argument, message):

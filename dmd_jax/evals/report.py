@@ -12,7 +12,7 @@ from dmd_jax import metrics
 def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
     names = list(result[student])
-    rows = [("", "NFE", "ms/image", "s of training", *names)]
+    rows = [("", "NFE", "ms/image", "s of its stage", *names)]
     for name in ("real", *result["nfe"]):
         if name in result:
             label, cost = ("real images", ("", "", "")) if name == "real" else (name, _costs(name, result))

@@ -111,7 +111,7 @@ def write(
       ValueError: `out` is not empty, the teacher's directory is not complete, the parameters do not fit it or `dtype`, or diffusers has
         no such step.
     """
-    check_vacant(out)
+    check_vacant(out, teacher)
     out, teacher = pathlib.Path(out), pathlib.Path(teacher)
     for name, value, choices in (("dtype", dtype, DTYPES), ("method", method, METHODS)):
         if value not in choices:
@@ -237,7 +237,7 @@ def write_changed(
     Raises:
       ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not finite.
     """
-    check_vacant(out)
+    check_vacant(out, directory)
     out, directory = pathlib.Path(out), pathlib.Path(directory)
     sources = {path.name: path for path in sorted(directory.iterdir()) if not path.name.startswith(".")} | dict(others)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
@@ -255,9 +255,11 @@ def write_changed(
         new.rename(out)
 
 
-def check_vacant(out: str | os.PathLike):
-    """Raises ValueError if a directory `out` cannot be made."""
+def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
+    """Raises ValueError if a directory `out` cannot be made, or is in `source`, which it is made of."""
     out = pathlib.Path(out).absolute()
+    if out.resolve().is_relative_to(pathlib.Path(source).resolve()):
+        raise ValueError(f"{out} is in {source}; choose a directory outside of it.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another directory.")
     if not out.parent.is_dir():

@@ -1,0 +1,85 @@
+"""What a later stage refuses of an earlier one."""
+
+import shutil
+
+import ml_collections
+import numpy as np
+import pytest
+
+from dmd_jax import bench, experiment, main, train
+from tests.runs import smoke
+
+
+def test_a_stage_trained_on_other_pairs_is_not_done(workdir):
+    """The pairs were deleted, and made again by a teacher that has learnt on."""
+    config = smoke()
+    assert train.done(config, "dmd", workdir)
+    shutil.rmtree(workdir / "pairs")
+    assert train.done(config, "dmd", workdir)  # to make room
+    config.teacher.num_steps = 35
+    main.run(config, workdir, "teacher")
+    main.run(config, workdir, "pairs")
+    with pytest.raises(ValueError, match="dmd was trained on other data than its sources have now; use another workdir, or delete it"):
+        main.run(config, workdir, "dmd")
+
+
+def test_a_network_that_does_not_fit_where_it_starts_from(workdir):
+    config = smoke()
+    config.dmd.network = dict(config.network, width=16)
+    with pytest.raises(ValueError, match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as"):
+        train._first_params(config, "dmd", workdir)
+
+
+def flat(changes):
+    config = bench.load_config("digits:smoke_instaflow")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reflow_1.prediction": "flow"}, "reflow_2.prediction is 'rectified', but it starts from reflow_1, whose is 'flow'; give both"),
+        ({"reflow_1.recipe.name": "reflw"}, "dmd_jax/recipes has no file 'reflw'"),
+        ({"reflow_1.prediction": "rectifed"}, "no prediction for RectifiedFlow 'rectifed' .did you mean 'rectified'"),
+        ({"evaluate.straightness.num_steps": 0}, "num_steps is 0; expected at least 1"),
+    ],
+)
+def test_flows_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        main.check(flat(changes))
+
+
+def test_more_that_cannot_work():
+    for key, value, message in (
+        ("distil", dict(network=dict(smoke().network, channels=3)), "distil.network.channels is 3, expected 1, as config.network has it"),
+        (
+            "evaluate",
+            dict(others=dict(protocol=dict(stage="distil", sampler=dict(name="one_step")))),
+            "others.protocol has a name that is taken",
+        ),
+        ("evaluate", dict(others=dict(row=dict(stage="distil"))), "others.row is .*expected stage, sampler"),
+        ("evaluate", dict(straightness=dict(stages=("distil",))), "straightness is .*, expected stages, num_steps and count"),
+        ("reflow_1", dict(recipe=dict(name="reflow", foo=3)), "reflow_1.recipe does not fit: .*optimizer"),
+    ):
+        config = bench.load_config("digits:smoke_instaflow").to_dict()
+        config[key].update(value)
+        with pytest.raises(ValueError, match=message):
+            main.check(ml_collections.ConfigDict(config))
+
+
+def test_a_stage_that_continues_needs_more_steps():
+    config = bench.load_config("coco:instaflow")
+    config.reflow_2.num_steps = config.reflow_1.num_steps
+    with pytest.raises(ValueError, match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, has 70000; give it more"):
+        main.check(config)
+
+
+def test_a_stage_keeps_its_own_network_process_and_prediction():
+    config = bench.load_config("coco:tiny_instaflow")
+    assert "units" in experiment.make_network(config, "distil_1").abstract and "units" not in experiment.make_network(config).abstract
+    denoisers = {stage: experiment.make_denoiser(config, stage) for stage in ("teacher", "reflow_1")}
+    assert {name: type(d.process).__name__ for name, d in denoisers.items()} == {"teacher": "VP", "reflow_1": "RectifiedFlow"}
+    assert [d.prediction.__name__ for d in denoisers.values()] == ["eps", "flow_to_data"]
+    flow = experiment.make_flow(config, "teacher")
+    assert type(flow.process).__name__ == "RectifiedFlow" and np.isfinite(flow.process.grid(3)).all()
