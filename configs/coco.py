@@ -198,7 +198,7 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
     """Pairs of the teacher, reflow in two phases, pairs of that flow, distillation in two phases: L2, then LPIPS."""
     base = {key: value for key, value in config.dmd.items() if key != "recipe"} | dict(
         process=dict(name="RectifiedFlow"),
-        prediction="flow_to_data",  # "we do no conversion": SD's weights as they are, and the papers' sign; "rectified" converts exactly
+        prediction="flow_to_data",  # SD's weights as they are, as the authors do, and their sign; "rectified" converts exactly
         preview_images=64,
     )
     recipe = dict(

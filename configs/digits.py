@@ -187,11 +187,11 @@ def _instaflow(config, rounds=2):
     config.dmd.update(preview_every=200)
     config.stages = (*names, "dmd", "evaluate")
     flows = [name for name in names if name.startswith("reflow")]
-    steps = {"teacher": (1, 2, 4, 8)} | dict.fromkeys(flows, (1, 2, 4, 8, 25))
+    steps = {"teacher": (1, 2, 4, 8)} | dict.fromkeys(flows, (1, 2, 25)) | {"reflow_1": (1, 2, 4, 8, 25)}
     rows = {f"{name}_euler_{n}": dict(stage=name, sampler=dict(name="euler", num_steps=n)) for name in steps for n in steps[name]}
     rows |= {name: dict(stage=name, sampler=dict(name="one_step")) for name in ("direct", "dmd")}
     rows["distil_int8"] = dict(stage="distil", sampler=dict(name="one_step"), quantize="int8")
-    config.evaluate.update(student="distil", others=rows, straightness=dict(stages=("teacher", *flows), num_steps=100, count=500))
+    config.evaluate.update(student="distil", others=rows, straightness=dict(stages=("teacher", *flows), num_steps=100, count=200))
     return config
 
 
