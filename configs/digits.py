@@ -191,7 +191,8 @@ def _instaflow(config, rounds=2):
     rows = {f"{name}_euler_{n}": dict(stage=name, sampler=dict(name="euler", num_steps=n)) for name in steps for n in steps[name]}
     rows |= {name: dict(stage=name, sampler=dict(name="one_step")) for name in ("direct", "dmd")}
     rows["distil_int8"] = dict(stage="distil", sampler=dict(name="one_step"), quantize="int8")
-    config.evaluate.update(student="distil", others=rows, straightness=dict(stages=("teacher", *flows), num_steps=100, count=200))
+    straightness = dict(stages=("teacher", *flows), num_steps=100, count=200)
+    config.evaluate.update(student="distil", others=rows, straightness=straightness, timing_repeats=1)
     return config
 
 
