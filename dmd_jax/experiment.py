@@ -347,7 +347,8 @@ def _check_start(config, stage):
 
 
 def _check_sampled(config, stage, name):
-    if not isinstance(stage, str) or stage not in config.stages or "sampler" not in config[stage]:
+    found = config.get(stage) if isinstance(stage, str) else None
+    if not isinstance(found, ml_collections.ConfigDict) or "sampler" not in found:
         raise ValueError(f"{name} is {stage!r}, which is no stage with a sampler.")
 
 
@@ -360,6 +361,8 @@ def _check_rows(config, stage, denoisers):
         if not isinstance(row, dict) or not {"stage", "sampler"} <= row.keys() <= {"stage", "sampler", "quantize"}:
             raise ValueError(f"{where} is {row!r}, expected stage, sampler and, if wanted, quantize.")
         _check_sampled(config, row["stage"], f"{where}.stage")
+        if row["stage"] not in config.stages:
+            raise ValueError(f"{where}.stage {row['stage']!r} is not among the stages: {', '.join(config.stages)}.")
         _sampler(row["sampler"], None, denoisers[row["stage"]].process, f"{where}.sampler")
         if _choose("quantize", {"": False, "int8": True}, row.get("quantize", "")):
             quantize.require_qwix()

@@ -103,7 +103,7 @@ def test_one_step_is_exact_for_the_reflow_alone():
     np.testing.assert_allclose(x, np.broadcast_to(M, x.shape), atol=1e-6)  # the mean of all images
 
 
-@pytest.mark.parametrize("num_steps", [1, 25, 100])
+@pytest.mark.parametrize("num_steps", [2, 25, 100])
 def test_straightness_of_the_first_flow_is_numpys(num_steps):
     x, expected = in_numpy(first, num_steps)
     denoise = denoiser(first)
@@ -124,7 +124,9 @@ def test_straightness_of_the_first_flow_is_the_integral():
 
 
 def test_the_reflow_is_straight():
-    for num_steps in (1, 25, 100):
+    for num_steps in (2, 25, 100):
         measure = samplers.straightness(denoiser(reflow), FLOW, num_steps=num_steps)
         assert (on_the_mesh(measure) < 1e-9).all()
     assert on_the_mesh(measure).shape == (8,)
+    with pytest.raises(ValueError, match="num_steps of straightness is 1, expected 2 or more"):
+        samplers.straightness(denoiser(reflow), FLOW, num_steps=1)
