@@ -217,7 +217,9 @@ def test_images_do_not_depend_on_the_batch(finished, sampler):
 
 
 def test_lookup_names_what_exists():
-    with pytest.raises(ValueError, match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: distil, dmd, reflow, teacher\."):
+    with pytest.raises(
+        ValueError, match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: distil, dmd, reflow, teacher\."
+    ):
         lookup.find("recipes", "dmb")
     with pytest.raises(ValueError, match=r"dmd_jax/data/images.py has no 'digit' \(did you mean 'digits'\?\)"):
         lookup.find("data", "images.digit")
