@@ -396,3 +396,23 @@ def test_a_flow_is_named_where_it_is_needed():
     config.prediction = "rectified"  # of the teacher: of what?
     with pytest.raises(ValueError, match="no prediction for EDM 'rectified'"):
         main.check(config)
+
+
+def test_a_stage_trained_on_other_pairs_is_not_done(workdir):
+    """The pairs were deleted, and made again by a teacher that has learnt on."""
+    config = smoke()
+    assert train.done(config, "dmd", workdir)
+    shutil.rmtree(workdir / "pairs")
+    assert train.done(config, "dmd", workdir)  # to make room
+    config.teacher.num_steps = 35
+    main.run(config, workdir, "teacher")
+    main.run(config, workdir, "pairs")
+    with pytest.raises(ValueError, match="dmd was trained on other data than its sources have now; use another workdir, or delete it"):
+        main.run(config, workdir, "dmd")
+
+
+def test_a_network_that_does_not_fit_where_it_starts_from(workdir):
+    config = smoke()
+    config.dmd.network = dict(config.network, width=16)
+    with pytest.raises(ValueError, match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as"):
+        train._first_params(config, "dmd", workdir)
