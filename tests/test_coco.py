@@ -354,6 +354,7 @@ def test_settings_override_the_models_own_one_by_one(files, changes, nfe):
         (["--prompt=a", "--num_steps=3"], "num_steps is 3, but the sampler is one_step; name another one"),
         (["--prompt=a", "--guidance_scale=nan"], "guidance_scale is nan; expected a number of at least 0"),
         (["--prompt=a", "--stage=dmdd"], r"'dmdd' is no stage with a sampler in .* \(did you mean 'dmd'\?\); there are: teacher, dmd"),
+        (["--prompt=a", "--sampler=euler", "--num_steps=0"], "num_steps is 0; expected at least 1"),
         (["--prompt=a", "--sampler=ddim"], "the sampler ddim needs num_steps; give it"),
         (["--prompt=a", "--batch_size=0"], "batch_size is 0; expected at least 1"),
     ],

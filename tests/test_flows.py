@@ -1,5 +1,7 @@
 """What a config with several flows may not say."""
 
+import sys
+
 import ml_collections
 import numpy as np
 import pytest
@@ -61,3 +63,9 @@ def test_a_stage_keeps_its_own_network_process_and_prediction():
     assert [d.prediction.__name__ for d in denoisers.values()] == ["eps", "flow_to_data"]
     flow = experiment.make_flow(config, "teacher")
     assert type(flow.process).__name__ == "RectifiedFlow" and np.isfinite(flow.process.grid(3)).all()
+
+
+def test_eight_bits_are_missed_at_the_start(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ValueError, match="eight bits need the package qwix"):
+        main.check(bench.load_config("digits:smoke_instaflow"))

@@ -157,6 +157,15 @@ def test_the_sign_of_the_last_convolution(copy, plain, custom, tmp_path):
     found, expected = (safetensors.numpy.load_file(tmp_path / out / UNET) for out in ("turned", "straight"))
     for name in expected:
         np.testing.assert_array_equal(-found[name] if name.startswith("conv_out.") else found[name], expected[name])
+    personalise.personalise(plain, tmp_path / "again", custom=tmp_path / "turned", base=copy)  # their difference is of -F too
+    again = safetensors.numpy.load_file(tmp_path / "again" / UNET)
+    for name in expected:
+        np.testing.assert_allclose(again[name], expected[name], atol=1e-6)
+
+
+def test_not_into_the_model_itself(plain, file):
+    with pytest.raises(ValueError, match=r"inside is in .*; choose a directory outside of it"):
+        personalise.personalise(plain, plain / "inside", loras=[(file, 1.0)])
 
 
 def test_what_is_not_written(plain, custom, copy, file, tmp_path):
