@@ -56,8 +56,10 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     models = _models(config, settings)
     scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
     first = experiment.inputs(config, range(settings.batch_size), conditions)
+    # Rows of one stage follow one another.
+    load = functools.lru_cache(1)(lambda stage: experiment.load_params(config, f"{{workdir}}/{stage}", workdir))
     for name, model in models.items():
-        sample, nfe[name] = _make_sample(config, model, first, parallel, settings.batch_size, workdir)
+        sample, nfe[name] = _make_sample(config, model, load(model.stage), first, parallel, settings.batch_size, workdir)
         draw = lambda inputs, sample=sample: decode(sample(inputs))
         images[name], seconds[name] = draw(first)[:SHOWN], _seconds_per_image(draw, first, settings.timing_repeats)
         scores[name] = []
@@ -106,10 +108,9 @@ def _models(config, settings):
     return models | dict(in_order)
 
 
-def _make_sample(config, model, first, parallel, batch_size, workdir):
+def _make_sample(config, model, params, first, parallel, batch_size, workdir):
     """`inputs -> images`, or latents, by a model, and the network calls for one; where each has its own number, the mean over `first`."""
     denoiser = experiment.make_denoiser(config, model.stage)
-    params = experiment.load_params(config, f"{{workdir}}/{model.stage}", workdir)
     if model.quantize:
         denoiser, params = experiment.quantized(config, model.stage, params, first["cond"])
     null = experiment.null_of(config, model.sampler, workdir)
