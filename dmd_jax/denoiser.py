@@ -83,11 +83,13 @@ class Denoiser:
       network: `(params, x, noise, cond) -> F`, x and F of shape [B, H, W, C], noise [B].
       process: the noise process.
       prediction: one of the functions above.
+      cast: `params -> params`, in the precision that the network computes in; by default they stay as they are.
     """
 
     network: Callable
     process: process_lib.Process
     prediction: Callable = edm
+    cast: Callable = lambda params: params
 
     def __call__(self, params, x_t: jax.Array, t: jax.Array, cond=None) -> jax.Array:
         """The expected clean image given `x_t` [B, H, W, C] at times `t` [B], in float32."""

@@ -109,7 +109,8 @@ def make_network(config: ml_collections.ConfigDict, stage: str = "") -> layers.N
 
 def make_denoiser(config: ml_collections.ConfigDict, stage: str = "") -> denoiser_lib.Denoiser:
     """The network of a stage with its process and prediction: its own, or the config's."""
-    return denoiser_lib.Denoiser(make_network(config, stage).apply, *_process_and_prediction(config, stage))
+    network = make_network(config, stage)
+    return denoiser_lib.Denoiser(network.apply, *_process_and_prediction(config, stage), network.cast)
 
 
 def quantized(config: ml_collections.ConfigDict, stage: str, params: dict, cond: np.ndarray) -> tuple[denoiser_lib.Denoiser, dict]:
@@ -125,7 +126,7 @@ def make_flow(config: ml_collections.ConfigDict, stage: str) -> denoiser_lib.Den
     if isinstance(denoiser.process, process_lib.RectifiedFlow):
         return denoiser
     prediction = denoiser_lib.rectified(denoiser.process, denoiser.prediction)
-    return denoiser_lib.Denoiser(denoiser.network, process_lib.RectifiedFlow(), prediction)
+    return dataclasses.replace(denoiser, process=process_lib.RectifiedFlow(), prediction=prediction)
 
 
 def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Parallel:
@@ -264,25 +265,45 @@ def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, para
     return lookup.find("evals", settings.pop("name"))(parallel, **settings)
 
 
-def load_params(config: ml_collections.ConfigDict, directory: str, workdir: pathlib.Path, step: int | None = None) -> dict:
-    """What a stage has trained or imported, on all devices; `directory` is named like the stage and may contain {workdir}."""
-    directory = pathlib.Path(directory.format(workdir=workdir))
+def load_params(
+    config: ml_collections.ConfigDict,
+    directory: str,
+    workdir: pathlib.Path,
+    step: int | None = None,
+    *,
+    shardings: Callable | None = None,
+) -> dict:
+    """What a stage has trained or imported; `directory` is named like the stage and may contain {workdir}.
+
+    Args:
+      config: of the run.
+      directory: of the stage.
+      workdir: of the run.
+      step: of the checkpoint; the newest if not given.
+      shardings: `tree -> shardings`; if not given, all devices have all of it.
+    """
+    directory, shardings = pathlib.Path(directory.format(workdir=workdir)), shardings or replicated(config)
     network = make_network(config, directory.name)
     if (directory / SOURCE).exists() and (found := metrics.read_json(directory / SOURCE)).get("directory"):
-        return load_directory(config, network, pathlib.Path(found["directory"]))
-    abstract, replicated = network.abstract, _replicated(config)
+        return load_directory(network, pathlib.Path(found["directory"]), shardings)
     if (directory / WEIGHTS).exists():
         tensors, _ = edm.read(directory / WEIGHTS)
-        return jax.device_put(edm.to_params(tensors, abstract), replicated)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract)
+        params = edm.to_params(tensors, network.abstract)
+        return sharding.place(params, shardings(params))
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), network.abstract, shardings(network.abstract))
     return checkpoint.load_weights(directory, abstract, step)
 
 
-def load_directory(config: ml_collections.ConfigDict, network: layers.Network, directory: pathlib.Path) -> dict:
-    """The UNet of a diffusers directory, on all devices; read and placed one tensor at a time."""
-    replicated = _replicated(config)
+def load_directory(network: layers.Network, directory: pathlib.Path, shardings: Callable) -> dict:
+    """The UNet of a diffusers directory, placed as `shardings` says; read and placed one tensor at a time."""
     _, tensors = diffusers.unet(directory)
-    return convert.from_torch(tensors, network.abstract, place=lambda array, path: jax.device_put(array, replicated))
+    return convert.from_torch(tensors, network.abstract, place=lambda array, path: sharding.place(array, shardings(array)))
+
+
+def replicated(config: ml_collections.ConfigDict) -> Callable:
+    """`tree -> shardings`: all of it on all devices."""
+    everywhere = sharding.Parallel(sharding.make_mesh(**config.mesh)).replicated
+    return lambda tree: jax.tree.map(lambda _: everywhere, tree)
 
 
 def find_files(name: str) -> pathlib.Path:
@@ -371,10 +392,6 @@ def _check_rows(config, stage, denoisers):
             raise ValueError(f"{stage}.straightness is {straightness}, expected stages, num_steps and count.")
         for name in straightness["stages"]:
             _check_sampled(config, name, f"{stage}.straightness.stages: {name}")
-
-
-def _replicated(config):
-    return sharding.Parallel(sharding.make_mesh(**config.mesh)).replicated
 
 
 def _sampler(settings, denoise, process, name):

@@ -52,6 +52,6 @@ def _open(settings):
 
 
 def _in_batches(name, function, params, parallel, batch_size):
-    params = jax.device_put(params, parallel.replicated)
+    params = sharding.place(params, parallel.replicated)
     run = parallel.in_batches(name, function, batch_size)
     return lambda arrays: run(params, arrays)

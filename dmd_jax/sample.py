@@ -175,7 +175,9 @@ def load(
     if of_run:
         params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
     else:
-        params = experiment.load_directory(config, experiment.make_network(config), pathlib.Path(config.checkpoint))
+        params = experiment.load_directory(
+            experiment.make_network(config), pathlib.Path(config.checkpoint), experiment.replicated(config)
+        )
     settings, null = _override(config[stage].sampler.to_dict(), sampler or {}), None
     if settings.get("guidance_scale", 1) > 1:
         null = encoder.encode([""])[0] if encoder else config.null_cond
@@ -198,7 +200,7 @@ def _with_controlnet(path, config, stage, params, parallel):
     settings, tensors = diffusers.controlnet(diffusers.find(path))
     network = lookup.find("models", settings.pop("name"))(**settings, dtype=config.network.dtype)
     both = controlnet_lib.controlled(experiment.make_network(config, stage), network)
-    added = convert.from_torch(tensors, network.abstract, place=lambda array, path: jax.device_put(array, parallel.replicated))
+    added = convert.from_torch(tensors, network.abstract, place=lambda array, path: sharding.place(array, parallel.replicated))
     return both, {"unet": params, "controlnet": added}, controlnet_lib.control_shape(network, experiment.image_shape(config))
 
 

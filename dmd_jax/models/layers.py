@@ -23,6 +23,7 @@ class Network(NamedTuple):
       abstract: the parameters' shapes and dtypes, a nested dict.
       init: `seed -> params`, numpy arrays: the same on every machine, and made without compiling anything.
       bind: `params -> module`, for what else the module can do.
+      cast: `params -> params`, each in the precision that its layer computes in, which then casts no more.
       grow: `(params of the network that it is made of) -> params`; None if it is made of no other.
     """
 
@@ -30,6 +31,7 @@ class Network(NamedTuple):
     abstract: dict
     init: Callable
     bind: Callable
+    cast: Callable
     grow: Callable | None = None
 
 
@@ -40,7 +42,9 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tupl
       build: `rngs -> module`; only traced.
       initializers: rules `(regex, (rng, shape) -> array)`, see `rules.assign`.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(_Rngs())))
+    module = nnx.eval_shape(lambda: build(_Rngs()))
+    dtypes = {path: layer.dtype for path, layer in nnx.iter_modules(module) if isinstance(layer, nnx.Conv | nnx.Linear) and layer.dtype}
+    graphdef, abstract = nnx.split(module)
     abstract = nnx.to_pure_dict(abstract)
 
     def init(seed):
@@ -52,7 +56,11 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tupl
     def bind(params):
         return nnx.merge(graphdef, params)
 
-    return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind)
+    def cast(params):
+        leaves = traverse_util.flatten_dict(params)
+        return traverse_util.unflatten_dict({path: a.astype(dtypes.get(path[:-1], a.dtype)) for path, a in leaves.items()})
+
+    return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind, cast)
 
 
 class _Rngs:

@@ -47,9 +47,7 @@ def make(
         frozen = jax.tree.map(jnp.array, {"distance": others})
         return state.TrainState(jnp.zeros((), jnp.int32), state.create(params, tx, ema=ema_decay > 0), frozen=frozen)
 
-    def gradients(params, batch):
-        generator, frozen = params
-
+    def gradients(generator, frozen, batch):
         def loss(generator):
             x = generate(generator, batch["noise"], batch["cond"])
             return losses.regression_loss(x, batch["image"], frozen["distance"], distance=distance)
@@ -58,7 +56,8 @@ def make(
         return grads, {"loss": value}
 
     def train_step(train_state, batch):
-        grads, metrics = parallel.mean(gradients)((train_state.generator.params, train_state.frozen), batch["pairs"])
+        generator = denoiser.cast(train_state.generator.params)
+        grads, metrics = parallel.gradients(gradients)(generator, train_state.frozen, batch["pairs"])
         decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
         generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}

@@ -57,7 +57,7 @@ def make(
 
     def init(params, others=distance_params):
         generator, fake_score = state.create(params, tx, ema=ema_decay > 0), state.create(params, fake_tx, ema=False)
-        frozen = jax.tree.map(jnp.array, {"real_score": params, "distance": others})
+        frozen = jax.tree.map(jnp.array, {"real_score": denoiser.cast(params), "distance": others})
         return state.TrainState(jnp.zeros((), jnp.int32), generator, fake_score, frozen)
 
     def generator_loss(params, fake_score, frozen, batch):
@@ -78,8 +78,8 @@ def make(
         eps, t = batch["noised"]["fake_eps"], batch["noised"]["fake_t"]
         return losses.denoising_loss(*denoiser.output_and_target(params, x, eps, t, batch["cond"][: len(x)]))
 
-    def gradients(params, batch):
-        generator, fake_score, frozen = params
+    def gradients(trained, frozen, batch):
+        generator, fake_score = trained
         fresh, pairs = batch["fresh"], batch["pairs"]
         batch = {
             "z": jnp.concatenate([fresh["z"], pairs["noise"]]),
@@ -90,7 +90,7 @@ def make(
         grad_generator = jax.grad(generator_loss, has_aux=True)
         generator_grads, (x, metrics) = grad_generator(generator, fake_score, frozen, batch)
         loss, fake_grads = jax.value_and_grad(fake_score_loss)(fake_score, x, batch)
-        return generator_grads, fake_grads, metrics | {"fake_score": loss}
+        return (generator_grads, fake_grads), metrics | {"fake_score": loss}
 
     def noised(keys, shape):
         """The times and the noise of both denoisings of one stream."""
@@ -113,7 +113,8 @@ def make(
         draws = {name: noised(keys[name], shapes[name]) for name in matched}
         batch = parallel.split({"fresh": fresh, "pairs": batch["pairs"], "noised": draws})
 
-        generator_grads, fake_grads, metrics = parallel.mean(gradients)((generator.params, fake_score.params, train_state.frozen), batch)
+        trained = denoiser.cast(generator.params), denoiser.cast(fake_score.params)
+        (generator_grads, fake_grads), metrics = parallel.gradients(gradients)(trained, train_state.frozen, batch)
         generator, norm = optim.apply_gradients(generator, generator_grads, tx, ema_decay=ema_decay)
         fake_score, fake_norm = optim.apply_gradients(fake_score, fake_grads, fake_tx)
         metrics |= {"grad_norm": norm, "fake_grad_norm": fake_norm, "skipped": generator.skipped + fake_score.skipped}

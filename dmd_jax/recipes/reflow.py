@@ -44,7 +44,7 @@ def make(
     def init(params, others=None):
         return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0))
 
-    def gradients(params, batch):
+    def gradients(params, frozen, batch):
         x_t = process_lib.add_noise(denoiser.process, batch["image"], batch["noise"], batch["t"])
 
         def loss(params):
@@ -61,7 +61,7 @@ def make(
         cond = recipes.drop(k_drop, pairs["cond"], null_cond, cond_dropout)
         batch = parallel.split(pairs | {"cond": cond, "t": t})
 
-        grads, metrics = parallel.mean(gradients)(train_state.generator.params, batch)
+        grads, metrics = parallel.gradients(gradients)(denoiser.cast(train_state.generator.params), None, batch)
         decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
         generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}

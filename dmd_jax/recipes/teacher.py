@@ -36,7 +36,7 @@ def make(
     def init(params, others=None):
         return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0))
 
-    def gradients(params, batch):
+    def gradients(params, frozen, batch):
         def loss(params):
             output, target = denoiser.output_and_target(params, batch["image"], batch["eps"], batch["t"], batch["cond"])
             return losses.denoising_loss(output, target)
@@ -51,7 +51,7 @@ def make(
         cond = recipes.drop(k_drop, cond, null_cond, cond_dropout)
         batch = parallel.split({"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)})
 
-        grads, metrics = parallel.mean(gradients)(train_state.generator.params, batch)
+        grads, metrics = parallel.gradients(gradients)(denoiser.cast(train_state.generator.params), None, batch)
         decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
         generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}

@@ -30,5 +30,5 @@ def make(parallel: sharding.Parallel, *, checkpoint: str | os.PathLike, batch_si
     params = convert.from_torch(tensors, network.abstract)
     run = parallel.in_batches("text batch_size", network.apply, batch_size)
     digest = f"clip {checkpoint_lib.digest(params)} {tokens.digest} {sorted(settings.items())} {dtype}"
-    params = jax.device_put(params, parallel.replicated)
+    params = sharding.place(params, parallel.replicated)
     return text.Encoder(lambda prompts: run(params, tokens.ids(prompts)), (length, width), text.digest(digest), tokens.truncated)
