@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dmd_jax import state
@@ -139,6 +140,8 @@ def digest(params: dict) -> str:
     """A fingerprint of parameters."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         total.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
     return total.hexdigest()[:16]
 

@@ -53,7 +53,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
             f"is not a multiple of preview_every {settings.preview_every}; change one of them."
         )
     recipe = experiment.make_recipe(config, stage, parallel, workdir)
-    params = _first_params(config, stage, workdir)
+    params = _first_params(config, stage, parallel, workdir)
     fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest((params, recipe.others))}"
     manager = checkpoint.open_manager(directory, keep=settings.keep_checkpoints, best=settings.best_metric)
 
@@ -98,7 +98,10 @@ def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Para
 
 
 def first_state(recipe: recipes.Recipe, params: dict, shardings: state.TrainState, restored: state.TrainState | None = None):
-    """The state at step 0, or `restored` with the frozen parameters that a checkpoint leaves out, spread over the devices."""
+    """The state at step 0, or `restored` with the frozen parameters that a checkpoint leaves out, spread over the devices.
+
+    `params`, and the recipe's others, are the same in every process, or are on the devices already.
+    """
     if restored is None:
         return jax.jit(recipe.init, out_shardings=shardings)(params, recipe.others)
     frozen = jax.jit(lambda *args: recipe.init(*args).frozen, out_shardings=shardings.frozen)(params, recipe.others)
@@ -111,12 +114,13 @@ def compile_step(train_step: Callable, train_state, batch, shardings):
     return step.lower(train_state, batch).compile()
 
 
-def _first_params(config, stage, workdir):
+def _first_params(config, stage, parallel, workdir):
     """Those of the stage `init_from`, or random; a network that is made of several of that stage's starts from copies of it."""
     network, start = experiment.make_network(config, stage), config[stage].init_from
     if not start:
-        return network.init(config.seed)
-    params = experiment.load_params(config, start, workdir)
+        params = network.init(config.seed)
+        return sharding.place(params, parallel.state_shardings(params))
+    params = experiment.load_params(config, start, workdir, shardings=parallel.state_shardings)
     if network.grow and jax.tree.structure(params) != jax.tree.structure(network.abstract):
         return network.grow(params)
     shapes, expected = (
