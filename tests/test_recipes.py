@@ -8,7 +8,7 @@ import pytest
 
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process, sharding, train
-from dmd_jax.models import unet_edm
+from dmd_jax.models import unet_edm, unet_sd
 from dmd_jax.recipes import distil, dmd, reflow, teacher
 
 OPTIMIZER = dict(learning_rate=1e-3, warmup_steps=2)
@@ -113,6 +113,23 @@ def test_a_run_of_the_unet_does_not_depend_on_the_mesh(tiny):
     network = unet_edm.ddpmpp(**tiny | dict(multipliers=(2,)))  # one level compiles in half the time
     params = jax.tree.map(lambda p: p + 0.01, network.init(0))  # no zeros
     assert_same_run(*(run(teacher, network.apply, params, mesh) for mesh in ("data2_fsdp4", "one")))
+
+
+@pytest.mark.parametrize("make_network", [unet_edm.ddpmpp, unet_edm.adm, unet_sd.unet])
+def test_networks_compute_the_same_with_cast_parameters(tiny, make_network):
+    """A UNet in bfloat16, whose embeddings of time and norms stay in float32."""
+    settings, cond = tiny, np.int32([3, 10])
+    if make_network is unet_sd.unet:
+        settings = dict(size=8, channels=1, num_classes=0, block_out_channels=(32,), layers_per_block=1, attention=(True,), num_heads=2)
+        settings |= dict(cross_attention_dim=16, norm_num_groups=8)
+        cond = np.random.default_rng(1).standard_normal((2, 5, 16), np.float32)
+    network = make_network(**settings, dtype="bfloat16")
+    params = jax.tree.map(lambda p: p + 0.01, network.init(0))
+    inputs = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32), np.float32([0.1, 2]), cond
+    cast = network.cast(params)
+    np.testing.assert_array_equal(jax.jit(network.apply)(cast, *inputs), jax.jit(network.apply)(params, *inputs))
+    sizes = {dtype: sum(a.size for a in jax.tree.leaves(cast) if a.dtype == dtype) for dtype in (jnp.bfloat16, jnp.float32)}
+    assert sizes[jnp.bfloat16] > sizes[jnp.float32] > 0
 
 
 def test_a_run_trains(runs):
