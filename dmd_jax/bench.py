@@ -5,14 +5,11 @@ python -m dmd_jax.bench step --network=cifar10 --batch_size=2 --against=torch
 python -m dmd_jax.bench forward --network=coco --against=torch
 python -m dmd_jax.bench sample --network=coco --teacher_steps=3
 python -m dmd_jax.bench stack --network=coco
-python -m dmd_jax.bench lower --network=coco --devices=64 --fsdp=8
-python -m dmd_jax.bench lower --network=coco:instaflow --stage=reflow_2
 
 `step` prints parameters, memory and seconds of the DMD step; beside them the time that XLA's own convolutions and matrix products of the
 step take alone, one after another. `--against=torch` runs the same step in PyTorch in between, same network, losses, optimizers and batch.
 `forward` does so for the UNet of Stable Diffusion and diffusers' with the same weights, and prints how far apart they are. `sample` times
-one step against the teacher's sampler, `stack` against one step of two UNets in series. `lower` traces the step of a training stage for
-devices that need not be there, and prints what its state takes.
+one step against the teacher's sampler, `stack` against one step of two UNets in series.
 """
 
 import argparse
@@ -27,7 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import bench_parts, bench_sd, checkpoint, experiment, sharding, train
+from dmd_jax import bench_parts, bench_sd, checkpoint, experiment, sharding, stand_ins, train
 from dmd_jax.models import clip_text, vae
 
 
@@ -47,11 +44,11 @@ def make_step(config, batch_size: int, directory: pathlib.Path):
     """The step of `config`, compiled, with its state and a batch; what else it reads is random and written to `directory`."""
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
     parallel.check_batch("batch_size", batch_size)
-    bench_parts.write_files(config, "dmd", directory)
+    stand_ins.write_files(config, "dmd", directory)
     recipe, params = experiment.make_recipe(config, "dmd", parallel, directory), experiment.make_network(config).init(0)
     _, shardings = train.abstract_state(recipe, params, parallel)
     state = train.first_state(recipe, params, shardings)
-    batch = jax.device_put(bench_parts.random_batch(config, "dmd", batch_size), parallel.batch_sharding)
+    batch = jax.device_put(stand_ins.random_batch(config, "dmd", batch_size), parallel.batch_sharding)
     began = time.perf_counter()
     step = train.compile_step(recipe.train_step, state, batch, shardings)
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
@@ -73,7 +70,7 @@ def step(arguments: argparse.Namespace):
         if arguments.against:
             from dmd_jax import bench_torch
 
-            other = bench_torch.Step(config, jax.device_get(state.frozen), bench_parts.random_batch(config, "dmd", arguments.batch_size))
+            other = bench_torch.Step(config, jax.device_get(state.frozen), stand_ins.random_batch(config, "dmd", arguments.batch_size))
     count = sum(a.size for a in jax.tree.leaves(state.generator.params))
     flops = compiled.cost_analysis()["flops"]
     print(bench_parts.devices())
@@ -171,29 +168,6 @@ def stack(arguments: argparse.Namespace):
     print(f"peak memory: {bench_parts.peak_memory()}")
 
 
-def lower(arguments: argparse.Namespace):
-    """Traces and lowers the step of a training stage for devices that need not be there."""
-    jax.config.update("jax_platforms", "cpu")  # the program must not depend on where it is made
-    config = load_config(arguments.network)
-    with tempfile.TemporaryDirectory() as directory:
-        bench_parts.write_files(config, arguments.stage, pathlib.Path(directory))
-        found = bench_sd.lower(config, arguments.stage, pathlib.Path(directory), devices=arguments.devices, fsdp=arguments.fsdp)
-    mesh = f"data={arguments.devices // arguments.fsdp} x fsdp={arguments.fsdp}"
-    batch = " + ".join(f"{size} {name}" for name, size in bench_parts.batch_sizes(config, arguments.stage).items())
-    parameters = sum(math.prod(a.shape) for a in jax.tree.leaves(found.state.generator.params))
-    print(f"{arguments.network}, stage {arguments.stage}, {parameters:,} parameters, batch {batch}, {mesh}")
-    size = f"{len(found.text) / 1e6:.1f} MB of StableHLO"
-    print(f"traced in {found.trace_seconds:.1f} s, lowered for TPUs in {found.lower_seconds:.1f} s; {size}")
-    print("GiB of state on each device at rest, between steps:")
-    for fsdp in sorted({1, 8, arguments.fsdp, arguments.devices}):
-        parts = bench_sd.at_rest(found.state, fsdp)
-        sizes = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in parts.items() if size)
-        print(f"fsdp={fsdp}: {sum(parts.values()) / 2**30:.2f} = {sizes}")
-    whole = sum(size for name, size in bench_sd.at_rest(found.state, 1).items() if name not in bench_sd.NOT_GATHERED)
-    print(f"while a step runs, every device also gathers what its networks compute with: {whole / 2**30:.2f}")
-    print(f"peak memory here: {bench_parts.peak_memory()}")
-
-
 def _around(arguments, config):
     """The text encoder and the autoencoder of Stable Diffusion."""
     if config.text.name != "clip":
@@ -245,11 +219,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
         if run is sample:
             command.add_argument("--teacher_steps", type=int, default=0, help="of the teacher; all the config's if not given")
-
-    command = add(lower, "coco")
-    command.add_argument("--stage", default="dmd", help="of the config, one that trains")
-    command.add_argument("--devices", type=int, default=64, help="of the mesh")
-    command.add_argument("--fsdp", type=int, default=8, help="devices over which the state is split")
     return parser.parse_args(argv)
 
 

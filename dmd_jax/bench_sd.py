@@ -1,21 +1,17 @@
-"""Stable Diffusion at its real size: the UNet beside diffusers', one step beside the teacher's many and beside that of two UNets in series,
-and the step of training for a pod.
+"""Stable Diffusion at its real size: the UNet beside diffusers', one step beside the teacher's many and beside that of two UNets in series.
 
 Weights are random. What is returned is printed by `bench.py`.
 """
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
 
-from dmd_jax import bench_parts, experiment, lookup, sampling, sharding
+from dmd_jax import bench_parts, experiment, lookup, sampling, sharding, stand_ins
 from dmd_jax.models import layers
-
-NOT_GATHERED = ("Adam", "running mean")  # parts of a state that a step needs only where they lie
 
 
 class Forward(NamedTuple):
@@ -43,9 +39,9 @@ def forward(config, *, batch_size: int, repeats: int, against: str) -> Forward:
       ValueError: something is not finite, or diffusers is missing.
     """
     network, rng = experiment.make_network(config), np.random.default_rng(0)
-    params = bench_parts.random_params(network.abstract)
+    params = stand_ins.random_params(network.abstract)
     x = rng.standard_normal((batch_size, *experiment.image_shape(config)), np.float32)
-    inputs = x, np.linspace(999, 1, batch_size, dtype=np.float32), bench_parts.random_cond(config, batch_size).astype(np.float32)
+    inputs = x, np.linspace(999, 1, batch_size, dtype=np.float32), stand_ins.random_cond(config, batch_size).astype(np.float32)
     compile_seconds, program = bench_parts.timed(lambda: jax.jit(network.apply).lower(params, *inputs).compile())
     output = np.asarray(program(params, *inputs))
     other, difference = None, 0.0
@@ -167,14 +163,14 @@ def _around(config, encoder, decoder, parallel, batch_size):
     """A function that encodes texts, the inputs of a sampler with what it makes, and a function that decodes latents."""
     texts, latents = (_random_params(network, parallel) for network in (encoder, decoder))
     encode, decode = (parallel.in_batches("batch_size", network.apply, batch_size) for network in (encoder, decoder))
-    ids = np.random.default_rng(0).integers(0, 1000, (batch_size, bench_parts.LENGTH), np.int32)
+    ids = np.random.default_rng(0).integers(0, 1000, (batch_size, stand_ins.LENGTH), np.int32)
     cond = encode(texts, ids)
     inputs = sampling.inputs(0, range(batch_size), experiment.image_shape(config), [{"cond": row} for row in cond])
     return lambda: encode(texts, ids), inputs, lambda: decode(latents, inputs["z"])
 
 
 def _random_params(network, parallel):
-    return jax.device_put(bench_parts.random_params(network.abstract), parallel.replicated)
+    return jax.device_put(stand_ins.random_params(network.abstract), parallel.replicated)
 
 
 def _in_turn(parts, repeats):
@@ -183,68 +179,3 @@ def _in_turn(parts, repeats):
         raise ValueError("an output is not finite.")
     rows = [[bench_parts.timed(part)[0] for part in parts] for _ in range(repeats)]
     return map(list, zip(*rows, strict=True))
-
-
-class Lowered(NamedTuple):
-    """What `lower` found.
-
-    Attributes:
-      state: abstract, of the stage.
-      trace_seconds: of tracing.
-      lower_seconds: of lowering.
-      text: the program.
-    """
-
-    state: Any
-    trace_seconds: float
-    lower_seconds: float
-    text: str
-
-
-def lower(config, stage: str, directory, *, devices: int, fsdp: int) -> Lowered:
-    """A training step as StableHLO for a mesh of TPUs that need not be there; the networks in training are shapes alone.
-
-    Args:
-      config: whose files `bench_parts.write_files` has written.
-      stage: that trains.
-      directory: that stands for the run's.
-      devices: of the mesh.
-      fsdp: its second axis.
-
-    Raises:
-      ValueError: the devices cannot share the batch, or do not make such a mesh.
-    """
-    parallel = sharding.Parallel(abstract_mesh(devices, fsdp), config[stage].get("accumulation", 1))
-    sizes = bench_parts.batch_sizes(config, stage)
-    for name, size in sizes.items():
-        parallel.check_batch(f"{name} batch_size", size)
-    recipe = experiment.make_recipe(config, stage, parallel, directory)
-    state = jax.eval_shape(recipe.init, experiment.make_network(config, stage).abstract, recipe.others)
-    shardings = parallel.state_shardings(state)
-    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    shape = lambda a, size: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype, sharding=parallel.batch_sharding)
-    rows = bench_parts.random_batch(config, stage, 1)
-    batch = {name: jax.tree.map(lambda a, size=size: shape(a, size), rows[name]) for name, size in sizes.items()}
-    step = jax.jit(recipe.train_step, donate_argnums=0, out_shardings=(shardings, None))
-    trace_seconds, traced = bench_parts.timed(lambda: step.trace(placed, batch))
-    lower_seconds, lowered = bench_parts.timed(lambda: traced.lower(lowering_platforms=("tpu",)))
-    return Lowered(state, trace_seconds, lower_seconds, lowered.as_text())
-
-
-def abstract_mesh(devices: int, fsdp: int) -> AbstractMesh:
-    """As `sharding.make_mesh`, without the devices."""
-    if fsdp < 1 or devices < 1 or devices % fsdp:
-        raise ValueError(f"devices {devices} are not divisible by fsdp {fsdp}; change one of them.")
-    return AbstractMesh((devices // fsdp, fsdp), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-def at_rest(state, fsdp: int) -> dict[str, int]:
-    """Bytes of the parts of an abstract state on each device between steps, for any number of devices with that `fsdp`."""
-    parallel = sharding.Parallel(abstract_mesh(fsdp, fsdp))
-    sizes = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, state, parallel.state_shardings(state))
-    nets, frozen = [net for net in (sizes.generator, sizes.fake_score) if net], sizes.frozen or {}
-    parts = dict(zip(("generator", "fake score"), (net.params for net in nets), strict=False))
-    parts |= {"Adam": [net.opt_state for net in nets], "running mean": sizes.generator.ema, "teacher": frozen.get("real_score")}
-    distance = frozen.get("distance")
-    parts |= distance if distance and "decoder" in distance else {"distance": distance}
-    return {name: sum(jax.tree.leaves(part)) for name, part in parts.items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import bench, bench_parts, bench_sd, experiment, sharding, train
+from dmd_jax import bench, bench_sd, experiment, sharding, stand_ins
 from dmd_jax.models import clip_text, vae, vgg
 from dmd_jax.weights import convert
 from tests import test_features
@@ -43,7 +43,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         distance = dict(name="lpips", weights=str(tmp_path / "lpips.npz"), size=16)
     config = make_config(name, distance)
     recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path)
-    params, batch = random_weights(experiment.make_network(config).abstract), bench_parts.random_batch(config, "dmd", 4)
+    params, batch = random_weights(experiment.make_network(config).abstract), stand_ins.random_batch(config, "dmd", 4)
     state = recipe.init(params)
     drawn = []
     right = sharding.Parallel.split
@@ -67,15 +67,6 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
 def random_weights(abstract):
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda a: (0.2 * rng.standard_normal(a.shape)).astype(np.float32), abstract)
-
-
-def test_products_are_counted_with_their_repetitions():
-    def program(x, kernel):
-        x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, length=3)[0]
-        return jax.jit(lambda x: jax.lax.conv(x[None, None], kernel, (1, 1), "SAME"))(x) + (x @ x)[None, None]
-
-    found = bench_parts.products(jax.make_jaxpr(program)(jnp.ones((4, 4)), jnp.ones((1, 1, 3, 3))).jaxpr)
-    assert sorted((p.name, n) for (p, *_), n in found.items()) == [("conv_general_dilated", 1), ("dot_general", 4)]
 
 
 def test_a_config_that_does_not_exist():
@@ -108,7 +99,7 @@ def test_the_unet_is_diffusers(toy):
 
 
 def test_weights_at_random_are_nowhere_zero():
-    params = bench_parts.random_params(TEXT_ENCODER.abstract)
+    params = stand_ins.random_params(TEXT_ENCODER.abstract)
     assert all(np.all(a != 0) and a.dtype == np.float32 for a in jax.tree.leaves(params))
 
 
@@ -143,48 +134,6 @@ def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, c
     assert all(f"{value} ({value} to {value})" in printed for value in (images, networks))
 
 
-def test_the_step_is_lowered_for_devices_that_are_not_there(toy, tmp_path, capsys, monkeypatch):
-    bench_parts.write_files(toy, "dmd", tmp_path)
-    toy.dmd.batch_size = 64
-    toy.dmd.recipe.ema_decay = 0.5
-    found = bench_sd.lower(toy, "dmd", tmp_path, devices=64, fsdp=8)
-    assert '"data"=8, "fsdp"=8' in found.text and "64x77x32xf16" in found.text
-
-    parallel = sharding.Parallel(sharding.make_mesh(data=1, fsdp=8))
-    recipe, params = experiment.make_recipe(toy, "dmd", parallel, tmp_path), experiment.make_network(toy).init(0)
-    state = train.first_state(recipe, params, train.abstract_state(recipe, params, parallel)[1])
-    here = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state.replace(step=None)))
-    parts = bench_sd.at_rest(found.state, 8)
-    assert sum(parts.values()) + 8 == here  # but two counts of skipped updates
-    whole, size = bench_sd.at_rest(found.state, 1), sum(a.nbytes for a in jax.tree.leaves(params))
-    assert [whole[name] // size for name in ("generator", "fake score", "Adam", "running mean", "teacher")] == [1, 1, 4, 1, 1]
-
-    monkeypatch.setattr(bench, "load_config", lambda name: toy)
-    monkeypatch.setattr(bench_parts, "write_files", lambda *_: None)
-    monkeypatch.setattr(bench_sd, "lower", lambda *_, **__: found)
-    bench.lower(bench.parse(["lower", "--devices=64"]))
-    assert "fsdp=64: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("stack", [1, 2])
-@pytest.mark.parametrize("recipe", ["reflow", "distil"])
-def test_other_stages_are_lowered(toy, tmp_path, recipe, stack):
-    toy.flow = dict(program="train", process=dict(name="RectifiedFlow"), prediction="flow", network=dict(toy.network, stack=stack))
-    toy.flow.recipe = dict(name=recipe, optimizer=dict(learning_rate=1e-6, warmup_steps=1), ema_decay=0.9)
-    toy.flow.update(data=dict(pairs=dict(toy.dmd.data.pairs, batch_size=16)), batch_size=8)
-    if recipe == "distil":
-        toy.flow.recipe.distance = toy.dmd.recipe.distance
-    toy.stages = (*toy.stages, "flow")
-    bench_parts.write_files(toy, "flow", tmp_path)
-    found = bench_sd.lower(toy, "flow", tmp_path, devices=8, fsdp=2)
-    assert "16x77x32xf16" in found.text and "8x77x32xf16" not in found.text
-    parts = bench_sd.at_rest(found.state, 1)
-    names = {"generator", "Adam", "running mean"} | ({"lpips", "decoder"} if recipe == "distil" else set())
-    assert {name for name, size in parts.items() if size} == names
-    abstract = experiment.make_network(toy, "flow").abstract
-    assert parts["generator"] == sum(4 * a.size for a in jax.tree.leaves(abstract)) and ("units" in abstract) == (stack > 1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,9 +141,6 @@ def test_other_stages_are_lowered(toy, tmp_path, recipe, stack):
         ("forward --repeats=0", "repeats is 0 and batch_size 1; expected at least 1."),
         ("sample --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
         ("stack --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
-        ("lower --network=coco:guidance8", "the config trains no stage 'dmd'; there are: dmd_1, dmd_2, "),
-        ("lower --network=coco --stage=teacher", "the config trains no stage 'teacher'; there are: dmd."),
-        ("lower --network=coco --fsdp=7", "devices 64 are not divisible by fsdp 7; change one of them."),
         ("step --network=coco:tiny --against=torch", "--against=torch knows the networks of unet_edm alone"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 CHAIN = (  # a module imports none of its own line, nor of those above it
     {"main", "bench"},
-    {"train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "sample"},
+    {"train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "plan", "sample"},
     {"recipes"},
     {"losses", "samplers"},
     {"denoiser"},
@@ -16,6 +16,7 @@ CHAIN = (  # a module imports none of its own line, nor of those above it
     {"process"},
 )
 STAGES = {"main", "bench", "train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "sample", "experiment"}
+STAGES |= {"plan", "plan_report"}
 MATHEMATICS = {"process", "ode", "denoiser", "samplers", "losses"}
 
 
