@@ -1,0 +1,42 @@
+"""Traces of some steps of a run, for XProf: `pip install xprof`, then `xprof --logdir=DIRECTORY`."""
+
+import contextlib
+import os
+import re
+
+import jax
+
+
+class Trace:
+    """Writes a trace of the steps "first:last" of a run, counted from where it started; None for none.
+
+    Raises:
+      ValueError: `steps` is something else.
+    """
+
+    def __init__(self, steps: str | None, directory: str | os.PathLike):
+        first, last = parse(steps) if steps else (0, 0)
+        self._first, self._last, self._directory, self._running = first, last, str(directory), False
+
+    def step(self, number: int) -> contextlib.AbstractContextManager:
+        """Around the dispatch of the step that is the `number`-th of the run."""
+        if number == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+
+    def finish(self, number: int, values):
+        """After that step; waits for its `values` where the trace ends."""
+        if self._running and number >= self._last:
+            jax.block_until_ready(values)
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def parse(steps: str) -> tuple[int, int]:
+    """ "10:20" as numbers."""
+    found = re.fullmatch(r"(\d+):(\d+)", steps)
+    first, last = (int(n) for n in found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(f"profile is {steps!r}, expected the first and the last step to trace, such as 10:20.")
+    return first, last
