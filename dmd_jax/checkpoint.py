@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: asynchronous, atomic, the last few and the best, each with the fingerprint of what it was trained on."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dmd_jax import state
+from dmd_jax import distributed, state
 
 
 def open_manager(directory: str | os.PathLike, *, keep: int = 2, best: str = "") -> ocp.CheckpointManager:
@@ -36,7 +37,8 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
     """
     train_state = train_state.replace(frozen=None)
     needed = sum(a.nbytes for a in jax.tree.leaves(train_state)) + 2**20  # the arrays, and what Orbax writes about them
-    free = shutil.disk_usage(manager.directory).free
+    free = shutil.disk_usage(manager.directory).free if jax.process_index() == 0 else 0
+    free = float(distributed.gather(np.float32(free))[0])  # one verdict
     if free < needed:
         raise ValueError(
             f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but {manager.directory} has {free / 1e6:.1f} MB free; "
@@ -44,8 +46,45 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
         )
     meta = {"fingerprint": fingerprint, "weights": "params" if train_state.generator.ema is None else "ema"}
     arguments = ocp.args.Composite(state=ocp.args.StandardSave(train_state), meta=ocp.args.JsonSave(meta))
-    if not manager.save(step, args=arguments, metrics=metrics, force=True):
+    with _told_clearly(manager):
+        saved = manager.save(step, args=arguments, metrics=metrics, force=True)
+    if not saved:
         raise ValueError(f"{manager.directory} already holds step {step} or a later one; use another workdir.")
+
+
+def wait(manager: ocp.CheckpointManager):
+    """Until what is being written is on the disk.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    with _told_clearly(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager):
+    """Closes it at the end, once everything is written; after an error of one process among several it would wait for the others."""
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            manager.close()
+        raise
+    manager.close()
+
+
+@contextlib.contextmanager
+def _told_clearly(manager):
+    """What an earlier asynchronous write has raised comes out here as well."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise ValueError(
+            f"a checkpoint cannot be written to {manager.directory}: {reason}; what was saved before is whole. Make room, or make it "
+            "writable, and run the same command again."
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, fingerprint: str | None) -> state.TrainState | None:
@@ -65,7 +104,13 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
         try:
             restored = manager.restore(step, args=arguments)
         except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
-            logging.warning("checkpoint %d cannot be read (%s); trying the one before it.", step, str(error).split("\n")[0][:200])
+            reason = str(error).split("\n")[0][:200]
+            if jax.process_count() > 1:  # the others may have read it, and wait for this one
+                _put_aside(manager, [step] if step != steps[-1] else [])
+                raise ValueError(
+                    f"checkpoint {step} in {manager.directory} cannot be read ({reason}); run the same command again."
+                ) from error
+            logging.warning("checkpoint %d cannot be read (%s); trying the one before it.", step, reason)
             continue
         if fingerprint not in (None, restored["meta"]["fingerprint"]):
             raise ValueError(
@@ -81,11 +126,11 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
 
 def read_fingerprint(directory: str | os.PathLike) -> str | None:
     """That of the newest checkpoint, see `restore`; None if it is damaged."""
-    with open_manager(directory, keep=1000) as manager:
-        try:
-            return manager.restore(manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["fingerprint"]
-        except Exception:  # Orbax raises all kinds; whoever reads the state says so
-            return None
+    path = pathlib.Path(directory) / "checkpoints"
+    try:
+        return _meta(path, max(all_steps(directory)))["fingerprint"]
+    except (OSError, ValueError, KeyError):  # whoever reads the state says so
+        return None
 
 
 def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> state.TrainState:
@@ -123,7 +168,7 @@ def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None 
         raise ValueError(f"no checkpoint{f' of step {step}' if steps else ''} in {path}; run the stage {path.parent.name!r} first.")
     step = max(steps) if step is None else step
     try:
-        name = json.loads((path / str(step) / "meta" / "metadata").read_text())["weights"]
+        name = _meta(path, step)["weights"]
         target = {"generator": {name: abstract}}
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
@@ -146,10 +191,15 @@ def digest(params: dict) -> str:
     return total.hexdigest()[:16]
 
 
+def _meta(path, step):
+    return json.loads((path / str(step) / "meta" / "metadata").read_text())
+
+
 def _put_aside(manager, steps):
     for step in steps:
         path = pathlib.Path(manager.directory)
-        path.joinpath(str(step)).rename(path.parent / f"unreadable_{step}")
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            path.joinpath(str(step)).rename(path.parent / f"unreadable_{step}")
         logging.warning("checkpoint %d was moved to %s.", step, path.parent / f"unreadable_{step}")
-    if steps:
+    if steps and jax.process_count() == 1:
         manager.reload()

@@ -33,17 +33,18 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
-    """Imports `checkpoint`.
+    """Imports `checkpoint`, by process 0.
 
     Raises:
       ValueError: there is no such file, it is not safe to read, or it is of another network or process than the config's.
     """
+    if jax.process_index() > 0:
+        return
     checkpoint, directory = config[stage].checkpoint, workdir / stage
     of_file = pathlib.Path(checkpoint).suffix in edm.SUFFIXES
     source = _file(config, checkpoint, directory) if of_file else _directory(config, stage, checkpoint)
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(directory / experiment.SOURCE, source)
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(directory / experiment.SOURCE, source)
 
 
 def _file(config, checkpoint, directory):
@@ -51,9 +52,8 @@ def _file(config, checkpoint, directory):
     tensors, found = edm.read(path)
     convert.check_settings(found, config.network.to_dict())
     params = edm.to_params(tensors, experiment.make_network(config).abstract)
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        edm.write(directory / experiment.WEIGHTS, params, json.loads(config.network.to_json()))
+    directory.mkdir(parents=True, exist_ok=True)
+    edm.write(directory / experiment.WEIGHTS, params, json.loads(config.network.to_json()))
     return {"file": str(path), "sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
 
 

@@ -9,11 +9,12 @@ import pathlib
 import shutil
 import warnings
 
+import jax
 import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, experiment, latents, metrics
+from dmd_jax import checkpoint, distributed, experiment, latents, metrics, sharding
 from dmd_jax.data import captions, records
 
 NULL = "null.npy"  # the embedding of the empty text
@@ -33,6 +34,8 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     """Writes the shards that are missing, the texts of all rows and the embedding of the empty text.
 
+    Every process makes some of the shards, on its own devices.
+
     Raises:
       ValueError: too many rows cannot be read, the images do not fit the network, or the directory holds other captions.
     """
@@ -40,34 +43,46 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     manifest, source, encoder = _prepare(config, stage, workdir)
     encode_images = None
     if settings.latents:
-        encode_images = latents.make_encode(experiment.autoencoder(config), experiment.make_parallel(config, stage), settings.batch_size)
+        encode_images = latents.make_encode(experiment.autoencoder(config), _parallel(config), settings.batch_size)
     if (directory / records.MANIFEST).exists():
         records.claim(directory, manifest)
-    skipped = []
-    for i, path in tqdm.tqdm(enumerate(records.shard_paths(directory, manifest)), desc=stage, unit="shard", total=manifest["shards"]):
-        if path.exists():
-            skipped += metrics.read_json(_told(path))["skipped"]
-            continue
-        rows, bad = captions.readable(source, range(i * settings.shard_size, min((i + 1) * settings.shard_size, len(source))))
+    paths, skipped = records.shard_paths(directory, manifest), []
+    for first in tqdm.tqdm(range(0, len(paths), jax.process_count()), desc=stage, unit="shard", disable=jax.process_index() > 0):
+        i = first + jax.process_index()
+        rows, bad = _read(source, paths[i], i, settings.shard_size) if i < len(paths) else (None, [])
         skipped += bad
         _refuse_if_many(skipped, len(source), directory)
+        if rows is None:
+            continue
         texts = [row["text"] for row in rows.values()]
         arrays = {"cond": encoder.encode(texts).astype(settings.dtype)} if rows else {}
         if rows and encode_images:
             arrays["image"] = _encode_images(encode_images, rows, manifest["features"]["image"]["shape"], stage)
         records.claim(directory, manifest)  # not before the first shard is known to fit
         cut = [texts[k] for k in encoder.truncated(texts)]
-        metrics.write_json(_told(path), {"texts": texts, "skipped": bad, "truncated": cut})
-        records.write_shard(path, arrays)
-    _finish(directory, manifest, encoder.encode([""])[0].astype(settings.dtype))
+        metrics.write_json(_told(paths[i]), {"texts": texts, "skipped": bad, "truncated": cut})
+        records.write_shard(paths[i], arrays)
+    distributed.barrier("shards")
+    if jax.process_index() == 0:
+        _finish(directory, manifest, encoder.encode([""])[0].astype(settings.dtype))
+
+
+def _read(source, path, i, shard_size):
+    """The rows of shard i that can be read, or None if it is there, and why the others cannot."""
+    if path.exists():
+        return None, metrics.read_json(_told(path))["skipped"]
+    return captions.readable(source, range(i * shard_size, min((i + 1) * shard_size, len(source))))
 
 
 def _refuse_if_many(skipped, count, directory):
-    """What there is goes: it could not be told from shards of the source once it is mended."""
+    """By all processes together. What there is goes: it could not be told from shards of the source once it is mended."""
+    elsewhere = distributed.gather(len(skipped)).sum() - len(skipped)
     try:
-        captions.refuse_if_many(skipped, count)
+        captions.refuse_if_many([*skipped, *["told by another process"] * elsewhere], count)
     except ValueError:
-        shutil.rmtree(directory, ignore_errors=True)
+        distributed.barrier("refused")  # none is writing any more
+        if jax.process_index() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
         raise
 
 
@@ -106,7 +121,7 @@ def _prepare(config, stage, workdir):
     """The manifest, the captions and the encoder of text."""
     settings = config[stage]
     source = experiment.open_source(settings.captions, workdir)
-    encoder = experiment.make_text_encoder(config, experiment.make_parallel(config, stage))
+    encoder = experiment.make_text_encoder(config, _parallel(config))
     features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
     autoencoder = experiment.autoencoder(config) if settings.latents else None
     if settings.latents:
@@ -126,6 +141,10 @@ def _prepare(config, stage, workdir):
         "features": features,
     }
     return manifest, source, encoder
+
+
+def _parallel(config):
+    return sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh)))
 
 
 def _told(path):

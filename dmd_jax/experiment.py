@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, latents, lookup, losses, metrics, optim, quantize, recipes, samplers, sampling, sharding, text
+from dmd_jax import checkpoint, latents, lookup, losses, metrics, optim, quantize, recipes, samplers, sampling, sharding, storage, text
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
@@ -31,7 +32,7 @@ EVALUATION_SEED = 2**32  # far from the seeds of runs
 WEIGHTS, SOURCE = "weights.safetensors", "source.json"  # of a stage that imports them, and the file they came from
 
 
-def read_run(workdir: pathlib.Path, stage: str = "", *, devices: int = 1) -> tuple[ml_collections.ConfigDict, str]:
+def read_run(workdir: storage.Path, stage: str = "", *, devices: int = 1) -> tuple[ml_collections.ConfigDict, str]:
     """The config of a run, for use of what it has made on `devices` devices, and the stage; the evaluation's student if not given.
 
     Raises:
@@ -56,11 +57,11 @@ def read_run(workdir: pathlib.Path, stage: str = "", *, devices: int = 1) -> tup
     return config, stage
 
 
-def teacher_directory(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+def teacher_directory(config: ml_collections.ConfigDict, workdir: storage.Path) -> storage.Path | None:
     """The diffusers directory that a run has started from, if it has."""
     for source in (workdir / stage / SOURCE for stage in config.stages):
         if source.exists() and (directory := metrics.read_json(source).get("directory")):
-            return pathlib.Path(directory)
+            return storage.path(directory)
     return None
 
 
@@ -134,7 +135,7 @@ def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Par
     return sharding.Parallel(sharding.make_mesh(**config.mesh), config[stage].get("accumulation", 1))
 
 
-def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: sharding.Parallel, workdir: pathlib.Path) -> recipes.Recipe:
+def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: sharding.Parallel, workdir: storage.Path) -> recipes.Recipe:
     """The recipe of a training stage."""
     settings = config[stage].recipe.to_dict()
     make = lookup.find("recipes", settings.pop("name"))
@@ -173,7 +174,7 @@ def autoencoder(config: ml_collections.ConfigDict) -> dict | None:
     return config.autoencoder.to_dict() if "autoencoder" in config else None
 
 
-def null_cond(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+def null_cond(config: ml_collections.ConfigDict, workdir: storage.Path):
     """The condition that stands for none: a label, or what is in the file that `config.null_cond` names.
 
     Raises:
@@ -181,24 +182,24 @@ def null_cond(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     """
     if not isinstance(config.null_cond, str):
         return config.null_cond
-    path = pathlib.Path(config.null_cond.format(workdir=workdir))
+    path = storage.local(config.null_cond.format(workdir=workdir))
     if not path.exists():
         raise ValueError(f"null_cond: {path} does not exist; run the stage {path.parent.name!r} first.")
     return np.load(path)
 
 
-def null_of(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
+def null_of(config: ml_collections.ConfigDict, settings: dict, workdir: storage.Path):
     """What a sampler of `settings` needs as `null_cond`: None if it is not guided."""
     return null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
 
 
-def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> samplers.Sampler:
+def make_sampler(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> samplers.Sampler:
     """How images are made with what a stage has trained."""
     settings = config[stage].sampler.to_dict()
     return build_sampler(make_denoiser(config, stage), settings, null_of(config, settings, workdir), f"{stage}.sampler")
 
 
-def make_straightness(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path, num_steps: int) -> Callable:
+def make_straightness(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path, num_steps: int) -> Callable:
     """`samplers.straightness` of what a stage has trained, guided as its sampler is, as a rectified flow."""
     settings, denoiser = config[stage].sampler.to_dict(), make_flow(config, stage)
     denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), null_of(config, settings, workdir))
@@ -211,7 +212,7 @@ def build_sampler(denoiser: denoiser_lib.Denoiser, settings: dict, null, name: s
     return _sampler(settings, denoise, denoiser.process, name)
 
 
-def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> dict[str, pipeline.Stream]:
+def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> dict[str, pipeline.Stream]:
     """The data of a training stage; a stream without a `batch_size` has the stage's."""
     streams = {}
     for name, settings in config[stage].data.items():
@@ -230,13 +231,13 @@ def sources(tree, name: str = "") -> Iterator[tuple[str, dict]]:
             yield from sources(value, f"{name}.{key}" if name else key)
 
 
-def open_source(settings: dict, workdir: pathlib.Path):
+def open_source(settings: dict, workdir: storage.Path):
     """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
     settings = _fill(settings, workdir)
     return lookup.find("data", settings.pop("source"))(**settings)
 
 
-def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: pathlib.Path):
+def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: storage.Path):
     """As `open_source`, for what the network takes or is compared with.
 
     Raises:
@@ -257,7 +258,7 @@ def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: path
     return source
 
 
-def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, parallel: sharding.Parallel) -> features_lib.Features:
+def make_features(config: ml_collections.ConfigDict, workdir: storage.Path, parallel: sharding.Parallel) -> features_lib.Features:
     """The feature network `config.features`; its `images` are a data source."""
     settings = _fill(config.features, workdir)
     if "images" in settings:
@@ -268,7 +269,7 @@ def make_features(config: ml_collections.ConfigDict, workdir: pathlib.Path, para
 def load_params(
     config: ml_collections.ConfigDict,
     directory: str,
-    workdir: pathlib.Path,
+    workdir: storage.Path,
     step: int | None = None,
     *,
     shardings: Callable | None = None,
@@ -282,10 +283,10 @@ def load_params(
       step: of the checkpoint; the newest if not given.
       shardings: `tree -> shardings`; if not given, all devices have all of it.
     """
-    directory, shardings = pathlib.Path(directory.format(workdir=workdir)), shardings or replicated(config)
+    directory, shardings = storage.path(directory.format(workdir=workdir)), shardings or replicated(config)
     network = make_network(config, directory.name)
     if (directory / SOURCE).exists() and (found := metrics.read_json(directory / SOURCE)).get("directory"):
-        return load_directory(network, pathlib.Path(found["directory"]), shardings)
+        return load_directory(network, found["directory"], shardings)
     if (directory / WEIGHTS).exists():
         tensors, _ = edm.read(directory / WEIGHTS)
         params = edm.to_params(tensors, network.abstract)
@@ -294,7 +295,7 @@ def load_params(
     return checkpoint.load_weights(directory, abstract, step)
 
 
-def load_directory(network: layers.Network, directory: pathlib.Path, shardings: Callable) -> dict:
+def load_directory(network: layers.Network, directory: str | os.PathLike, shardings: Callable) -> dict:
     """The UNet of a diffusers directory, placed as `shardings` says; read and placed one tensor at a time."""
     _, tensors = diffusers.unet(directory)
     return convert.from_torch(tensors, network.abstract, place=lambda array, path: sharding.place(array, shardings(array)))
@@ -306,17 +307,17 @@ def replicated(config: ml_collections.ConfigDict) -> Callable:
     return lambda tree: jax.tree.map(lambda _: everywhere, tree)
 
 
-def find_files(name: str) -> pathlib.Path:
+def find_files(name: str) -> storage.Path:
     """The file, or the directory in the layout of diffusers, of others.
 
     Raises:
       ValueError: it is not there, and cannot be fetched.
     """
-    path = pathlib.Path(name)
-    return files.find(path) if path.exists() or path.suffix in FILE_SUFFIXES else diffusers.find(name)
+    path = storage.path(name)
+    return files.find(path) if path.is_file() or path.suffix in FILE_SUFFIXES else diffusers.find(name)
 
 
-def version(directory: pathlib.Path) -> int | str | None:
+def version(directory: storage.Path) -> int | str | None:
     """What tells one state of a stage from another: its last step, or the hash of the file that it has imported."""
     if (directory / SOURCE).exists():
         return metrics.read_json(directory / SOURCE).get("sha256")

@@ -5,15 +5,16 @@ python -m dmd_jax.export --workdir=/data/coco --stage=dmd --out=student
 
 import argparse
 import dataclasses
-import pathlib
+import os
 import sys
 
-from dmd_jax import experiment
+from dmd_jax import experiment, storage
 from dmd_jax.weights import diffusers_write, edm
 
 
-def export(workdir: pathlib.Path, stage: str, out: pathlib.Path, dtype: str = "float32", base_model: str = ""):
+def export(workdir: str | os.PathLike, stage: str, out: str | os.PathLike, dtype: str = "float32", base_model: str = ""):
     """Raises ValueError if there is no such run or stage, or `out` cannot be written."""
+    workdir, out = storage.absolute(workdir), storage.path(out)
     config, stage = experiment.read_run(workdir, stage)
     network, process, prediction = (experiment.of_stage(config, stage, key) for key in ("network", "process", "prediction"))
     load = lambda: experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
@@ -31,7 +32,7 @@ def export(workdir: pathlib.Path, stage: str, out: pathlib.Path, dtype: str = "f
         trained_for = {"process": {"name": type(process).__name__} | dataclasses.asdict(process), "prediction": prediction}
         options = dict(dtype=dtype, base_model=base_model or config.checkpoint, trained_for=trained_for, method=config[stage].recipe.name)
         diffusers_write.write(out, teacher, load(), **options)
-    elif out.suffix != ".safetensors" or (out.exists() and not out.is_file()) or not out.parent.is_dir():
+    elif out.suffix != ".safetensors" or (out.exists() and not out.is_file()) or not storage.has_parent(out):
         raise ValueError(f"--out is {out}; expected a file that ends in .safetensors, in a directory that exists.")
     elif dtype != "float32":
         raise ValueError(f"--dtype is {dtype}; EDM's checkpoints are float32.")
@@ -50,9 +51,7 @@ def main():
     parser.add_argument("--base_model", default="", help="what the model card of a directory calls the teacher")
     arguments = parser.parse_args()
     try:
-        export(
-            pathlib.Path(arguments.workdir).absolute(), arguments.stage, pathlib.Path(arguments.out), arguments.dtype, arguments.base_model
-        )
+        export(arguments.workdir, arguments.stage, arguments.out, arguments.dtype, arguments.base_model)
         print(arguments.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

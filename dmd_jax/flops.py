@@ -54,6 +54,14 @@ def total(found: collections.Counter) -> int:
     )
 
 
+def of_program(traced: jax.stages.Traced, compiled: jax.stages.Compiled) -> float:
+    """Operations of a program on each device, as its compiler counts them, with those of loops as often as they run; where it does not
+    say, those of `products`."""
+    counted, once_each = (total(products(traced.jaxpr.jaxpr, times)) for times in (trips, once))
+    cost = compiled.cost_analysis() or {}
+    return cost["flops"] + counted - once_each if "flops" in cost else counted
+
+
 def _flops(name, shapes, params):
     left, right = shapes
     if name == "dot_general":

@@ -1,25 +1,43 @@
 """Runs the stages of a config in order, or the one named by --stage. The same command again goes on where it stopped.
 
 python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
+
+Several processes, each with its own devices, run it together: started by srun, by mpirun or on a Cloud TPU they find one another;
+elsewhere give each --coordinator_address=host:port --num_processes=2 --process_id=0, or 1. They share the workdir.
 """
 
+import contextlib
+import fcntl
 import importlib
 import json
+import os
 import pathlib
 import re
+import socket
 import sys
+import time
+import traceback
+import zlib
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import experiment, lookup, metrics
+from dmd_jax import distributed, experiment, lookup, metrics, plan, preemption, profiling, programs, sharding
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
 STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
+PLAN = flags.DEFINE_string("plan", None, "A machine, such as v5e-64: print what the training steps would take of it, and stop.")
+PROFILE = flags.DEFINE_string("profile", None, "The first and the last step to trace for XProf, counted from the start, such as 10:20.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where there are several and nobody says.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, with --coordinator_address.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds after which a silent process ends the others.", lower_bound=3)
 
+LOCK = "lock"  # in the workdir
 PROGRAMS = ("convert", "embed", "train", "pairs", "evaluate")
 POSITIVE = re.compile(
     r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|seed_ranges|neighbours|shard_size"
@@ -32,24 +50,60 @@ CHANGEABLE = re.compile(
     r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|preview_images|checkpoint_every|keep_checkpoints"
     r"|max_skipped_updates|timing_repeats|checkpoint)$"
     r"|^\w+\.(others|straightness)\b"
-    r"|^(checkpoint|coco|taesd|prompts_file)$"
+    r"|^(checkpoint|coco|taesd|prompts_file|profile)$|\bnetwork\.remat$"
     r"|(^|\.)(captions|reference|text|autoencoder|distance|decoder)\.(checkpoint|weights|annotations|images|path|data_dir)$"
 )
 
 
 def main(argv):
-    if not WORKDIR.value:
-        raise app.UsageError("--workdir is empty; name a directory.")
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py.")
+    if PLAN.value:
+        return _plan()
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir is empty; name a directory.")
+    if PROFILE.value:
+        with CONFIG.value.unlocked():
+            CONFIG.value.profile = PROFILE.value
+    preemption.watch()
+    programs.keep()
+    code = 0
     try:
-        run(CONFIG.value, pathlib.Path(WORKDIR.value).absolute(), STAGE.value, DRY_RUN.value)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if "No space left on device" in str(error):
-            sys.exit(f"error: the disk of {WORKDIR.value} is full; make room and run the same command again: what is whole is kept.")
-        if isinstance(error, RuntimeError):
-            raise
+        address = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+        with distributed.started(*address, heartbeat_timeout=HEARTBEAT.value):
+            try:
+                run(CONFIG.value, pathlib.Path(WORKDIR.value).absolute(), STAGE.value, DRY_RUN.value)
+            except preemption.Preempted as notice:  # in all processes
+                code = preemption.EXIT_CODE
+                if jax.process_index() == 0:
+                    print(notice, file=sys.stderr)
+    except BaseException as error:
+        _fail(error)
+    sys.exit(code)
+
+
+def _plan():
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for devices that are not there cannot be read back
+    try:
+        check(CONFIG.value)
+        plan.run(CONFIG.value, PLAN.value, STAGE.value)
+    except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def _fail(error):
+    """One line for what users can mend, and a traceback for the rest."""
+    line, code = f"error: {error}", 1
+    if "No space left on device" in str(error):
+        line = f"error: the disk of {WORKDIR.value} is full; make room and run the same command again: what is whole is kept."
+    elif not isinstance(error, ValueError | OSError | FloatingPointError):
+        if not jax.distributed.is_initialized():
+            raise error
+        traceback.print_exception(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process is gone
+            code = distributed.LOST
+        line = f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    distributed.leave(code, line)
 
 
 def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = False):
@@ -65,19 +119,23 @@ def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = 
             f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}."
         )
     check(config)
-    if dry_run or jax.process_index() == 0:
+    _check_mesh(config)
+    if jax.process_index() == 0:
         print(json.dumps(config.to_dict(), indent=2))
+        if dry_run:
+            print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
     if dry_run:
-        print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
         return
     check_files(config, stages, workdir)
-    claim(config, workdir)
-    for stage in stages:
-        program = importlib.import_module(f"dmd_jax.{config[stage].program}")
-        if program.done(config, stage, workdir):
-            print(f"{stage}: done already")
-        else:
-            program.run(config, stage, workdir)
+    with claimed(config, workdir):
+        for stage in stages:
+            program = importlib.import_module(f"dmd_jax.{config[stage].program}")
+            if distributed.gather(program.done(config, stage, workdir)).all():
+                if jax.process_index() == 0:
+                    print(f"{stage}: done already")
+            else:
+                program.run(config, stage, workdir)
+                distributed.barrier(stage)
 
 
 def check(config):
@@ -98,7 +156,15 @@ def check(config):
         if before and config[stage].num_steps <= config[before].num_steps:
             done = config[before].num_steps
             raise ValueError(f"{stage}.num_steps is {config[stage].num_steps}, but {before}, which it continues, has {done}; give it more.")
+    if config.get("profile"):
+        profiling.parse(config.profile)
     experiment.check_names(config)
+
+
+def _check_mesh(config):
+    size, count = sharding.make_mesh(**config.mesh).size, jax.device_count()
+    if jax.process_count() > 1 and size != count:
+        raise ValueError(f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} processes; set mesh.data=-1.")
 
 
 def check_files(config, stages, workdir: pathlib.Path):
@@ -124,6 +190,54 @@ def check_files(config, stages, workdir: pathlib.Path):
         raise ValueError(" ".join(m for m in dict.fromkeys(missing) if not any(m in other and m != other for other in missing)))
 
 
+@contextlib.contextmanager
+def claimed(config, workdir: pathlib.Path):
+    """Within, `workdir` is this run's alone, by a lock of process 0; see `claim`.
+
+    Raises:
+      ValueError: another run has it, the workdir belongs to another config, or the processes do not share it, or their config.
+    """
+    with contextlib.ExitStack() as stack:
+        holder = 0
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            holder = zlib.crc32(stack.enter_context(_lock(workdir)))
+            claim(config, workdir)
+        holder = distributed.gather(np.uint32(holder))[0]
+        if jax.process_index() > 0:
+            _check_shared(config, workdir, holder)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(workdir):
+    """Who holds it, in bytes."""
+    with (workdir / LOCK).open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"{workdir} is in use by another run, {file.read().decode()}; wait for its end, or stop it.") from error
+        holder = f"process {os.getpid()} of {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode()
+        file.truncate(0)
+        file.write(holder)
+        file.flush()
+        yield holder
+
+
+def _check_shared(config, workdir, holder):
+    deadline = time.monotonic() + 10  # a network's file system may be late
+    while not (path := workdir / LOCK).exists() or zlib.crc32(path.read_bytes()) != holder:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{workdir} is not the one of process 0, whose files are not there; give all processes one --workdir, on a file system "
+                "that they share."
+            )
+        time.sleep(0.2)
+    if metrics.read_json(workdir / "config.json") != json.loads(config.to_json()):
+        raise ValueError("the config is not that of process 0; give all processes the same flags.")
+
+
 def claim(config, workdir: pathlib.Path):
     """Writes the config into `workdir`, or checks that it is the one found there.
 
@@ -139,9 +253,8 @@ def claim(config, workdir: pathlib.Path):
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
             raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(path, ours)
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path, ours)
 
 
 def _changeable(config, key):
@@ -159,7 +272,7 @@ def _flat(tree, prefix=""):
 
 
 def cli():
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=parse)
 

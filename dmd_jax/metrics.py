@@ -96,7 +96,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 def write_json(path: pathlib.Path, content: dict):
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{jax.process_index()}.partial")  # several processes may write the same
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.rename(path)
 

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, experiment, sampling, sharding
+from dmd_jax import checkpoint, distributed, experiment, sampling, sharding
 from dmd_jax.data import records
 
 
@@ -23,18 +23,16 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
-    """Writes the shards that are missing; every process writes its own.
+    """Writes the shards that are missing; every process makes some of them, on its own devices.
 
     Raises:
       ValueError: the directory holds pairs of another teacher or another sampler.
     """
     settings, directory = config[stage], workdir / stage
+    parallel = sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh)))
     params = _teacher(config, stage, workdir)
     manifest = _manifest(config, stage, workdir, params)
-    if jax.process_index() == 0:
-        records.claim(directory, manifest)
-    devices = [d for d in sharding.make_mesh(**config.mesh).devices.flat if d.process_index == jax.process_index()]
-    parallel = sharding.Parallel(sharding.make_mesh(devices=devices))
+    records.claim(directory, manifest)
     sample = sampling.make_sample(experiment.make_sampler(config, settings.teacher, workdir), parallel, settings.batch_size)
     conditions = experiment.make_source(config, settings.conditions, workdir)
 
@@ -48,7 +46,10 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
 
 
 def _teacher(config, stage, workdir):
-    return experiment.load_params(config, f"{{workdir}}/{config[stage].teacher}", workdir)
+    """On the devices of this process."""
+    here = sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh))).replicated
+    shardings = lambda tree: jax.tree.map(lambda _: here, tree)
+    return experiment.load_params(config, f"{{workdir}}/{config[stage].teacher}", workdir, shardings=shardings)
 
 
 def _manifest(config, stage, workdir, params):

@@ -9,10 +9,10 @@ python -m dmd_jax.personalise --model=student --custom=dreamshaper --base=stable
 import argparse
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
+from dmd_jax import storage
 from dmd_jax.weights import diffusers, diffusers_files, diffusers_write, lora
 
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -108,7 +108,7 @@ def _lora(argument):
     try:
         return (file, float(multiplier)) if file else (argument, 1.0)
     except ValueError as error:
-        if pathlib.Path(file).is_file():
+        if storage.path(file).is_file():
             raise argparse.ArgumentTypeError(f"the multiplier {multiplier!r} of {file} is no number") from error
         return argument, 1.0  # a colon of the path
 

@@ -10,7 +10,6 @@ python -m dmd_jax.sample --workdir=/data/coco --prompt="a photograph of an astro
 import argparse
 import dataclasses
 import math
-import pathlib
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dmd_jax import experiment, latents, lookup, metrics, samplers, sampling, sharding, text
+from dmd_jax import experiment, latents, lookup, metrics, samplers, sampling, sharding, storage, text
 from dmd_jax.models import controlnet as controlnet_lib
 from dmd_jax.weights import convert, diffusers
 
@@ -162,7 +161,7 @@ def load(
         raise ValueError(f"quantize is {quantize!r}; expected 'int8' or nothing.")
     if quantize and controlnet:
         raise ValueError("eight bits do not go together with a ControlNet; leave out one of them.")
-    workdir, devices = pathlib.Path(path).absolute(), math.gcd(batch_size, jax.device_count())
+    workdir, devices = storage.absolute(path), math.gcd(batch_size, jax.device_count())
     of_run = (workdir / "config.json").exists()
     config, stage = experiment.read_run(workdir, stage, devices=devices) if of_run else (_of_directory(path, devices), "teacher")
     for settings in (config, config[stage]):
@@ -175,9 +174,7 @@ def load(
     if of_run:
         params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
     else:
-        params = experiment.load_directory(
-            experiment.make_network(config), pathlib.Path(config.checkpoint), experiment.replicated(config)
-        )
+        params = experiment.load_directory(experiment.make_network(config), config.checkpoint, experiment.replicated(config))
     settings, null = _override(config[stage].sampler.to_dict(), sampler or {}), None
     if settings.get("guidance_scale", 1) > 1:
         null = encoder.encode([""])[0] if encoder else config.null_cond
@@ -264,12 +261,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace):
     """Writes the picture."""
-    out = pathlib.Path(arguments.out)
-    if out.suffix not in (".png", ".jpg", ".webp") or not out.absolute().parent.is_dir():
+    out = storage.path(arguments.out)
+    if out.suffix not in (".png", ".jpg", ".webp") or not storage.has_parent(out):
         raise ValueError(f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists.")
     prompts = list(arguments.prompt or [])
     if arguments.prompts:
-        lines = pathlib.Path(arguments.prompts).read_text(encoding="utf-8-sig").splitlines()
+        lines = storage.local(arguments.prompts).read_text(encoding="utf-8-sig").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if bool(prompts) == bool(arguments.label) or arguments.count < 1 or arguments.repeats < 0:
         raise ValueError("expected either texts, by --prompt or --prompts, or --label; --count of at least 1, --repeats of at least 0.")
@@ -288,13 +285,14 @@ def run(arguments: argparse.Namespace):
         calls = "as many network calls as it takes" if model.sampler.nfe is None else f"{model.sampler.nfe} network calls each"
         print(f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {calls}")
     columns = min(len(images), 8)
-    Image.fromarray(metrics.grid(images, columns)).save(out)
+    with storage.writing(out) as file:
+        Image.fromarray(metrics.grid(images, columns)).save(file)
     print(out)
 
 
 def _read_control(path):
     """[H, W, 3] in [0, 1]."""
-    with Image.open(path) as picture:
+    with Image.open(storage.local(path)) as picture:
         if picture.mode not in ("1", "L", "RGB") or "transparency" in picture.info:
             raise ValueError(f"{path} has mode {picture.mode}, expected RGB or grey without transparency; convert it first.")
         return np.asarray(picture.convert("RGB"), np.float32) / 255

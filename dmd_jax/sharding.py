@@ -121,8 +121,8 @@ class Parallel:
         """`(trained, frozen, batch) -> (gradients, metrics)`, means over all pieces of the batch; gradients are split as parameters are.
 
         Args:
-          function: `(trained, frozen, batch) -> (gradients, metrics)` for whole parameters and one piece of the batch; the gradients are like
-            `trained`, metrics are scalars.
+          function: `(trained, frozen, batch) -> (gradients, metrics)` for whole parameters and one piece of the batch; the gradients are
+            like `trained`, metrics are scalars.
         """
 
         def mean(trained, frozen, batch):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
-from dmd_jax import checkpoint, experiment, latents, metrics, recipes, sampling, sharding, state
+from dmd_jax import checkpoint, chips, experiment, flops, latents, metrics, preemption, profiling, recipes, sampling, sharding, state
 from dmd_jax.data import pipeline
 from dmd_jax.evals import suite
 
@@ -40,18 +40,12 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     Raises:
       ValueError: something in the config, the data or the workdir does not fit.
       FloatingPointError: too many updates were not finite.
+      Preempted: a machine is wanted back; the step is saved.
     """
     settings, directory = config[stage], workdir / stage
     parallel = experiment.make_parallel(config, stage)
     streams = experiment.make_streams(config, stage, workdir)
-    for name, stream in streams.items():
-        parallel.check_batch(f"{name} batch_size", stream.batch_size)
-    unscored = not (settings.preview_scores and settings.preview_every) or settings.checkpoint_every % settings.preview_every
-    if settings.best_metric and unscored:
-        raise ValueError(
-            f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
-            f"is not a multiple of preview_every {settings.preview_every}; change one of them."
-        )
+    _check(settings, parallel, streams)
     recipe = experiment.make_recipe(config, stage, parallel, workdir)
     params = _first_params(config, stage, parallel, workdir)
     fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{checkpoint.digest((params, recipe.others))}"
@@ -67,26 +61,50 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
     previews = _previews(config, stage, workdir, parallel)
     writer = metrics.Writer(directory, name=stage, start=start, num_steps=settings.num_steps)
-    with contextlib.closing(writer), contextlib.closing(manager):
-        batch = next(loader)
-        began = time.perf_counter()
-        step_fn = compile_step(recipe.train_step, train_state, batch, shardings)
-        writer.note(f"compiled in {time.perf_counter() - began:.1f} s, starts at step {start}")
-        watch = _Watch(settings.max_skipped_updates, writer)
-        for step in range(start + 1, settings.num_steps + 1):
-            train_state, values = step_fn(train_state, batch)
-            batch = next(loader)
-            writer.advance(step)
-            last, scores = step == settings.num_steps, {}
-            if step % settings.log_every == 0 or last:
-                watch.log(step, values)
-            if previews and (step % settings.preview_every == 0 or last):
-                images, scores = previews(train_state.generator.weights)
-                writer.write(step, scores)
-                writer.write_images(step, images)
-            if step % settings.checkpoint_every == 0 or last:
-                checkpoint.save(manager, train_state, step, fingerprint=fingerprint, metrics=scores)
-        watch.flush()
+    with contextlib.closing(writer), checkpoint.closing(manager):
+        batch, began = next(loader), time.perf_counter()
+        step_fn, operations = compile_step(recipe.train_step, train_state, batch, shardings)
+        compiled = time.perf_counter()
+        writer.note(f"compiled in {compiled - began:.1f} s, starts at step {start}")
+        watch, agree, stop = _Watch(settings.max_skipped_updates, writer, operations), preemption.make_agreement(parallel.mesh), False
+        trace = profiling.Trace(config.get("profile"), directory / "profile")
+        with preemption.deferred() as notice:
+            for step in range(start + 1, settings.num_steps + 1):
+                with trace.step(step - start):
+                    train_state, values = step_fn(train_state, batch)
+                trace.finish(step - start, values)
+                if step == start + 1:
+                    jax.block_until_ready(values)
+                    writer.note(f"first step in {time.perf_counter() - compiled:.1f} s")
+                stop = agree(notice.is_set())
+                batch = next(loader)
+                writer.advance(step)
+                last, scores = step == settings.num_steps, {}
+                if step % settings.log_every == 0 or last:
+                    watch.log(step, values)
+                if previews and (step % settings.preview_every == 0 or last):
+                    images, scores = previews(train_state.generator.weights)
+                    writer.write(step, scores)
+                    writer.write_images(step, images)
+                if step % settings.checkpoint_every == 0 or last or stop:
+                    checkpoint.save(manager, train_state, step, fingerprint=fingerprint, metrics=scores)
+                if stop:
+                    break
+            watch.flush()
+            checkpoint.wait(manager)
+            if stop:
+                raise preemption.Preempted(f"{stage} was stopped at step {step}, which is saved; run the same command again.")
+
+
+def _check(settings, parallel, streams):
+    for name, stream in streams.items():
+        parallel.check_batch(f"{name} batch_size", stream.batch_size)
+    unscored = not (settings.preview_scores and settings.preview_every) or settings.checkpoint_every % settings.preview_every
+    if settings.best_metric and unscored:
+        raise ValueError(
+            f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
+            f"is not a multiple of preview_every {settings.preview_every}; change one of them."
+        )
 
 
 def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
@@ -108,10 +126,11 @@ def first_state(recipe: recipes.Recipe, params: dict, shardings: state.TrainStat
     return restored.replace(frozen=frozen)
 
 
-def compile_step(train_step: Callable, train_state, batch, shardings):
-    """The step as one program over the mesh, compiled once; its first argument is donated."""
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-    return step.lower(train_state, batch).compile()
+def compile_step(train_step: Callable, train_state, batch, shardings) -> tuple[jax.stages.Compiled, float]:
+    """The step as one program over the mesh, compiled once, whose first argument is donated; and its operations on each device."""
+    traced = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).trace(train_state, batch)
+    compiled = traced.lower().compile()
+    return compiled, flops.of_program(traced, compiled)
 
 
 def _first_params(config, stage, parallel, workdir):
@@ -164,8 +183,9 @@ def _previews(config, stage, workdir, parallel):
 class _Watch:
     """Fetches metrics one interval late, so that the devices never wait for the host."""
 
-    def __init__(self, max_skipped, writer):
-        self._max_skipped, self._writer = max_skipped, writer
+    def __init__(self, max_skipped, writer, operations):
+        self._max_skipped, self._writer, self._operations = max_skipped, writer, operations
+        self._chip = chips.of(jax.devices()[0].device_kind)
         self._pending, self._clock = None, None
 
     def log(self, step, values):
@@ -180,6 +200,9 @@ class _Watch:
         now = time.perf_counter()
         if self._clock:
             values["steps_per_second"] = (step - self._clock[0]) / (now - self._clock[1])
+            values["tflops"] = self._operations * values["steps_per_second"] / 1e12  # of each device
+            if self._chip:
+                values["mfu"] = values["tflops"] * 1e12 / self._chip.flops  # of its peak in bfloat16
         self._clock, self._pending = (step, now), None
         self._writer.write(step, values)
         if values["skipped"] > self._max_skipped:

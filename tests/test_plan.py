@@ -34,7 +34,7 @@ def test_it_is_that_of_the_step_that_trains(tmp_path):
     state = train.first_state(recipe, params, shardings)
     streams = experiment.make_streams(config, "teacher", tmp_path)
     batch = next(pipeline.batches(streams, seed=0, start=0, sharding=parallel.batch_sharding))
-    compiled = train.compile_step(recipe.train_step, state, batch, shardings)
+    compiled, _ = train.compile_step(recipe.train_step, state, batch, shardings)
 
     sizes = compiled.memory_analysis()
     assert found.memory["arguments"] == sizes.argument_size_in_bytes and found.memory["temporaries"] == sizes.temp_size_in_bytes

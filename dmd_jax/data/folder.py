@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dmd_jax import storage
 from dmd_jax.data import images
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -101,7 +102,7 @@ def open_files(path: str | os.PathLike) -> Directory | Archive:
     Raises:
       ValueError: it is neither, or damaged.
     """
-    path = pathlib.Path(path).expanduser()
+    path = storage.local(path)
     if path.is_dir():
         return Directory(path)
     if path.suffix.lower() == ".zip" and path.exists():

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 
+from dmd_jax import storage
 from dmd_jax.data import images
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
@@ -30,8 +31,9 @@ def fashion_mnist(*, split: str, path: str = FASHION_MNIST, size: int = 32, limi
         raise ValueError(f"Fashion-MNIST has no split {split!r}; use one of {', '.join(PREFIXES)}.")
     if size != 16 and (size < 28 or size % 2):
         raise ValueError(f"Fashion-MNIST: expected 16 or an even size of at least 28, got {size}; use 16, 28 or 32.")
-    pixels = read(_find(path, f"{PREFIXES[split]}-images-idx3-ubyte"), ndim=3)
-    labels = read(_find(path, f"{PREFIXES[split]}-labels-idx1-ubyte"), ndim=1)
+    directory = storage.local(path)
+    pixels = read(_find(directory, f"{PREFIXES[split]}-images-idx3-ubyte"), ndim=3)
+    labels = read(_find(directory, f"{PREFIXES[split]}-labels-idx1-ubyte"), ndim=1)
     if pixels.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         raise ValueError(
             f"{path}: expected images [N, 28, 28] and N labels 0 to 9, got {list(pixels.shape)} and {len(labels)} labels up to "
@@ -67,7 +69,7 @@ def read(path: pathlib.Path, *, ndim: int) -> np.ndarray:
 
 
 def _find(path, name):
-    for file in (pathlib.Path(path, name + ".gz"), pathlib.Path(path, name)):
+    for file in (path / f"{name}.gz", path / name):
         if file.exists():
             return file
     raise ValueError(

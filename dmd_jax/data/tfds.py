@@ -1,11 +1,11 @@
 """Datasets that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed."""
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow_datasets
 
+from dmd_jax import storage
 from dmd_jax.data import images
 
 
@@ -53,7 +53,7 @@ def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], di
     Raises:
       ValueError: the dataset is not there as ArrayRecord files, has no such split or no images.
     """
-    builder = tensorflow_datasets.builder_from_directory(_find(name, pathlib.Path(data_dir).expanduser()))
+    builder = tensorflow_datasets.builder_from_directory(storage.local(_find(name, storage.path(data_dir))))
     origin, features = f"{name} in {data_dir}", dict(builder.info.features.items())
     if not isinstance(features.get("image"), tensorflow_datasets.features.Image):
         raise ValueError(f'{origin}: expected a feature "image", got {", ".join(features)}; use a dataset of images.')

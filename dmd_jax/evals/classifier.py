@@ -6,9 +6,10 @@ import warnings
 import zipfile
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from dmd_jax import checkpoint
+from dmd_jax import checkpoint, distributed
 from dmd_jax.evals import features as features_lib
 
 
@@ -56,11 +57,12 @@ def fit(images: np.ndarray, labels: np.ndarray, hidden: tuple[int, ...] = (256, 
 def cached(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> Classifier:
     """As `fit`, or as a former call left it in the file `path`."""
     path = pathlib.Path(path)
-    if not path.exists():
+    if not path.exists() and jax.process_index() == 0:
         classifier = fit(images, labels)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, **{f"{kind}{i}": a for kind, arrays in classifier._asdict().items() for i, a in enumerate(arrays)})
         partial.rename(path)
+    distributed.barrier(f"{path} is there")
     try:
         with np.load(path) as file:
             return Classifier(*(tuple(file[f"{kind}{i}"] for i in range(len(file) // 2)) for kind in Classifier._fields))

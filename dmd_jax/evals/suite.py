@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from dmd_jax import distributed
 from dmd_jax.data import captions, pipeline
 from dmd_jax.evals import features as features_lib
 from dmd_jax.evals import frechet, kid, precision_recall
@@ -57,17 +59,23 @@ def collect_source(features: features_lib.Features, source, neighbours: int, dir
     """
     content = pipeline.fingerprint({"": pipeline.Stream(_Lenient(source), 1)}, seed=neighbours)
     path = pathlib.Path(directory) / f"reference-{features.digest}-{content}.npz"
-    if not path.exists():
+    if not distributed.gather(path.exists()).all():
         skipped = []
         real = collect(features, _batches(source, skipped), neighbours)
         if skipped:
             warnings.warn(f"{len(skipped)} of {len(source)} images were left out: {'; '.join(skipped[:3])}", stacklevel=2)
-        partial = path.with_suffix(".partial.npz")
-        agreement = np.nan if real.agreement is None else real.agreement
-        np.savez(partial, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,
-                 agreement=agreement, features=features.digest, skipped=len(skipped))  # fmt: skip
-        partial.rename(path)
+        if jax.process_index() == 0:
+            _write(path, features, real._replace(skipped=len(skipped)))
+        distributed.barrier(f"{path} is there")
     return read(path, features)
+
+
+def _write(path, features, real):
+    partial = path.with_suffix(".partial.npz")
+    agreement = np.nan if real.agreement is None else real.agreement
+    np.savez(partial, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,
+             agreement=agreement, features=features.digest, skipped=real.skipped)  # fmt: skip
+    partial.rename(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 import os
 
-import jax
-
 from dmd_jax import checkpoint as checkpoint_lib
 from dmd_jax import lookup, sharding, text
 from dmd_jax.text import tokenizer

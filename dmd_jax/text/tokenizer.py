@@ -2,14 +2,13 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
-from dmd_jax import text
+from dmd_jax import storage, text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -41,7 +40,7 @@ def load(directory: str | os.PathLike, *, length: int = 77) -> Tokenizer:
     Raises:
       ValueError: the files are missing, damaged or of another tokenizer.
     """
-    directory = pathlib.Path(directory).expanduser()
+    directory = storage.local(directory)
     try:
         vocabulary, merges = _vocabulary(directory)
         pad = _pad_token(directory)

@@ -6,12 +6,12 @@ scheduler of Stable Diffusion, which their pipeline passes over. `diffusers_writ
 
 import hashlib
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 
 import numpy as np
 
+from dmd_jax import storage
 from dmd_jax.weights import diffusers_files as files
 from dmd_jax.weights import files as others
 
@@ -48,8 +48,8 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_trai
 INSTAFLOW = "RectifiedFlowPipeline"  # _class_name in model_index.json
 
 
-def find(name_or_path: str | os.PathLike, variant: str | None = None) -> pathlib.Path:
-    """A directory: a local one, or what is fetched from the Hugging Face hub, which minds HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage.Path:
+    """A directory: one that is there, or what is fetched from the Hugging Face hub, which minds HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
 
     Args:
       name_or_path: the directory, or "owner/name" of a repository, of which networks, tokenizer, scheduler and licence are fetched.
@@ -58,7 +58,7 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> pathlib
     Raises:
       ValueError: there is no such directory, and it cannot be fetched.
     """
-    path = pathlib.Path(name_or_path)
+    path = storage.path(name_or_path)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name_or_path)):
@@ -85,7 +85,7 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> pathlib
         start = f"{folder}/{files.STEM.get(folder, files.DEFAULT_STEM)}{middle}"
         patterns += [f"{folder}/*.json", f"{start}.safetensors", f"{start}-?????-of-?????.safetensors"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
+        return storage.path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
     except Exception as error:  # of the network, the hub, its licences and its cache
         raise ValueError(
             f"{path} is not a directory, and was not fetched from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
@@ -182,13 +182,13 @@ def digest(directory: str | os.PathLike, variant: str | None = None) -> str:
     """The SHA-256 of the UNet's weight files, one after the other."""
     sha256 = hashlib.sha256()
     for file in files.weight_files(files.folder(directory, "unet"), variant)[1]:
-        with file.open("rb") as opened:
+        with storage.local(file).open("rb") as opened:
             hashlib.file_digest(opened, lambda: sha256)
     return sha256.hexdigest()
 
 
 def _is_instaflow(directory):
-    index = pathlib.Path(directory) / "model_index.json"
+    index = storage.path(directory) / "model_index.json"
     return index.exists() and files.read_json(index).get("_class_name") == INSTAFLOW
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import safetensors
 
+from dmd_jax import storage
+
 STEM = {"text_encoder": "model"}  # how names of weight files begin; others:
 DEFAULT_STEM = "diffusion_pytorch_model"
 OLD = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0", norm="group_norm")  # of a VAE's attention, in files of 2022
@@ -61,22 +63,22 @@ def read(directory: str | os.PathLike, name: str, variant: str | None = None) ->
     path = folder(directory, name)
     config = read_json(path / "config.json")
     chosen, files = weight_files(path, variant)
-    places = {}
-    for file in files:
+    places, copies = {}, {file: storage.local(file) for file in files}
+    for file, copy in copies.items():
         try:
-            with safetensors.safe_open(file, framework="np") as opened:
-                places |= {_today(key): (file, key) for key in opened.keys()}  # noqa: SIM118
+            with safetensors.safe_open(copy, framework="np") as opened:
+                places |= {_today(key): (copy, key) for key in opened.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own, and those of the system
             raise ValueError(f"{file} is truncated or not a .safetensors file ({error}); get it again.") from error
     promised = _weight_map(chosen) if chosen.suffix == ".json" else {}
-    if missing := [key for key in promised if places.get(_today(key)) != (path / promised[key], key)]:
+    if missing := [key for key in promised if places.get(_today(key)) != (copies[path / promised[key]], key)]:
         raise ValueError(
             f"{chosen} promises {', '.join(missing[:5])} ({len(missing)} in all), which its files do not hold; get them again."
         )
     return config, Tensors({key: place for key, place in places.items() if key not in NO_PARAMETERS})
 
 
-def weight_files(path: pathlib.Path, variant: str | None = None) -> tuple[pathlib.Path, list[pathlib.Path]]:
+def weight_files(path: storage.Path, variant: str | None = None) -> tuple[storage.Path, list[storage.Path]]:
     """Of a network's folder: the file that stands for its weights, which may be an index, and the files that hold them."""
     stem, found = f"(?:{DEFAULT_STEM}|{'|'.join(STEM.values())})", {}
     for file in sorted(path.iterdir()):  # a single file comes before an index
@@ -110,7 +112,7 @@ def _weight_map(index):
 
 
 def folder(directory, name):
-    directory = pathlib.Path(directory)
+    directory = storage.path(directory)
     if (directory / name).is_dir():
         return directory / name
     if name != "scheduler" and (directory / "config.json").is_file():

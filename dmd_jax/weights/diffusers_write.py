@@ -7,16 +7,15 @@ x_hat = z - F with the label 1000. Where F = x - eps the last convolution is wri
 
 import json
 import os
-import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from dmd_jax import storage
 from dmd_jax.weights import convert, diffusers
 from dmd_jax.weights import diffusers_files as files
 
@@ -112,7 +111,7 @@ def write(
         no such step.
     """
     check_vacant(out, teacher)
-    out, teacher = pathlib.Path(out), pathlib.Path(teacher)
+    teacher = storage.path(teacher)
     for name, value, choices in (("dtype", dtype, DTYPES), ("method", method, METHODS)):
         if value not in choices:
             raise ValueError(f"no {name} {value!r}; there are: {', '.join(choices)}.")
@@ -122,8 +121,7 @@ def write(
     trained_for = trained_for or diffusers.scheduler(teacher)
     scheduler = _scheduler(trained_for["process"], trained_for["prediction"])
     tensors = _unet(params, trained_for["prediction"], expected, DTYPES[dtype])
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
-        new = pathlib.Path(folder, "model")
+    with storage.writing(out) as new:
         (new / "unet").mkdir(parents=True)
         _write_json(new / "unet/config.json", unet_config)
         safetensors.numpy.save_file(tensors, new / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -131,15 +129,14 @@ def write(
             _copy_network(teacher / name, new / name, variant)
         (new / "tokenizer").mkdir()
         for file in (*teacher.glob("tokenizer/*.json"), *teacher.glob("tokenizer/*.txt")):
-            shutil.copy(file, new / "tokenizer")
+            shutil.copy(storage.local(file), new / "tokenizer")
         (new / "scheduler").mkdir()
         _write_json(new / "scheduler/scheduler_config.json", scheduler)
         classes = {"vae": vae_config["_class_name"], "scheduler": scheduler["_class_name"]}
         _write_json(new / "model_index.json", INDEX | {name: ["diffusers", kind] for name, kind in classes.items()})
         for file in _licence_files(teacher):
-            shutil.copy(file, new / file.name)
-        (new / "README.md").write_text(_card(teacher, base_model or teacher.absolute().name, method, scheduler))
-        new.rename(out)
+            shutil.copy(storage.local(file), new / file.name)
+        (new / "README.md").write_text(_card(teacher, base_model or storage.absolute(teacher).name, method, scheduler))
 
 
 def _unet(params, prediction, expected, dtype):
@@ -178,7 +175,7 @@ def _copy_network(source, target, variant):
     chosen, parts = files.weight_files(source, variant)
     for file in {chosen, *parts}:
         name = re.sub(r"\.safetensors\.index\.\w+\.json$", ".safetensors.index.json", file.name) if file == chosen else file.name
-        shutil.copy(file, target / re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name))
+        shutil.copy(storage.local(file), target / re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name))
 
 
 def _scheduler(process, prediction):
@@ -221,7 +218,7 @@ def write_changed(
     out: str | os.PathLike,
     directory: str | os.PathLike,
     changed: Mapping[str, Mapping[str, np.ndarray]],
-    others: Mapping[str, pathlib.Path],
+    others: Mapping[str, storage.Path],
 ):
     """Writes `out`, a copy of `directory` with other weights in it, whole or not at all.
 
@@ -238,10 +235,8 @@ def write_changed(
       ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not finite.
     """
     check_vacant(out, directory)
-    out, directory = pathlib.Path(out), pathlib.Path(directory)
-    sources = {path.name: path for path in sorted(directory.iterdir()) if not path.name.startswith(".")} | dict(others)
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
-        new = pathlib.Path(folder, "model")
+    sources = {path.name: path for path in sorted(storage.path(directory).iterdir()) if not path.name.startswith(".")} | dict(others)
+    with storage.writing(out) as new:
         new.mkdir()
         for name, source in sources.items():
             if name in changed:
@@ -249,20 +244,19 @@ def write_changed(
             elif source.is_dir() and _only_variant(source):
                 _copy_network(source, new / name, None)
             elif source.is_dir():
-                shutil.copytree(source, new / name)
+                shutil.copytree(storage.local(source), new / name)
             elif source.suffix not in (".safetensors", ".ckpt", ".bin"):
-                shutil.copy(source, new / name)
-        new.rename(out)
+                shutil.copy(storage.local(source), new / name)
 
 
 def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
     """Raises ValueError if a directory `out` cannot be made, or is in `source`, which it is made of."""
-    out = pathlib.Path(out).absolute()
-    if out.resolve().is_relative_to(pathlib.Path(source).resolve()):
+    out = storage.absolute(out)
+    if out.resolve().is_relative_to(storage.path(source).resolve()):
         raise ValueError(f"{out} is in {source}; choose a directory outside of it.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists already; choose another directory.")
-    if not out.parent.is_dir():
+    if not storage.has_parent(out):
         raise ValueError(f"{out.parent} is not a directory; make it first.")
 
 

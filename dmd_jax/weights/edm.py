@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 
@@ -10,6 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dmd_jax import storage
 from dmd_jax.weights import convert, pickles
 
 SUFFIXES = (".pkl", ".safetensors", ".npz")
@@ -27,7 +27,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     Raises:
       ValueError: the file is damaged, holds no network of EDM, or says other things of itself than its tensors do.
     """
-    path = pathlib.Path(path)
+    path = storage.local(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file.")
     readers = {".pkl": _read_pickle, ".safetensors": _read_safetensors, ".npz": _read_npz}
@@ -126,9 +126,8 @@ def from_params(params: dict) -> dict[str, np.ndarray]:
 
 def write(path: str | os.PathLike, params: dict, settings: Mapping):
     """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata; whole or not at all."""
-    partial = pathlib.Path(path).with_suffix(".partial")
-    safetensors.numpy.save_file(from_params(params), partial, metadata={"format": "pt", "config": json.dumps(dict(settings))})
-    partial.rename(path)
+    with storage.writing(path) as file:
+        safetensors.numpy.save_file(from_params(params), file, metadata={"format": "pt", "config": json.dumps(dict(settings))})
 
 
 def _read_pickle(path):

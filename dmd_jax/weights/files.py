@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 
+from dmd_jax import storage
+
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
 HUB = "https://huggingface.co"
 PUBLISHED = (  # (regex of the name of a file or a directory, where it comes from)
@@ -20,12 +22,12 @@ PUBLISHED = (  # (regex of the name of a file or a directory, where it comes fro
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
-    """`path`, which must be a file or a directory.
+    """`path`, which must be a file or a directory; a local copy if it is in a bucket.
 
     Raises:
       ValueError: it does not exist, with where a file of that name is published; or it is not the file that its name promises.
     """
-    path = pathlib.Path(path)
+    path = storage.local(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; nothing is downloaded by itself{published(path)}.")
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
@@ -42,5 +44,5 @@ def published(path: str | os.PathLike) -> str:
 
 def sha256(path: str | os.PathLike) -> str:
     """Of the file's content."""
-    with open(path, "rb") as file:
+    with storage.local(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

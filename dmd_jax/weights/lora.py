@@ -10,13 +10,14 @@ that `diffusers_files` gives them; parameters of ours get there and back by `con
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import safetensors
+
+from dmd_jax import storage
 
 NETWORKS = {"lora_unet_": "unet", "unet.": "unet", "lora_te_": "text_encoder", "text_encoder.": "text_encoder"}
 START = re.compile(rf"(?:base_model\.model\.)?({'|'.join(map(re.escape, NETWORKS))})?(?:text_model[._])?")
@@ -67,7 +68,7 @@ def read(file: str | os.PathLike, shapes: Mapping[str, Mapping[str, tuple[int, .
     Raises:
       ValueError: the file is damaged; or lists all that is of another kind, not in the networks, not whole, or of another shape.
     """
-    file = pathlib.Path(file)
+    file = storage.path(file)
     tensors, metadata = _load(file)
     settings, problems = _settings(file, tensors, metadata)
     table, found = _table(shapes), {}
@@ -138,7 +139,7 @@ def transfer(
 def _load(file):
     """All tensors in float32, and the metadata."""
     try:
-        with safetensors.safe_open(file, framework="np") as opened:
+        with safetensors.safe_open(storage.local(file), framework="np") as opened:
             return {key: opened.get_tensor(key).astype(np.float32) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own, and those of the system
         raise ValueError(f"{file} is missing, truncated or not a .safetensors file ({error}); get it again.") from error

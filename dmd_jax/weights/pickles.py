@@ -7,13 +7,14 @@ gone through before it is built: some are refused, and so is nesting that would 
 import io
 import math
 import os
-import pathlib
 import pickle
 import pickletools
 import zipfile
 
 import ml_dtypes
 import numpy as np
+
+from dmd_jax import storage
 
 MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before it wrote zip archives
 DTYPES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long", "int32": "Int"}
@@ -44,7 +45,7 @@ def read(path: str | os.PathLike) -> object:
     Raises:
       ValueError: the file is damaged, or refers to anything but weights.
     """
-    path = pathlib.Path(path)
+    path = storage.local(path)
     try:
         data = path.read_bytes()
         return _resolve(_read_zip(data) if data.startswith(b"PK\x03\x04") else _read_stream(data), {})
