@@ -17,8 +17,8 @@ one A100, pairs included), `:instaflow_1_7b` (distilled into two UNets in series
 `:tiny_instaflow` for tests.
 Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45); InstaFlow-0.9B
 13.10, InstaFlow-1.7B 11.83, 13.4 its 2-rectified flow at 25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us.
-Memory of each device at rest, float32 parameters, Adam and teacher: docs/results.md. Disk: a pair is 250 KB, 500,000 are 125 GB and 12
-million 3 TB; the embedding of a prompt is 118 KB, those of 3 million prompts 355 GB.
+What a step takes of a chip: docs/scaling.md; 16 GB chips need --config.mesh.fsdp=8 and accumulation. Disk: a pair is 250 KB, 500,000 are
+125 GB and 12 million 3 TB; the embedding of a prompt is 118 KB, those of 3 million prompts 355 GB.
 """
 
 import ml_collections
