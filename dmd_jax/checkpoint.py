@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -14,7 +12,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dmd_jax import distributed, state
+from dmd_jax import distributed, state, storage
 
 
 def open_manager(directory: str | os.PathLike, *, keep: int = 2, best: str = "") -> ocp.CheckpointManager:
@@ -26,7 +24,7 @@ def open_manager(directory: str | os.PathLike, *, keep: int = 2, best: str = "")
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(pathlib.Path(directory).absolute() / "checkpoints", options=options)
+    return ocp.CheckpointManager(storage.absolute(directory) / "checkpoints", options=options)
 
 
 def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: int, *, fingerprint: str, metrics: dict[str, float]):
@@ -37,7 +35,7 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
     """
     train_state = train_state.replace(frozen=None)
     needed = sum(a.nbytes for a in jax.tree.leaves(train_state)) + 2**20  # the arrays, and what Orbax writes about them
-    free = shutil.disk_usage(manager.directory).free if jax.process_index() == 0 else 0
+    free = storage.free(manager.directory) if jax.process_index() == 0 else 0
     free = float(distributed.gather(np.float32(free))[0])  # one verdict
     if free < needed:
         raise ValueError(
@@ -126,7 +124,7 @@ def restore(manager: ocp.CheckpointManager, abstract: state.TrainState, *, finge
 
 def read_fingerprint(directory: str | os.PathLike) -> str | None:
     """That of the newest checkpoint, see `restore`; None if it is damaged."""
-    path = pathlib.Path(directory) / "checkpoints"
+    path = storage.path(directory) / "checkpoints"
     try:
         return _meta(path, max(all_steps(directory)))["fingerprint"]
     except (OSError, ValueError, KeyError):  # whoever reads the state says so
@@ -140,15 +138,14 @@ def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> stat
       ValueError: the stage has no checkpoint.
     """
     if not all_steps(directory):
-        raise ValueError(f"no checkpoint in {directory}; run the stage {pathlib.Path(directory).name!r} first.")
+        raise ValueError(f"no checkpoint in {directory}; run the stage {storage.path(directory).name!r} first.")
     with open_manager(directory, keep=1000) as manager:
         return restore(manager, abstract, fingerprint=None)
 
 
 def all_steps(directory: str | os.PathLike) -> list[int]:
     """The steps of a stage's checkpoints that were written to the end."""
-    path = pathlib.Path(directory) / "checkpoints"
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
+    return sorted(ocp.utils.checkpoint_steps(storage.path(directory) / "checkpoints"))
 
 
 def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
@@ -163,7 +160,7 @@ def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None 
       ValueError: there is no such checkpoint, it is damaged, or it holds another network.
     """
     steps = all_steps(directory)
-    path = pathlib.Path(directory).absolute() / "checkpoints"
+    path = storage.absolute(directory) / "checkpoints"
     if not steps or step not in (None, *steps):
         raise ValueError(f"no checkpoint{f' of step {step}' if steps else ''} in {path}; run the stage {path.parent.name!r} first.")
     step = max(steps) if step is None else step
@@ -197,7 +194,7 @@ def _meta(path, step):
 
 def _put_aside(manager, steps):
     for step in steps:
-        path = pathlib.Path(manager.directory)
+        path = storage.path(manager.directory)
         with contextlib.suppress(FileNotFoundError):  # another process was first
             path.joinpath(str(step)).rename(path.parent / f"unreadable_{step}")
         logging.warning("checkpoint %d was moved to %s.", step, path.parent / f"unreadable_{step}")

@@ -4,24 +4,23 @@ EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted;
 """
 
 import json
-import pathlib
 
 import jax
 import ml_collections
 
-from dmd_jax import experiment, metrics
+from dmd_jax import experiment, metrics, storage
 from dmd_jax.weights import convert, diffusers, edm, files
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
+def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
     """Whether the weights are there, whole, and those of the file that the config names, if that is still at hand."""
     source, weights = (workdir / stage / name for name in (experiment.SOURCE, experiment.WEIGHTS))
     if not source.exists():
         return False
-    made, path = metrics.read_json(source), pathlib.Path(config[stage].checkpoint)
+    made, path = metrics.read_json(source), storage.path(config[stage].checkpoint)
     changed = f"{source} is about other weights than {path} has now; use another workdir."
     if made.get("directory"):
-        directory = (path if path.is_dir() else pathlib.Path(made["directory"])).absolute()
+        directory = storage.absolute(path if path.is_dir() else made["directory"])
         if diffusers.digest(directory) != made.get("sha256"):
             raise ValueError(changed)
         if str(directory) != made["directory"]:  # it was moved
@@ -32,7 +31,7 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
     return weights.exists() and files.sha256(weights) == made.get("weights_sha256")
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
+def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     """Imports `checkpoint`, by process 0.
 
     Raises:
@@ -41,7 +40,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     if jax.process_index() > 0:
         return
     checkpoint, directory = config[stage].checkpoint, workdir / stage
-    of_file = pathlib.Path(checkpoint).suffix in edm.SUFFIXES
+    of_file = storage.path(checkpoint).suffix in edm.SUFFIXES
     source = _file(config, checkpoint, directory) if of_file else _directory(config, stage, checkpoint)
     directory.mkdir(parents=True, exist_ok=True)
     metrics.write_json(directory / experiment.SOURCE, source)
@@ -54,11 +53,11 @@ def _file(config, checkpoint, directory):
     params = edm.to_params(tensors, experiment.make_network(config).abstract)
     directory.mkdir(parents=True, exist_ok=True)
     edm.write(directory / experiment.WEIGHTS, params, json.loads(config.network.to_json()))
-    return {"file": str(path), "sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
+    return {"file": checkpoint, "sha256": files.sha256(path), "weights_sha256": files.sha256(directory / experiment.WEIGHTS)}
 
 
 def _directory(config, stage, checkpoint):
-    path = diffusers.find(checkpoint).absolute()
+    path = storage.absolute(diffusers.find(checkpoint))
     found, tensors = diffusers.unet(path)
     found = {key: value for key, value in found.items() if key != "size"}  # a UNet of convolutions and attention takes any
     network, process, prediction = (experiment.of_stage(config, stage, key) for key in ("network", "process", "prediction"))

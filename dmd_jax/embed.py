@@ -5,8 +5,6 @@ refused.
 """
 
 import math
-import pathlib
-import shutil
 import warnings
 
 import jax
@@ -14,24 +12,24 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, distributed, experiment, latents, metrics, sharding
+from dmd_jax import checkpoint, distributed, experiment, latents, metrics, sharding, storage
 from dmd_jax.data import captions, records
 
 NULL = "null.npy"  # the embedding of the empty text
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
+def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
     """Whether everything is there, of the captions that the config names and by its encoders."""
     directory = workdir / stage
     if not (directory / records.MANIFEST).exists():
         return False
     manifest, *_ = _prepare(config, stage, workdir)
     records.claim(directory, manifest)
-    files = (directory / NULL, directory / records.TEXTS, *records.shard_paths(directory, manifest))
-    return "count" in records.read_manifest(directory) and all(path.exists() for path in files)
+    whole = (directory / NULL).exists() and (directory / records.TEXTS).exists() and not records.missing_shards(directory, manifest)
+    return whole and "count" in records.read_manifest(directory)
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
+def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     """Writes the shards that are missing, the texts of all rows and the embedding of the empty text.
 
     Every process makes some of the shards, on its own devices.
@@ -82,7 +80,7 @@ def _refuse_if_many(skipped, count, directory):
     except ValueError:
         distributed.barrier("refused")  # none is writing any more
         if jax.process_index() == 0:
-            shutil.rmtree(directory, ignore_errors=True)
+            storage.remove(directory)
         raise
 
 
@@ -106,9 +104,8 @@ def _finish(directory, manifest, null):
     """What the shards tell, in one place."""
     told = [metrics.read_json(_told(path)) for path in records.shard_paths(directory, manifest)]
     whole = {key: [item for shard in told for item in shard[key]] for key in ("texts", "skipped", "truncated")}
-    partial = directory / f"partial-{NULL}"
-    np.save(partial, null)
-    partial.rename(directory / NULL)
+    with storage.writing(directory / NULL) as file:
+        np.save(file, null)
     metrics.write_json(directory / records.TEXTS, whole)
     metrics.write_json(directory / records.MANIFEST, manifest | {"count": len(whole["texts"]), "skipped": len(whole["skipped"])})
     for key, what in (("skipped", "rows were left out"), ("truncated", "captions are longer than the encoder reads, and were cut")):

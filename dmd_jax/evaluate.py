@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import statistics
 import time
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, experiment, latents, metrics, sampling
+from dmd_jax import checkpoint, experiment, latents, metrics, sampling, storage
 from dmd_jax.data import captions
 from dmd_jax.evals import report, retrieval, suite
 from dmd_jax.weights import files
@@ -33,13 +32,13 @@ class Measured(NamedTuple):
     quantize: str = ""
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
+def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
     """Whether evaluation.json is about the checkpoints that are there now."""
     path = workdir / "evaluation.json"
     return path.exists() and metrics.read_json(path).get("protocol") == _protocol(config, stage, workdir)
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
+def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     """Samples all models from the same seeds and measures the images against real ones.
 
     Raises:
@@ -94,8 +93,10 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in (settings.teacher, settings.student)}
         if captioned:
-            report.draw_captions(workdir / "captions.png", captioned, settings.retrieval.credit)
-        report.draw(workdir / "report.png", result, images, curves, teacher=settings.teacher, student=settings.student)
+            with storage.writing(workdir / "captions.png") as file:
+                report.draw_captions(file, captioned, settings.retrieval.credit)
+        with storage.writing(workdir / "report.png") as file:
+            report.draw(file, result, images, curves, teacher=settings.teacher, student=settings.student)
         metrics.write_json(workdir / "evaluation.json", result)
         print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
 

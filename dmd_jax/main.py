@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import distributed, experiment, lookup, metrics, plan, preemption, profiling, programs, sharding
+from dmd_jax import distributed, experiment, lookup, metrics, plan, preemption, profiling, programs, sharding, storage
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
@@ -72,7 +72,7 @@ def main(argv):
         address = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
         with distributed.started(*address, heartbeat_timeout=HEARTBEAT.value):
             try:
-                run(CONFIG.value, pathlib.Path(WORKDIR.value).absolute(), STAGE.value, DRY_RUN.value)
+                run(CONFIG.value, storage.absolute(WORKDIR.value), STAGE.value, DRY_RUN.value)
             except preemption.Preempted as notice:  # in all processes
                 code = preemption.EXIT_CODE
                 if jax.process_index() == 0:
@@ -94,7 +94,7 @@ def _plan():
 def _fail(error):
     """One line for what users can mend, and a traceback for the rest."""
     line, code = f"error: {error}", 1
-    if "No space left on device" in str(error):
+    if "No space left on device" in str(error) and not storage.is_remote(WORKDIR.value):
         line = f"error: the disk of {WORKDIR.value} is full; make room and run the same command again: what is whole is kept."
     elif not isinstance(error, ValueError | OSError | FloatingPointError):
         if not jax.distributed.is_initialized():
@@ -106,7 +106,7 @@ def _fail(error):
     distributed.leave(code, line)
 
 
-def run(config, workdir: pathlib.Path, only: str | None = None, dry_run: bool = False):
+def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = False):
     """Runs the stages that have no result in `workdir` yet.
 
     Raises:
@@ -167,7 +167,7 @@ def _check_mesh(config):
         raise ValueError(f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} processes; set mesh.data=-1.")
 
 
-def check_files(config, stages, workdir: pathlib.Path):
+def check_files(config, stages, workdir: storage.Path):
     """Raises ValueError if files of others are missing, all of them at once, that a stage still needs."""
     missing, sources = [], []
     shared = [key for key in ("features", "text", "autoencoder") if key in config and any("recipe" not in config[s] for s in stages)]
@@ -191,7 +191,7 @@ def check_files(config, stages, workdir: pathlib.Path):
 
 
 @contextlib.contextmanager
-def claimed(config, workdir: pathlib.Path):
+def claimed(config, workdir: storage.Path):
     """Within, `workdir` is this run's alone, by a lock of process 0; see `claim`.
 
     Raises:
@@ -211,14 +211,18 @@ def claimed(config, workdir: pathlib.Path):
 
 @contextlib.contextmanager
 def _lock(workdir):
-    """Who holds it, in bytes."""
+    """Who holds it, in bytes. A bucket has no locks: who comes last holds it, and nobody is refused."""
+    holder = f"process {os.getpid()} of {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode()
+    if storage.is_remote(workdir):
+        (workdir / LOCK).write_bytes(holder)
+        yield holder
+        return
     with (workdir / LOCK).open("ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise ValueError(f"{workdir} is in use by another run, {file.read().decode()}; wait for its end, or stop it.") from error
-        holder = f"process {os.getpid()} of {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode()
         file.truncate(0)
         file.write(holder)
         file.flush()
@@ -238,7 +242,7 @@ def _check_shared(config, workdir, holder):
         raise ValueError("the config is not that of process 0; give all processes the same flags.")
 
 
-def claim(config, workdir: pathlib.Path):
+def claim(config, workdir: storage.Path):
     """Writes the config into `workdir`, or checks that it is the one found there.
 
     Raises:

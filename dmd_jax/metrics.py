@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import sys
 
 import jax
@@ -11,20 +10,22 @@ import tensorboardX
 import tqdm
 from PIL import Image
 
+from dmd_jax import storage
+
 
 class Writer:
     """Writes the metrics of one stage, and shows its progress."""
 
     def __init__(self, directory: str | os.PathLike, *, name: str, start: int, num_steps: int):
-        self.directory, self._name, self._num_steps = pathlib.Path(directory), name, num_steps
+        self._name, self._num_steps = name, num_steps
         self._active = jax.process_index() == 0
         if self._active:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path = self.directory / "metrics.jsonl"
-            kept = [row for row in read(self.directory) if row["step"] <= start]  # those of steps about to be redone are dropped
+            self._files = storage.Growing(directory)
+            path = self._files.path / "metrics.jsonl"
+            kept = [row for row in read(directory) if row["step"] <= start]  # those of steps about to be redone are dropped
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
-            self._events = tensorboardX.SummaryWriter(str(self.directory), purge_step=start + 1)
+            self._events = tensorboardX.SummaryWriter(str(self._files.path), purge_step=start + 1)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(desc=name, initial=start, total=num_steps, unit="step", disable=not (self._active and self._terminal))
 
@@ -36,6 +37,7 @@ class Writer:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        self._files.grown()
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._terminal:
             self._bar.set_postfix_str(text)
@@ -45,7 +47,7 @@ class Writer:
     def write_images(self, step: int, images: np.ndarray):
         """Writes samples/<step>.png from images [N, H, W, C]."""
         if self._active:
-            path = self.directory / "samples" / f"{step:07d}.png"
+            path = self._files.path / "samples" / f"{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             picture = grid(images)
             Image.fromarray(picture).save(path)
@@ -60,16 +62,22 @@ class Writer:
         if self._active:
             tqdm.tqdm.write(f"{self._name}: {text}", file=sys.stderr)
 
+    def flush(self):
+        """Puts everything where it is safe."""
+        if self._active:
+            self._files.flush()
+
     def close(self):
         self._bar.close()
         if self._active:
             self._file.close()
             self._events.close()
+            self._files.close()
 
 
 def read(directory: str | os.PathLike) -> list[dict]:
     """The rows of a stage's metrics.jsonl; a last line cut short by a crash is left out."""
-    path = pathlib.Path(directory) / "metrics.jsonl"
+    path = storage.path(directory) / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
@@ -83,7 +91,7 @@ def seconds(directory: str | os.PathLike) -> float | None:
     return sum((row["step"] - start) / row["steps_per_second"] for start, row in zip(starts, rows, strict=True))
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json(path: storage.Path) -> dict:
     """Raises ValueError if the file is damaged."""
     try:
         content = json.loads(path.read_text())
@@ -94,11 +102,10 @@ def read_json(path: pathlib.Path) -> dict:
     return content
 
 
-def write_json(path: pathlib.Path, content: dict):
+def write_json(path: storage.Path, content: dict):
     """Whole or not at all."""
-    partial = path.with_suffix(f".{jax.process_index()}.partial")  # several processes may write the same
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(path)
+    with storage.writing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -1,28 +1,27 @@
 """The stage that runs the teacher's ODE from noise to images and keeps both (DMD, arXiv 2311.18828, section 3.3)."""
 
 import math
-import pathlib
 
 import jax
 import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, distributed, experiment, sampling, sharding
+from dmd_jax import checkpoint, distributed, experiment, sampling, sharding, storage
 from dmd_jax.data import records
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
+def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
     """Whether every shard is there, made by the teacher that is there now."""
     directory = workdir / stage
     if not (directory / records.MANIFEST).exists():
         return False
     manifest = _manifest(config, stage, workdir, _teacher(config, stage, workdir))
     records.claim(directory, manifest)
-    return all(path.exists() for path in records.shard_paths(directory, manifest))
+    return not records.missing_shards(directory, manifest)
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
+def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     """Writes the shards that are missing; every process makes some of them, on its own devices.
 
     Raises:

@@ -6,6 +6,8 @@ import re
 
 import jax
 
+from dmd_jax import storage
+
 
 class Trace:
     """Writes a trace of the steps "first:last" of a run, counted from where it started; None for none.
@@ -16,21 +18,22 @@ class Trace:
 
     def __init__(self, steps: str | None, directory: str | os.PathLike):
         first, last = parse(steps) if steps else (0, 0)
-        self._first, self._last, self._directory, self._running = first, last, str(directory), False
+        self._first, self._last, self._directory, self._files = first, last, directory, None
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Around the dispatch of the step that is the `number`-th of the run."""
         if number == self._first:
-            jax.profiler.start_trace(self._directory)
-            self._running = True
+            self._files = storage.Growing(self._directory)
+            jax.profiler.start_trace(self._files.path)
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def finish(self, number: int, values):
         """After that step; waits for its `values` where the trace ends."""
-        if self._running and number >= self._last:
+        if self._files and number >= self._last:
             jax.block_until_ready(values)
             jax.profiler.stop_trace()
-            self._running = False
+            self._files.close()
+            self._files = None
 
 
 def parse(steps: str) -> tuple[int, int]:

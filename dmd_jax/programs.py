@@ -10,7 +10,7 @@ DIRECTORY = "~/.cache/dmd_jax/programs"
 
 
 def keep():
-    """In DIRECTORY, or where JAX_COMPILATION_CACHE_DIR says: a folder for each kind of processor, as one may not run what is for another."""
+    """In DIRECTORY, or where JAX_COMPILATION_CACHE_DIR says: a folder for each kind of processor, as one may not run what another can."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cpuinfo = pathlib.Path("/proc/cpuinfo")

@@ -1,19 +1,32 @@
 """The one training loop: it never asks which method it runs."""
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable
 
 import jax
 import ml_collections
 
-from dmd_jax import checkpoint, chips, experiment, flops, latents, metrics, preemption, profiling, recipes, sampling, sharding, state
+from dmd_jax import (
+    checkpoint,
+    chips,
+    experiment,
+    flops,
+    latents,
+    metrics,
+    preemption,
+    profiling,
+    recipes,
+    sampling,
+    sharding,
+    state,
+    storage,
+)
 from dmd_jax.data import pipeline
 from dmd_jax.evals import suite
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -> bool:
+def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
     """Whether the stage has its last checkpoint.
 
     Raises:
@@ -34,7 +47,7 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path) -
     return True
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
+def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     """Trains `config[stage]` from its newest checkpoint, if any, to `num_steps`.
 
     Raises:
@@ -87,6 +100,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: pathlib.Path):
                     writer.write(step, scores)
                     writer.write_images(step, images)
                 if step % settings.checkpoint_every == 0 or last or stop:
+                    writer.flush()
                     checkpoint.save(manager, train_state, step, fingerprint=fingerprint, metrics=scores)
                 if stop:
                     break

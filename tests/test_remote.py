@@ -1,16 +1,20 @@
 """Data, weights and commands take gs:// paths; the server is that of tests/gcs.py."""
 
+import json
 import shutil
 import sys
 
+import chex
 import numpy as np
 import pytest
 
-from dmd_jax import lookup, personalise, sample, storage
-from dmd_jax.data import folder, idx, tfds
+from dmd_jax import checkpoint, lookup, main, metrics, personalise, sample, storage
+from dmd_jax import convert as convert_stage
+from dmd_jax.data import captions, folder, idx, records, tfds
+from dmd_jax.data import images as images_lib
 from dmd_jax.text import tokenizer
 from dmd_jax.weights import convert, diffusers, diffusers_write, edm, files, lora, lpips, pickles
-from tests import sd, test_images, test_lora
+from tests import runs, sd, test_images, test_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,6 +61,25 @@ def test_tfds(bucket, tmp_path):
         tfds.read(name="another", split="train", data_dir=remote)
 
 
+def test_captions(bucket, tmp_path):
+    content = {"images": [{"id": 1, "file_name": "00000/a.png"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A cat."}]}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    annotations, images = (
+        upload(tmp_path / "captions.json", "captions.json"),
+        upload(test_images.write(tmp_path / "photos", test_images.photos()), "photos"),
+    )
+    row = captions.coco(annotations=annotations, images=images)[0]
+    assert row["text"] == "A cat." and np.array_equal(row["image"], images_lib.to_float(test_images.PIXELS[0]))
+    (tmp_path / "prompts.txt").write_text("a cat\nthe dog\n")
+    assert captions.prompts(path=upload(tmp_path / "prompts.txt", "prompts.txt"))[1]["text"] == "the dog"
+    with pytest.raises(
+        ValueError, match=r"gs://bucket/none.json does not exist; expected COCO's .* gs://bucket/none: expected a directory or"
+    ):
+        captions.coco(annotations="gs://bucket/none.json", images="gs://bucket/none")
+    with pytest.raises(ValueError, match=r"gs://bucket/none.txt: expected a text file in UTF-8"):
+        captions.prompts(path="gs://bucket/none.txt")
+
+
 def test_weights_of_edm(bucket, network, tiny):
     params = network.init(0)
     edm.write("gs://bucket/a.safetensors", params, tiny)
@@ -98,6 +121,19 @@ def test_only_what_is_needed_of_a_diffusers_directory_is_copied(bucket, server, 
     assert not [r for r in server.requests if "alt=media" in r and ("pruned" in r or "fp16" in r)]
 
 
+def test_an_import(bucket, network, tiny):
+    """What a stage imports is called by its name, and not by that of a copy."""
+    config, workdir = runs.smoke(), storage.path("gs://bucket/run")
+    config.network.update({key: value for key, value in tiny.items() if key in config.network})
+    edm.write("gs://bucket/teacher.safetensors", network.init(0), tiny)
+    config.teacher = dict(program="convert", checkpoint="gs://bucket/teacher.safetensors", sampler=dict(name="heun", num_steps=4))
+    assert not convert_stage.done(config, "teacher", workdir)
+    convert_stage.run(config, "teacher", workdir)
+    assert convert_stage.done(config, "teacher", workdir)
+    assert metrics.read_json(workdir / "teacher/source.json")["file"] == "gs://bucket/teacher.safetensors"
+    chex.assert_trees_all_equal(runs.params_of(config, workdir, "teacher"), network.init(0))
+
+
 def test_a_lora_and_a_picture(bucket, plain, tmp_path, monkeypatch):
     """The same command with local and with remote paths."""
     networks = {"unet": diffusers.unet(plain)[1], "text_encoder": diffusers.text_encoder(plain)[1]}
@@ -131,3 +167,43 @@ def test_a_generator_from_and_to_a_bucket(bucket, plain, tmp_path):
     diffusers_write.write(tmp_path / "out", plain, params, base_model="sd")
     assert below(storage.local("gs://bucket/out")) == below(tmp_path / "out")
     assert diffusers.is_one_step("gs://bucket/out") and list(bucket)[-1].count("/") == 1
+
+
+TWO_STEPS = dict(name="euler", num_steps=2)
+
+
+def rows(workdir, stage):
+    """What metrics.jsonl says, but for speeds."""
+    return [{name: value for name, value in row.items() if name != "steps_per_second"} for row in metrics.read(workdir / stage)]
+
+
+def test_a_run(bucket, tmp_path, monkeypatch, capfd):
+    """One that was stopped while a checkpoint was being written makes what a local one makes, and stands in the bucket."""
+    config, local, remote, advance = runs.smoke(), tmp_path / "run", storage.path("gs://bucket/run"), metrics.Writer.advance
+    config.stages, config.mesh.data = ("teacher", "pairs", "evaluate"), 1
+    config.teacher.update(num_steps=6, checkpoint_every=2, preview_every=3, preview_images=4, log_every=1, sampler=TWO_STEPS)
+    config.evaluate.update(student="teacher", count=32)
+    main.run(config, local)
+    monkeypatch.setattr(metrics.Writer, "advance", lambda self, step: advance(self, step) if step < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.run(config, remote)
+    assert checkpoint.all_steps(remote / "teacher") == [2, 4] and {row["step"] for row in rows(remote, "teacher")} == {1, 2, 3}
+    del bucket["run/teacher/checkpoints/4/commit_success.txt"]
+    assert checkpoint.all_steps(remote / "teacher") == [2]
+    monkeypatch.setattr(metrics.Writer, "advance", advance)
+    main.run(config, remote)
+    ours, expected = (runs.params_of(config, directory, "teacher") for directory in (remote, local))
+    chex.assert_trees_all_equal(ours, expected)
+    assert rows(remote, "teacher") == rows(local, "teacher")
+    ours, expected = (records.read(directory=str(directory / "pairs")) for directory in (remote, local))
+    chex.assert_trees_all_equal([ours[i] for i in range(len(ours))], [expected[i] for i in range(len(expected))])
+    ours, expected = (metrics.read_json(directory / "evaluation.json") for directory in (remote, local))
+    assert ours["protocol"] == expected["protocol"] and ours["teacher"] == expected["teacher"]
+    assert bucket["run/teacher/samples/0000006.png"][0] == (local / "teacher/samples/0000006.png").read_bytes()
+    assert "run/report.png" in bucket and [name for name in bucket if name.startswith("run/teacher/events.out.tfevents")]
+    capfd.readouterr()
+    main.run(config, remote)
+    assert capfd.readouterr().out.count("done already") == len(config.stages)
+    config.seed = 1
+    with pytest.raises(ValueError, match="gs://bucket/run belongs to another config: seed is 1, there 0"):
+        main.run(config, remote)

@@ -14,12 +14,14 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 from typing import Protocol
 
 import numpy as np
 import tensorflow_datasets
 from PIL import Image
 
+from dmd_jax import storage
 from dmd_jax.data import folder as folder_lib
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import tfds as tfds_lib
@@ -180,14 +182,18 @@ class Examples:
 
 
 def readable(source: Captions, indices: Iterable[int]) -> tuple[dict[int, dict], list[str]]:
-    """The rows that can be given, by their indices, and why the others cannot."""
-    rows, skipped = {}, []
-    for i in indices:
+    """The rows that can be given, by their indices, and why the others cannot. Threads read them: Pillow decodes without Python's lock."""
+
+    def read(i):
         try:
-            rows[i] = source[i]
+            return source[i]
         except BadRow as error:
-            skipped.append(f"row {i}: {error}")
-    return rows, skipped
+            return f"row {i}: {error}"
+
+    indices = list(indices)
+    with futures.ThreadPoolExecutor() as pool:
+        found = list(zip(indices, pool.map(read, indices), strict=True))
+    return {i: row for i, row in found if isinstance(row, dict)}, [why for _, why in found if isinstance(why, str)]
 
 
 def refuse_if_many(skipped: Sequence[str], count: int):
@@ -212,10 +218,10 @@ def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, o
     Raises:
       ValueError: the file is missing, damaged or of another layout; the images are not there.
     """
-    path = pathlib.Path(annotations).expanduser()
+    path = storage.path(annotations)
     files = _open_both(path, images)
     try:
-        listed = json.loads(path.read_bytes())
+        listed = json.loads(storage.local(path).read_bytes())
         names = {image["id"]: image["file_name"] + "" for image in listed["images"]}
         rows = sorted((a["id"], a["image_id"], a["caption"]) for a in listed["annotations"])
         rows = [(names.get(image, f"image {image}, which is not listed"), image, text) for _, image, text in rows]
@@ -306,7 +312,7 @@ def prompts(*, path: str, limit: int = 0) -> Captions:
       ValueError: the file is missing, empty or no text.
     """
     try:
-        texts = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+        texts = storage.local(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a text file in UTF-8 with a prompt a line ({error}); check the path.") from error
     texts = _first(texts[: -1 if not texts[-1] else None], limit, path)

@@ -7,42 +7,46 @@ A record is the bytes of its arrays one after another, in the order of the manif
 import json
 import math
 import os
-import pathlib
 
 import numpy as np
 from array_record.python import array_record_module
 from grain import sources
 
-from dmd_jax import metrics
+from dmd_jax import metrics, storage
 
 MANIFEST, TEXTS = "manifest.json", "texts.json"
 
 
-def shard_paths(directory: str | os.PathLike, manifest: dict) -> list[pathlib.Path]:
+def shard_paths(directory: str | os.PathLike, manifest: dict) -> list[storage.Path]:
     """Every shard that `manifest` asks for."""
     n = manifest["shards"]
-    return [pathlib.Path(directory) / f"shard-{i:05d}-of-{n:05d}.arrayrecord" for i in range(n)]
+    return [storage.path(directory) / f"shard-{i:05d}-of-{n:05d}.arrayrecord" for i in range(n)]
 
 
-def write_shard(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+def missing_shards(directory: str | os.PathLike, manifest: dict) -> list[storage.Path]:
+    """Those of them that are not there."""
+    there = {path.name for path in storage.path(directory).iterdir()}
+    return [path for path in shard_paths(directory, manifest) if path.name not in there]
+
+
+def write_shard(path: storage.Path, arrays: dict[str, np.ndarray]):
     """Writes arrays of equal length as one shard; a shard that exists is whole."""
-    partial = path.with_suffix(".partial")
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
-    for row in zip(*arrays.values(), strict=True):
-        writer.write(b"".join(np.ascontiguousarray(a).tobytes() for a in row))
-    writer.close()
-    partial.rename(path)
+    with storage.writing(path) as file:
+        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+        for row in zip(*arrays.values(), strict=True):
+            writer.write(b"".join(np.ascontiguousarray(a).tobytes() for a in row))
+        writer.close()
 
 
 def read_manifest(directory: str | os.PathLike) -> dict:
     """Raises ValueError if there are no records, or the manifest is damaged."""
-    path = pathlib.Path(directory) / MANIFEST
+    path = storage.path(directory) / MANIFEST
     if not path.exists():
         raise ValueError(f"no records in {directory}: {path} does not exist; run the stage that makes them first.")
     return metrics.read_json(path)
 
 
-def claim(directory: pathlib.Path, manifest: dict):
+def claim(directory: storage.Path, manifest: dict):
     """Writes `manifest` where there is none; what another one has besides may differ.
 
     Raises:
@@ -68,7 +72,9 @@ class Records:
         self._fields = tuple(fields) or tuple(features)
         if unknown := [name for name in self._fields if name not in features]:
             raise ValueError(f"the records in {directory} have no {', '.join(unknown)}; there are: {', '.join(features)}.")
-        paths = shard_paths(directory, self.manifest)
+        for path in missing_shards(directory, self.manifest):
+            raise ValueError(f"shard {path} is missing; run the stage that makes it again.")
+        paths = shard_paths(storage.local(directory, ["*.arrayrecord"]), self.manifest)
         for path in paths:
             _check_shard(path)
         self._records = sources.ArrayRecordDataSource([str(path) for path in paths])
@@ -84,7 +90,7 @@ class Records:
     @property
     def texts(self) -> list[str]:
         """Of each row, where the rows are of texts."""
-        return metrics.read_json(pathlib.Path(self.directory) / TEXTS)["texts"][: self._count]
+        return metrics.read_json(storage.path(self.directory) / TEXTS)["texts"][: self._count]
 
     def __len__(self):
         return self._count
@@ -114,9 +120,8 @@ def read(*, directory: str, fields: tuple[str, ...] = (), limit: int = 0) -> Rec
 
 
 def _check_shard(path):
-    """Raises ValueError unless the shard is there and whole."""
+    """Raises ValueError unless the shard is whole."""
     try:
         array_record_module.ArrayRecordReader(str(path)).close()
     except RuntimeError as error:
-        what = "truncated or corrupt" if path.exists() else "missing"
-        raise ValueError(f"shard {path} is {what}; delete it and run the stage that makes it again.") from error
+        raise ValueError(f"shard {path} is truncated or corrupt; delete it and run the stage that makes it again.") from error

@@ -1,7 +1,6 @@
 """A small classifier of the training images, by scikit-learn: its last hidden layer is the feature space of datasets that have no other."""
 
 import os
-import pathlib
 import warnings
 import zipfile
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dmd_jax import checkpoint, distributed
+from dmd_jax import checkpoint, distributed, storage
 from dmd_jax.evals import features as features_lib
 
 
@@ -56,15 +55,14 @@ def fit(images: np.ndarray, labels: np.ndarray, hidden: tuple[int, ...] = (256, 
 
 def cached(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> Classifier:
     """As `fit`, or as a former call left it in the file `path`."""
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if not path.exists() and jax.process_index() == 0:
         classifier = fit(images, labels)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{f"{kind}{i}": a for kind, arrays in classifier._asdict().items() for i, a in enumerate(arrays)})
-        partial.rename(path)
+        with storage.writing(path) as file:
+            np.savez(file, **{f"{kind}{i}": a for kind, arrays in classifier._asdict().items() for i, a in enumerate(arrays)})
     distributed.barrier(f"{path} is there")
     try:
-        with np.load(path) as file:
+        with np.load(storage.local(path)) as file:
             return Classifier(*(tuple(file[f"{kind}{i}"] for i in range(len(file) // 2)) for kind in Classifier._fields))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged; delete it and run again.") from error

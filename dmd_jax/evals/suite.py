@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dmd_jax import distributed
+from dmd_jax import distributed, storage
 from dmd_jax.data import captions, pipeline
 from dmd_jax.evals import features as features_lib
 from dmd_jax.evals import frechet, kid, precision_recall
@@ -58,7 +57,7 @@ def collect_source(features: features_lib.Features, source, neighbours: int, dir
       ValueError: more than a few rows cannot be read.
     """
     content = pipeline.fingerprint({"": pipeline.Stream(_Lenient(source), 1)}, seed=neighbours)
-    path = pathlib.Path(directory) / f"reference-{features.digest}-{content}.npz"
+    path = storage.path(directory) / f"reference-{features.digest}-{content}.npz"
     if not distributed.gather(path.exists()).all():
         skipped = []
         real = collect(features, _batches(source, skipped), neighbours)
@@ -71,11 +70,10 @@ def collect_source(features: features_lib.Features, source, neighbours: int, dir
 
 
 def _write(path, features, real):
-    partial = path.with_suffix(".partial.npz")
     agreement = np.nan if real.agreement is None else real.agreement
-    np.savez(partial, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,
-             agreement=agreement, features=features.digest, skipped=real.skipped)  # fmt: skip
-    partial.rename(path)
+    with storage.writing(path) as file:
+        np.savez(file, mu=real.moments.mean, sigma=real.moments.covariance, kept=real.features, count=real.count,
+                 agreement=agreement, features=features.digest, skipped=real.skipped)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +107,7 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
       ValueError: the file is damaged, or of another feature network.
     """
     try:
-        with np.load(path) as file:
+        with np.load(storage.local(path)) as file:
             arrays = dict(file)
         mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
         if covariance.shape != 2 * mean.shape:
