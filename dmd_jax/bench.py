@@ -50,7 +50,7 @@ def make_step(config, batch_size: int, directory: pathlib.Path):
     state = train.first_state(recipe, params, shardings)
     batch = jax.device_put(stand_ins.random_batch(config, "dmd", batch_size), parallel.batch_sharding)
     began = time.perf_counter()
-    step, _ = train.compile_step(recipe.train_step, state, batch, shardings)
+    step = train.compile_step(recipe.train_step, state, batch, shardings).program
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return recipe, step, state, batch
 

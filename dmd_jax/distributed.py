@@ -24,7 +24,11 @@ PERIOD = 1.0  # seconds between two looks at the others
 MARGIN = 10  # seconds by which jax's own watch is slower, as it ends a process without saying why
 LOST = 134  # the exit code where another process was lost, as of jax's own watch, which aborts
 ALIVE, FAILED = "dmd_jax/alive/", "dmd_jax/failed"
+BUSY = "its machine is overloaded, for which there is --heartbeat_timeout"
 FOREVER = 10**9  # milliseconds
+
+
+_ENDING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -117,7 +121,7 @@ def _initialize(given, heartbeat_timeout, initialization_timeout):
 def _watch(ended, timeout):
     """Tells process 0 that this one lives, and ends it when another has failed, has ended or is silent."""
     client, heard = coordination.global_state.client, {}
-    silence = f"process 0 has not answered for {timeout} s: it was stopped or cut off; run the same command again."
+    silence = f"process 0 has not answered for {timeout} s: it was stopped or cut off, or {BUSY}; run the same command again."
     while not ended.wait(PERIOD):
         try:
             with _at_most(timeout, LOST, silence):
@@ -134,23 +138,33 @@ def _watch(ended, timeout):
             before, since = heard.get(process, (None, now))
             heard[process] = beat, since if beat == before else now
             if now - heard[process][1] > timeout:
-                leave(LOST, f"process {process} is silent for {timeout} s: it was killed, stopped or cut off; run the same command again.")
+                cause = f"it was killed, stopped or cut off, or {BUSY}"
+                leave(LOST, f"process {process} is silent for {timeout} s: {cause}; run the same command again.")
 
 
 @contextlib.contextmanager
 def _at_most(seconds, code, line):
     """Ends the process with `code` and `line` if what it does within takes longer, be it inside C++."""
-    timer = threading.Timer(seconds, _end, (code, line))
+    done = threading.Event()
+
+    def expire():
+        if not done.wait(PERIOD):  # where this whole process had stood still
+            _end(code, line)
+
+    timer = threading.Timer(seconds, expire)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
+        done.set()
         timer.cancel()
 
 
 def _end(code, line):
-    """From any thread, and from within a handler of signals."""
+    """From any thread, and from within a handler of signals; the first to come speaks."""
+    if not _ENDING.acquire(blocking=False):
+        time.sleep(10 * PERIOD)
     process, several = coordination.global_state.process_id, coordination.global_state.num_processes > 1
     os.write(sys.stderr.fileno(), (f"process {process}: " * several + line + "\n").encode())
     with contextlib.suppress(RuntimeError):  # it was about to be written to

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import distributed, experiment, lookup, metrics, plan, preemption, profiling, programs, sharding, storage
+from dmd_jax import distributed, experiment, lookup, metrics, plan, preemption, profiling, programs, sharding, storage, targets
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
@@ -36,6 +36,7 @@ COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of pro
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, with --coordinator_address.", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
 HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds after which a silent process ends the others.", lower_bound=3)
+MEETING = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1)
 
 LOCK = "lock"  # in the workdir
 PROGRAMS = ("convert", "embed", "train", "pairs", "evaluate")
@@ -58,11 +59,11 @@ CHANGEABLE = re.compile(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py.")
-    if PLAN.value:
+    if PLAN.value is not None:
         return _plan()
     if not WORKDIR.value:
         raise app.UsageError("--workdir is empty; name a directory.")
-    if PROFILE.value:
+    if PROFILE.value is not None:
         with CONFIG.value.unlocked():
             CONFIG.value.profile = PROFILE.value
     preemption.watch()
@@ -70,7 +71,7 @@ def main(argv):
     code = 0
     try:
         address = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-        with distributed.started(*address, heartbeat_timeout=HEARTBEAT.value):
+        with distributed.started(*address, heartbeat_timeout=HEARTBEAT.value, initialization_timeout=MEETING.value):
             try:
                 run(CONFIG.value, storage.absolute(WORKDIR.value), STAGE.value, DRY_RUN.value)
             except preemption.Preempted as notice:  # in all processes
@@ -85,8 +86,9 @@ def main(argv):
 def _plan():
     jax.config.update("jax_enable_compilation_cache", False)  # programs for devices that are not there cannot be read back
     try:
+        machine = targets.find(PLAN.value)  # before jax starts
         check(CONFIG.value)
-        plan.run(CONFIG.value, PLAN.value, STAGE.value)
+        plan.run(CONFIG.value, machine, STAGE.value)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -102,6 +104,7 @@ def _fail(error):
         traceback.print_exception(error)
         if isinstance(error, jax.errors.JaxRuntimeError):  # most likely another process is gone
             code = distributed.LOST
+            time.sleep(3 * distributed.PERIOD)  # if it has said why, this one ends with that
         line = f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     distributed.leave(code, line)
 
@@ -127,6 +130,8 @@ def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = 
     if dry_run:
         return
     check_files(config, stages, workdir)
+    if len(set(distributed.gather(np.uint32(zlib.crc32(repr(tuple(stages)).encode()))))) > 1:
+        raise ValueError("the stages are not the same in all processes; give all of them the same flags.")
     with claimed(config, workdir):
         for stage in stages:
             program = importlib.import_module(f"dmd_jax.{config[stage].program}")
@@ -156,7 +161,7 @@ def check(config):
         if before and config[stage].num_steps <= config[before].num_steps:
             done = config[before].num_steps
             raise ValueError(f"{stage}.num_steps is {config[stage].num_steps}, but {before}, which it continues, has {done}; give it more.")
-    if config.get("profile"):
+    if "profile" in config:
         profiling.parse(config.profile)
     experiment.check_names(config)
 

@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import time
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from PIL import Image
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from dmd_jax import storage
 
@@ -25,7 +27,10 @@ class Writer:
             kept = [row for row in read(directory) if row["step"] <= start]  # those of steps about to be redone are dropped
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
-            self._events = tensorboardX.SummaryWriter(str(self._files.path), purge_step=start + 1)
+            # Not SummaryWriter, whose thread dies on a full disk, and whose queue then waits for it for ever.
+            self._events = event_file_writer.EventsWriter(str(self._files.path / "events"))
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # TensorBoard forgets the steps from here on
+            self._events.write_event(event_pb2.Event(step=start + 1, session_log=restart))
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(desc=name, initial=start, total=num_steps, unit="step", disable=not (self._active and self._terminal))
 
@@ -36,7 +41,8 @@ class Writer:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._tell(step, summary.scalar(name, value))
+        self._events.flush()
         self._files.grown()
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._terminal:
@@ -51,7 +57,11 @@ class Writer:
             path.parent.mkdir(exist_ok=True)
             picture = grid(images)
             Image.fromarray(picture).save(path)
-            self._events.add_image("samples", picture, step, dataformats="HWC")
+            self._tell(step, summary.image("samples", picture, dataformats="HWC"))
+            self._events.flush()
+
+    def _tell(self, step, what):
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=what))
 
     def advance(self, step: int):
         """Moves the progress bar to `step`."""

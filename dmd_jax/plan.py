@@ -20,17 +20,16 @@ from dmd_jax import experiment, flops, hlo, sharding, stand_ins, targets
 from dmd_jax import plan_report as report
 
 
-def run(config: ml_collections.ConfigDict, target: str, stage: str | None = None):
-    """Prints the plan of each training stage of `config`, or of the one named, for the machine `target`.
+def run(config: ml_collections.ConfigDict, machine: targets.Target, stage: str | None = None):
+    """Prints the plan of each training stage of `config`, or of the one named, for `machine`.
 
     Raises:
-      ValueError: there is no such machine or stage, or the machine cannot share the batch.
+      ValueError: there is no such stage, or the machine cannot share the batch.
     """
-    machine = targets.find(target)
     training = [name for name in config.stages if "recipe" in config[name]]
     if stage and stage not in training:
         raise ValueError(f"the config trains no stage {stage!r}; there are: {', '.join(training)}.")
-    print(f"{target}: {machine.about}, jax {jax.__version__}")
+    print(f"{machine.name}: {machine.about}, jax {jax.__version__}")
     if machine.options:
         print(f"compiler options {machine.options}: not those of training, whose memory and traffic may differ", flush=True)
     for name in [stage] if stage else training:
@@ -48,6 +47,8 @@ def make(config: ml_collections.ConfigDict, stage: str, machine: targets.Target)
     """
     config = config.copy_and_resolve_references()
     parallel = sharding.Parallel(sharding.make_mesh(**config.mesh, devices=machine.devices), config[stage].get("accumulation", 1))
+    if parallel.mesh.size != len(machine.devices):
+        raise ValueError(f"config.mesh has {parallel.mesh.size} devices, {machine.name} has {len(machine.devices)}; set mesh.data=-1.")
     sizes = stand_ins.batch_sizes(config, stage)
     for name, size in sizes.items():
         parallel.check_batch(f"{name} batch_size", size)

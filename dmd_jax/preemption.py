@@ -32,10 +32,11 @@ class Preempted(Exception):
 
 
 def watch():
-    """From now on SIGTERM ends this process at once, and a notice of Google Cloud is as SIGTERM; `deferred` makes exceptions."""
+    """From now on SIGTERM and SIGINT end this process at once, and a notice of Google Cloud is as SIGTERM; `deferred` makes exceptions."""
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _interrupt)
     signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     # The handler alone would not run before the main thread comes back from C++, where it may compile for minutes.
     threading.Thread(target=_leave_on_signal, args=(reading, writing), daemon=True).start()
@@ -78,9 +79,15 @@ def _leave(*_):
     distributed.leave(EXIT_CODE, "stopped by SIGTERM; run the same command again.")
 
 
+def _interrupt(*_):
+    distributed.leave(128 + signal.SIGINT, "interrupted; run the same command again.")
+
+
 def _leave_on_signal(reading, writing):
     """`writing` is here to stay open."""
     while number := reading.recv(1):
+        if number[0] == signal.SIGINT:
+            _interrupt()
         if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leave:
             _leave()
 

@@ -17,7 +17,7 @@ class Trace:
     """
 
     def __init__(self, steps: str | None, directory: str | os.PathLike):
-        first, last = parse(steps) if steps else (0, 0)
+        first, last = (0, 0) if steps is None else parse(steps)
         self._first, self._last, self._directory, self._files = first, last, directory, None
 
     def step(self, number: int) -> contextlib.AbstractContextManager:

@@ -43,6 +43,7 @@ class Target(NamedTuple):
     """What to compile for.
 
     Attributes:
+      name: as `find` was given it.
       devices: as `sharding.make_mesh` takes them.
       chip: that each of them is; None for CPU devices.
       about: what it is, in words.
@@ -50,6 +51,7 @@ class Target(NamedTuple):
       options: of the compiler.
     """
 
+    name: str
     devices: list
     chip: chips.Chip | None
     about: str
@@ -67,7 +69,7 @@ def find(name: str) -> Target:
     """
     patterns = {r"(v\d\w)-(\d+)": _tpu, r"gpu:(\d+)x(\w+)": _gpu, r"cpu:([1-9]\d*)": _cpu}
     for pattern, make in patterns.items():
-        if (found := re.fullmatch(pattern, name)) and (target := make(*found.groups())):
+        if (found := re.fullmatch(pattern, name.replace("v5litepod", "v5e"))) and (target := make(*found.groups())):
             return target
     slices = "; ".join(f"{chip}-N with N = {', '.join(map(str, sizes))}" for chip, sizes in SLICES.items())
     gpus = ", ".join(f"gpu:Nx{chip}" for chip in GPUS)
@@ -89,7 +91,14 @@ def _tpu(name, size):
         about += f" ({size} cores)"
     # Without it these compilers take several times as long.
     options = {"exec_time_optimization_effort": -1.0}
-    return Target(devices, chips.CHIPS[name], f"{about}, libtpu {importlib.metadata.version('libtpu')}", _usable(devices[0]), options)
+    return Target(
+        f"{name}-{size}",
+        devices,
+        chips.CHIPS[name],
+        f"{about}, libtpu {importlib.metadata.version('libtpu')}",
+        _usable(devices[0]),
+        options,
+    )
 
 
 def _usable(device):
@@ -129,7 +138,10 @@ def _gpu(count, name):
     shape = f"1x{-(-count // PER_HOST)}x{min(count, PER_HOST)}"  # partitions, hosts, devices of a host
     devices = topologies.get_topology_desc(platform="cuda", target_config=GPU_CONFIG.format(**settings), topology=shape).devices
     about = f"{count} x {chip.kinds[0]}, jax's CUDA plugin; without the workspaces that cuDNN asks for on a real one"
-    return Target(devices, chip, about, chip.memory, {"xla_gpu_autotune_level": 0})  # there is nothing to try algorithms on
+    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))  # what jax takes of a GPU's memory
+    about += f"; {fraction:.0%} of its memory, as XLA_PYTHON_CLIENT_MEM_FRACTION says"
+    options = {"xla_gpu_autotune_level": 0}  # there is nothing to try algorithms on
+    return Target(f"gpu:{count}x{name}", devices, chip, about, fraction * chip.memory, options)
 
 
 def _cpu(count):
@@ -140,4 +152,4 @@ def _cpu(count):
     if len(devices) < int(count):
         raise ValueError(f"jax has started with {len(devices)} CPU devices; cpu:{count} needs a process of its own.")
     about = f"{count} CPU devices; memory and traffic are those of the compiler for CPUs, which computes in float32 what is bfloat16"
-    return Target(devices[: int(count)], None, about, None, {})
+    return Target(f"cpu:{count}", devices[: int(count)], None, about, None, {})

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -24,6 +25,20 @@ from dmd_jax import (
 )
 from dmd_jax.data import pipeline
 from dmd_jax.evals import suite
+
+
+class Step(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+      program: `(state, batch) -> (state, metrics)`.
+      operations: of a call, on each device.
+      seconds: that it took to be made; compiling takes almost none where programs are kept.
+    """
+
+    program: jax.stages.Compiled
+    operations: float
+    seconds: dict[str, float]
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
@@ -75,20 +90,21 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     previews = _previews(config, stage, workdir, parallel)
     writer = metrics.Writer(directory, name=stage, start=start, num_steps=settings.num_steps)
     with contextlib.closing(writer), checkpoint.closing(manager):
-        batch, began = next(loader), time.perf_counter()
-        step_fn, operations = compile_step(recipe.train_step, train_state, batch, shardings)
-        compiled = time.perf_counter()
-        writer.note(f"compiled in {compiled - began:.1f} s, starts at step {start}")
-        watch, agree, stop = _Watch(settings.max_skipped_updates, writer, operations), preemption.make_agreement(parallel.mesh), False
+        batch = next(loader)
+        compiled = compile_step(recipe.train_step, train_state, batch, shardings)
+        began = time.perf_counter()
+        writer.note(", ".join(f"{what} in {seconds:.1f} s" for what, seconds in compiled.seconds.items()) + f", starts at step {start}")
+        watch = _Watch(settings.max_skipped_updates, writer, compiled.operations)
+        agree, stop = preemption.make_agreement(parallel.mesh), False
         trace = profiling.Trace(config.get("profile"), directory / "profile")
         with preemption.deferred() as notice:
             for step in range(start + 1, settings.num_steps + 1):
                 with trace.step(step - start):
-                    train_state, values = step_fn(train_state, batch)
+                    train_state, values = compiled.program(train_state, batch)
                 trace.finish(step - start, values)
                 if step == start + 1:
                     jax.block_until_ready(values)
-                    writer.note(f"first step in {time.perf_counter() - compiled:.1f} s")
+                    writer.note(f"first step in {time.perf_counter() - began:.1f} s")
                 stop = agree(notice.is_set())
                 batch = next(loader)
                 writer.advance(step)
@@ -140,11 +156,15 @@ def first_state(recipe: recipes.Recipe, params: dict, shardings: state.TrainStat
     return restored.replace(frozen=frozen)
 
 
-def compile_step(train_step: Callable, train_state, batch, shardings) -> tuple[jax.stages.Compiled, float]:
-    """The step as one program over the mesh, compiled once, whose first argument is donated; and its operations on each device."""
+def compile_step(train_step: Callable, train_state, batch, shardings) -> Step:
+    """The step as one program over the mesh, compiled once; its first argument is donated."""
+    began = time.perf_counter()
     traced = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).trace(train_state, batch)
-    compiled = traced.lower().compile()
-    return compiled, flops.of_program(traced, compiled)
+    lowered = traced.lower()
+    seconds = {"traced": time.perf_counter() - began}
+    program = lowered.compile()
+    seconds["compiled"] = time.perf_counter() - began - seconds["traced"]
+    return Step(program, flops.of_program(traced, program), seconds)
 
 
 def _first_params(config, stage, parallel, workdir):

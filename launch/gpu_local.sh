@@ -12,6 +12,7 @@ set -euo pipefail
 parse "processes port python" "$@"
 need_program
 : "${processes:=1}" "${port:=8476}" "${python:=python}"
+[[ $processes =~ ^[1-9][0-9]*$ && $port =~ ^[1-9][0-9]*$ ]] || die "processes is $processes and port $port; expected numbers from 1."
 GRACE=${GRACE:-120} # seconds for the others to end after the first
 stopped='' pids=()
 

@@ -34,7 +34,7 @@ def test_it_is_that_of_the_step_that_trains(tmp_path):
     state = train.first_state(recipe, params, shardings)
     streams = experiment.make_streams(config, "teacher", tmp_path)
     batch = next(pipeline.batches(streams, seed=0, start=0, sharding=parallel.batch_sharding))
-    compiled, _ = train.compile_step(recipe.train_step, state, batch, shardings)
+    compiled = train.compile_step(recipe.train_step, state, batch, shardings).program
 
     sizes = compiled.memory_analysis()
     assert found.memory["arguments"] == sizes.argument_size_in_bytes and found.memory["temporaries"] == sizes.temp_size_in_bytes
@@ -73,7 +73,7 @@ def test_the_parts_of_a_state(tmp_path):
 
 @needs_libtpu
 def test_a_tpu_that_is_not_there(capsys):
-    plan.run(toy(), "v5e-8", "teacher")
+    plan.run(toy(), targets.find("v5e-8"), "teacher")
     printed = capsys.readouterr().out
     assert "8 chips TPU v5 lite as 2x4" in printed and "of 15.75, 15." in printed
     assert "gradients and metrics averaged" in printed and "bound by " in printed
@@ -103,11 +103,11 @@ def test_compilers_that_are_missing(monkeypatch):
 
 def test_what_cannot_be_planned():
     with pytest.raises(ValueError, match="the config trains no stage 'pairs'; there are: teacher, dmd"):
-        plan.run(toy(), "cpu:8", "pairs")
+        plan.run(toy(), targets.find("cpu:8"), "pairs")
     config = toy()
     config.teacher.batch_size = 12
     with pytest.raises(ValueError, match="images batch_size 12 is not divisible by 8 devices; use 8 or 16"):
-        plan.run(config, "cpu:8", "teacher")
+        plan.run(config, targets.find("cpu:8"), "teacher")
     with pytest.raises(ValueError, match="jax has started with 8 CPU devices; cpu:9 needs a process of its own"):
         targets.find("cpu:9")
 

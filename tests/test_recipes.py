@@ -74,7 +74,7 @@ def run(recipe, network, params, mesh):
     made, parallel = make(recipe, network, mesh=mesh)
     state, shardings = start(made, parallel, params)
     batches = [jax.device_put(make_batch(recipe, i), parallel.batch_sharding) for i in range(NUM_STEPS)]
-    step, _ = train.compile_step(made.train_step, state, batches[0], shardings)
+    step = train.compile_step(made.train_step, state, batches[0], shardings).program
     metrics = []
     for batch in batches:
         state, values = step(state, batch)
