@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # our networks take longer to compile than to run
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from absl import flags
 
 from dmd_jax import main
 from dmd_jax.models import unet_edm
-from tests import runs
+from tests import gcs, runs
 
 flags.FLAGS.mark_as_parsed()  # chex.variants asks it
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -28,12 +29,12 @@ def fresh_caches():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For files whose networks take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def optimisations():
+    """For what is held to the last bits: without them products and sums are rounded one by one."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +60,20 @@ def finished(tmp_path_factory):
 def workdir(finished, tmp_path):
     """A copy of the finished workdir, to be damaged."""
     return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Of a bucket, to which all clients of Google Cloud Storage are led."""
+    with gcs.served() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(server, tmp_path, monkeypatch):
+    """The objects of the bucket, {name: (content, generation)}; none at first."""
+    monkeypatch.setenv("DMD_CACHE", str(tmp_path / "cache"))
+    server.objects.clear()
+    return server.objects

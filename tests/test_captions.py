@@ -6,6 +6,7 @@ import json
 import pathlib
 import pickle
 import re
+import threading
 import zipfile
 
 import numpy as np
@@ -448,3 +449,27 @@ def test_twemoji_of_some_categories():
     assert len(food) == 135 and {food[i]["category"] for i in range(len(food))} == {"Food & Drink"}
     with pytest.raises(ValueError, match="no category 'Food'; there are: Activities, Animals & Nature"):
         captions.twemoji(split="all", categories=("Food",))
+
+
+def test_rows_are_read_in_threads_and_given_in_order():
+    both = threading.Barrier(2, timeout=20)  # row 0 waits for the last
+
+    class Source:
+        def __getitem__(self, index):
+            if index in (0, 4):
+                both.wait()
+            if index % 2:
+                raise captions.BadRow(f"no {index}")
+            return {"text": str(index)}
+
+    rows, skipped = captions.readable(Source(), range(5))
+    assert list(rows.items()) == [(i, {"text": str(i)}) for i in (0, 2, 4)] and skipped == ["row 1: no 1", "row 3: no 3"]
+
+
+def test_a_fault_of_the_machine_ends_the_reading():
+    class Source:
+        def __getitem__(self, index):
+            raise OSError(errno.EIO, f"Input/output error {index}")
+
+    with pytest.raises(OSError, match="Input/output error 3"):
+        captions.readable(Source(), (3, 5, 7))

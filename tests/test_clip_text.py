@@ -13,8 +13,6 @@ from dmd_jax.models import clip_text, layers
 from tests import test_features
 from tests.test_unet_sd import TOLERANCE, change_epsilon, checksum, error, params_of, randomize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 torch = pytest.importorskip("torch")
 
 SETTINGS = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_heads=4)

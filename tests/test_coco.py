@@ -16,8 +16,6 @@ from dmd_jax.weights import convert as convert_lib
 pytest.importorskip("diffusers")
 from tests import sd
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEXTS = ("a red flower", "a temple in china", "the roof of a house", "petals and leaves", "a photo of trees", "blue sky")
 
 

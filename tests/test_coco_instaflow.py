@@ -11,8 +11,6 @@ from tests import runs
 pytest.importorskip("diffusers")
 from tests.test_coco import files, tiny  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def run(files, tmp_path_factory):  # noqa: F811

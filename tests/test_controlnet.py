@@ -17,8 +17,6 @@ from tests import sd
 from tests.test_features import nchw
 from tests.test_unet_sd import TOLERANCE, checksum, error, nhwc, oracle, params_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 torch = sd.torch
 KINDS = {  # of the first the skips are as many as those of the public ones
     "sd1": dict(block_out_channels=(8, 8, 16, 16), attention=(True, False, False, False), num_heads=4, layers_per_block=2),

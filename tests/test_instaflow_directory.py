@@ -12,8 +12,6 @@ from dmd_jax.weights import convert as convert_lib
 from dmd_jax.weights import diffusers, diffusers_write
 from tests import sd
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 torch = sd.torch
 FLOW_TO_DATA = {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"}
 TEXTS = ["a cat", "the dog"]

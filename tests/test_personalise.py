@@ -13,7 +13,6 @@ from dmd_jax import personalise, sample
 from dmd_jax.weights import diffusers, diffusers_write
 from tests import sd, test_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
 

@@ -11,8 +11,6 @@ from dmd_jax import chips, experiment, plan, plan_report, sharding, stand_ins, t
 from dmd_jax.data import pipeline
 from tests.runs import smoke
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu, the compiler for TPUs, is not installed")
 
 

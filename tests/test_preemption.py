@@ -14,13 +14,12 @@ from dmd_jax import checkpoint, main, metrics, preemption
 from tests import processes, small
 from tests.runs import params_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ENDLESS = "--config.teacher.num_steps=1000000"
 LONG = ("--config.pairs.count=1000000", "--config.evaluate.count=1000000", "--config.evaluate.student=teacher")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compilation):
+def trained(tmp_path_factory):
     """A workdir with a teacher, whose other stages are LONG."""
     workdir, config = tmp_path_factory.mktemp("trained") / "run", small.get_config()
     config.pairs.count = config.evaluate.count = 1000000

@@ -17,12 +17,11 @@ from dmd_jax.data import records
 from tests import processes, small
 from tests.runs import params_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ENDLESS = "--config.teacher.num_steps=1000000"
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, quick_compilation):
+def one(tmp_path_factory):
     """All stages by this process, with its 8 devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     main.run(small.get_config(), workdir)

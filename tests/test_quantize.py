@@ -14,7 +14,6 @@ from dmd_jax import quantize, samplers, sampling, sharding
 from dmd_jax.models import layers, unet_edm, unet_sd
 
 pytest.importorskip("qwix")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 EDM = dict(size=8, channels=1, num_classes=10, width=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
 SD = dict(block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=2, cross_attention_dim=24, norm_num_groups=8)

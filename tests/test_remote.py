@@ -16,8 +16,6 @@ from dmd_jax.text import tokenizer
 from dmd_jax.weights import convert, diffusers, diffusers_write, edm, files, lora, lpips, pickles
 from tests import runs, sd, test_images, test_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):

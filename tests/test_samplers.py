@@ -283,7 +283,7 @@ def flow_denoiser(params, x_t, t, cond):
     return x_t - t * flow_velocity(t, x_t)
 
 
-def test_rk45_is_scipys():
+def test_rk45_is_scipys(optimisations):
     """As in the public code, but for the end of time; on eight devices, each image with steps of its own."""
     solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
     z = np.random.default_rng(1).standard_normal((12, 4, 4, 2), np.float32) * np.float32(np.linspace(0.3, 2, 12))[:, None, None, None]

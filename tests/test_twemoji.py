@@ -7,13 +7,11 @@ from PIL import Image
 from dmd_jax import bench, main, metrics, sample
 from dmd_jax.data import captions, records
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def toy():
     config = bench.load_config("twemoji:small")
     config.mesh.data = 1
-    config.network.update(block_out_channels=(8, 16), norm_num_groups=4, num_heads=2)
+    config.network.update(block_out_channels=(8,), attention=(True,), norm_num_groups=4, num_heads=2)
     config.teacher.update(batch_size=8, num_steps=2, preview_every=0, checkpoint_every=2)
     config.teacher.sampler.num_steps = 2
     config.pairs.update(count=16, shard_size=16, batch_size=16)

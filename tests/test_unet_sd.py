@@ -15,8 +15,6 @@ from dmd_jax.models import layers, unet_sd
 from dmd_jax.weights import convert
 from tests import test_features
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 torch = pytest.importorskip("torch")
 TOLERANCE = 1e-5  # of the largest output, for parity with PyTorch
 

@@ -11,8 +11,6 @@ from tests import test_features
 from tests.test_features import nchw
 from tests.test_unet_sd import TOLERANCE, change_epsilon, checksum, error, interpolate_between_pixels, nhwc, oracle, params_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 torch = pytest.importorskip("torch")
 
 KL = dict(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)

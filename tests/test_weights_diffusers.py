@@ -18,8 +18,6 @@ from dmd_jax import denoiser, lookup, process, sharding
 from dmd_jax.weights import convert, diffusers, diffusers_files, diffusers_write
 from tests import sd
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 torch = sd.torch
 READERS = {"unet": diffusers.unet, "vae": diffusers.vae, "text_encoder": diffusers.text_encoder}
 
