@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmd_jax import chips, experiment, plan, plan_report, sharding, stand_ins, targets, train
+from dmd_jax import chips, experiment, main, plan, plan_report, sharding, stand_ins, targets, train
 from dmd_jax.data import pipeline
 from tests.runs import smoke
 
@@ -78,7 +78,9 @@ def test_a_tpu_that_is_not_there(capsys):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "count"), [("v5e-1", 1), ("v5e-64", 64), ("v6e-256", 256), ("v5p-8", 4), ("v5p-128", 64)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("v5e-1", 1), ("v5e-64", 64), ("v5litepod-64", 64), ("v6e-256", 256), ("v5p-8", 4), ("v5p-128", 64)]
+)
 def test_slices_have_as_many_chips_as_google_counts(name, count):
     machine = targets.find(name)
     assert len(machine.devices) == count and 0.9 * machine.chip.memory < machine.capacity < 1.02 * machine.chip.memory
@@ -99,7 +101,25 @@ def test_compilers_that_are_missing(monkeypatch):
         targets.find("gpu:8xh100")
 
 
+def test_the_machine_is_found_before_anything_can_start_jax(monkeypatch):
+    calls = []
+    for module, name in ((targets, "find"), (main, "check"), (plan, "run")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: calls.append(name))
+    main._plan()
+    assert calls == ["find", "check", "run"]
+
+
+def test_a_gpu_has_what_jax_takes_of_it(monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **_: types.SimpleNamespace(devices=[None] * 8))
+    assert targets.find("gpu:8xh100").capacity == 0.75 * 80 * 2**30
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert targets.find("gpu:8xh100").capacity == 0.9 * 80 * 2**30
+
+
 def test_what_cannot_be_planned():
+    with pytest.raises(ValueError, match=r"config\.mesh has 6 devices, cpu:8 has 8; set mesh\.data=-1"):
+        plan.run(toy(fsdp=3), targets.find("cpu:8"), "teacher")
     with pytest.raises(ValueError, match="the config trains no stage 'pairs'; there are: teacher, dmd"):
         plan.run(toy(), targets.find("cpu:8"), "pairs")
     config = toy()
