@@ -130,7 +130,7 @@ def at_rest(state, shardings) -> dict[str, int]:
 def advise(config: ml_collections.ConfigDict, stage: str, machine: targets.Target, failed: report.Plan):
     """Prints what would fit in the place of the step `failed`, which does not, after compiling at most two others.
 
-    The smallest pieces of the batch are tried first, activations recomputed. If they fit, pieces of the next size are tried and a line is
+    The smallest pieces of the batch are tried first, activations recomputed. If they fit, pieces of a middle size are tried and a line is
     drawn through the two; if not, the state is split over all devices.
     """
     per_device = math.gcd(*failed.batch.values()) // failed.mesh.size
@@ -147,10 +147,11 @@ def advise(config: ml_collections.ConfigDict, stage: str, machine: targets.Targe
         return
     if len(pieces) == 1:
         return
-    larger = _try(config, stage, machine, overrides | {f"{stage}.accumulation": pieces[1]})
-    if larger.fits:
-        slope = (larger.memory["total"] - smallest.memory["total"]) / (per_device // pieces[1] - per_device // pieces[0])
-        needed = {n: larger.memory["total"] + slope * (per_device // n - per_device // pieces[1]) for n in pieces}
+    middle = pieces[len(pieces) // 2]
+    larger = _try(config, stage, machine, overrides | {f"{stage}.accumulation": middle})
+    slope = (larger.memory["total"] - smallest.memory["total"]) / (per_device // middle - per_device // pieces[0])
+    if slope > 0:
+        needed = {n: smallest.memory["total"] + slope * (per_device // n - per_device // pieces[0]) for n in pieces}
         best = min(n for n in pieces if needed[n] <= machine.capacity)
         flags = report.flags(overrides | {f"{stage}.accumulation": best})
         print(f"largest pieces that fit by these two (derived: {report.gib(needed[best])} of {report.gib(machine.capacity)} GiB): {flags}")
