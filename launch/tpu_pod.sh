@@ -8,7 +8,7 @@
 # tpu,gcs), VALID_UNTIL_DURATION (of waiting, such as 6h), ENVIRONMENT (of the program, such as 'A=1 B="2 3"'). --dry_run only prints.
 set -euo pipefail
 . "$(dirname "$0")/functions.sh"
-trap 'exit 130' INT && (($#)) || set -- --help # the workers go on
+trap 'exit 130' INT; (($#)) || set -- --help # the workers go on
 command=$1 && [[ $1 == --* ]] || shift
 parse "tpu_name zone project accelerator_type runtime_version spot valid_until_duration extras environment" "$@" && need tpu_name zone
 if [[ ${spot:-1} != 1 ]]; then die "spot is $spot; expected 1, or nothing."; fi

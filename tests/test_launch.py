@@ -361,7 +361,7 @@ def test_worker_gives_the_log_and_the_code(bench, worker, code):
     bench.answer("python", "before|0", f"hello|{code}")
     assert worker("1", *PROGRAM).wait(30) == 0
     process = worker("2", *PROGRAM)
-    assert process.communicate(timeout=30)[0] == "hello\n" and process.returncode == code
+    assert process.communicate(timeout=120)[0] == "hello\n" and process.returncode == code
     assert bench.calls() == [["xpython", "-m", "dmd_jax.main", *PROGRAM]] * 2
     assert (bench.path / "dmd_jax/run/log").read_text() == "before\nhello\n"
 

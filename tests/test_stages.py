@@ -165,7 +165,7 @@ def test_missing_checkpoint(tmp_path):
 
 
 def test_disk_full(workdir, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(checkpoint.storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     config = smoke()
     config.teacher.num_steps = 40
     with pytest.raises(
