@@ -92,7 +92,6 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     with contextlib.closing(writer), checkpoint.closing(manager):
         batch = next(loader)
         compiled = compile_step(recipe.train_step, train_state, batch, shardings)
-        began = time.perf_counter()
         writer.note(", ".join(f"{what} in {seconds:.1f} s" for what, seconds in compiled.seconds.items()) + f", starts at step {start}")
         watch = _Watch(settings.max_skipped_updates, writer, compiled.operations)
         agree, stop = preemption.make_agreement(parallel.mesh), False
@@ -103,8 +102,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
                     train_state, values = compiled.program(train_state, batch)
                 trace.finish(step - start, values)
                 if step == start + 1:
-                    jax.block_until_ready(values)
-                    writer.note(f"first step in {time.perf_counter() - began:.1f} s")
+                    watch.first(values)
                 stop = agree(notice.is_set())
                 batch = next(loader)
                 writer.advance(step)
@@ -220,7 +218,12 @@ class _Watch:
     def __init__(self, max_skipped, writer, operations):
         self._max_skipped, self._writer, self._operations = max_skipped, writer, operations
         self._chip = chips.of(jax.devices()[0].device_kind)
-        self._pending, self._clock = None, None
+        self._pending, self._clock, self._began = None, None, time.perf_counter()
+
+    def first(self, values):
+        """After the first step, which is waited for."""
+        jax.block_until_ready(values)
+        self._writer.note(f"first step in {time.perf_counter() - self._began:.1f} s")
 
     def log(self, step, values):
         self.flush()
