@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, distributed, experiment, latents, metrics, sharding, storage
+from dmd_jax import checkpoint, distributed, experiment, latents, metrics, storage
 from dmd_jax.data import captions, records
 
 NULL = "null.npy"  # the embedding of the empty text
@@ -41,7 +41,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     manifest, source, encoder = _prepare(config, stage, workdir)
     encode_images = None
     if settings.latents:
-        encode_images = latents.make_encode(experiment.autoencoder(config), _parallel(config), settings.batch_size)
+        encode_images = latents.make_encode(experiment.autoencoder(config), experiment.make_local_parallel(config), settings.batch_size)
     if (directory / records.MANIFEST).exists():
         records.claim(directory, manifest)
     paths, skipped = records.shard_paths(directory, manifest), []
@@ -118,7 +118,7 @@ def _prepare(config, stage, workdir):
     """The manifest, the captions and the encoder of text."""
     settings = config[stage]
     source = experiment.open_source(settings.captions, workdir)
-    encoder = experiment.make_text_encoder(config, _parallel(config))
+    encoder = experiment.make_text_encoder(config, experiment.make_local_parallel(config))
     features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
     autoencoder = experiment.autoencoder(config) if settings.latents else None
     if settings.latents:
@@ -138,10 +138,6 @@ def _prepare(config, stage, workdir):
         "features": features,
     }
     return manifest, source, encoder
-
-
-def _parallel(config):
-    return sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh)))
 
 
 def _told(path):

@@ -11,7 +11,22 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, latents, lookup, losses, metrics, optim, quantize, recipes, samplers, sampling, sharding, storage, text
+from dmd_jax import (
+    checkpoint,
+    distributed,
+    latents,
+    lookup,
+    losses,
+    metrics,
+    optim,
+    quantize,
+    recipes,
+    samplers,
+    sampling,
+    sharding,
+    storage,
+    text,
+)
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
@@ -133,6 +148,11 @@ def make_flow(config: ml_collections.ConfigDict, stage: str) -> denoiser_lib.Den
 def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Parallel:
     """All devices, as `config.mesh` has them."""
     return sharding.Parallel(sharding.make_mesh(**config.mesh), config[stage].get("accumulation", 1))
+
+
+def make_local_parallel(config: ml_collections.ConfigDict) -> sharding.Parallel:
+    """This process's own devices of `config.mesh`."""
+    return sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh)))
 
 
 def make_recipe(config: ml_collections.ConfigDict, stage: str, parallel: sharding.Parallel, workdir: storage.Path) -> recipes.Recipe:
@@ -283,7 +303,8 @@ def load_params(
       step: of the checkpoint; the newest if not given.
       shardings: `tree -> shardings`; if not given, all devices have all of it.
     """
-    directory, shardings = storage.path(directory.format(workdir=workdir)), shardings or replicated(config)
+    directory = storage.path(directory.format(workdir=workdir))
+    shardings = shardings or replicated(sharding.Parallel(sharding.make_mesh(**config.mesh)))
     network = make_network(config, directory.name)
     if (directory / SOURCE).exists() and (found := metrics.read_json(directory / SOURCE)).get("directory"):
         return load_directory(network, found["directory"], shardings)
@@ -301,10 +322,9 @@ def load_directory(network: layers.Network, directory: str | os.PathLike, shardi
     return convert.from_torch(tensors, network.abstract, place=lambda array, path: sharding.place(array, shardings(array)))
 
 
-def replicated(config: ml_collections.ConfigDict) -> Callable:
-    """`tree -> shardings`: all of it on all devices."""
-    everywhere = sharding.Parallel(sharding.make_mesh(**config.mesh)).replicated
-    return lambda tree: jax.tree.map(lambda _: everywhere, tree)
+def replicated(parallel: sharding.Parallel) -> Callable:
+    """`tree -> shardings`: all of it on all devices of `parallel`."""
+    return lambda tree: jax.tree.map(lambda _: parallel.replicated, tree)
 
 
 def find_files(name: str) -> storage.Path:

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, distributed, experiment, sampling, sharding, storage
+from dmd_jax import checkpoint, experiment, sampling, storage
 from dmd_jax.data import records
 
 
@@ -28,7 +28,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
       ValueError: the directory holds pairs of another teacher or another sampler.
     """
     settings, directory = config[stage], workdir / stage
-    parallel = sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh)))
+    parallel = experiment.make_local_parallel(config)
     params = _teacher(config, stage, workdir)
     manifest = _manifest(config, stage, workdir, params)
     records.claim(directory, manifest)
@@ -46,8 +46,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
 
 def _teacher(config, stage, workdir):
     """On the devices of this process."""
-    here = sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh))).replicated
-    shardings = lambda tree: jax.tree.map(lambda _: here, tree)
+    shardings = experiment.replicated(experiment.make_local_parallel(config))
     return experiment.load_params(config, f"{{workdir}}/{config[stage].teacher}", workdir, shardings=shardings)
 
 

@@ -174,7 +174,7 @@ def load(
     if of_run:
         params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
     else:
-        params = experiment.load_directory(experiment.make_network(config), config.checkpoint, experiment.replicated(config))
+        params = experiment.load_directory(experiment.make_network(config), config.checkpoint, experiment.replicated(parallel))
     settings, null = _override(config[stage].sampler.to_dict(), sampler or {}), None
     if settings.get("guidance_scale", 1) > 1:
         null = encoder.encode([""])[0] if encoder else config.null_cond
