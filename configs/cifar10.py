@@ -35,7 +35,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     config.null_cond = 10  # the label that means no label
     config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)  # EDM, Table 1
     config.prediction = "edm"
-    config.features = dict(name="inception", weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
     config.network = dict(  # DDPM++ of EDM's cifar10 "vp" checkpoints: 55.7 M parameters
         name="unet_edm.ddpmpp",
         size=32,  # pixels
@@ -89,24 +89,25 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
         log_every=100,
         preview_every=5000,
         preview_images=504,
-        preview_scores=False,
+        scores={},  # such as dict(every=5000, protocol="edm50k", count=2016), with best_metric="FID-2016"
         checkpoint_every=5000,
         keep_checkpoints=2,
         best_metric="",
         max_skipped_updates=100,
     )
 
-    config.evaluate = dict(  # EDM's protocol: 50,000 images, random labels, the lowest FID of three ranges of seeds
+    config.evaluate = dict(
         program="evaluate",
         teacher="teacher",
         student="dmd",
+        protocol="edm50k",  # 50,000 images, random labels, the lowest FID of three ranges of seeds
         statistics="cifar10-32x32.npz",  # of the 50,000 training images
+        count=None,  # images of each range; None = the protocol's
         reference={},  # real images for KID, precision and recall: dict(source="tfds.read", name="cifar10", split="train", data_dir=...)
         floor={},
-        conditions=dict(source="images.random_labels", num_classes=10, count=150_000, seed=1),
-        count=50_000,
-        seed_ranges=3,
-        neighbours=10_000,
+        conditions=dict(num_classes=10),
+        clip="",  # directory of the CLIP model; "" = no CLIP score
+        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=1008,
         timing_repeats=5,
     )

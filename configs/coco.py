@@ -55,7 +55,7 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     config.prediction = "eps"
     config.text = dict(name="clip", checkpoint=checkpoint, batch_size=288)  # CLIP ViT-L/14, all 77 positions of its last layer
     config.autoencoder = dict(checkpoint=checkpoint, dtype="float32")
-    config.features = dict(name="inception", weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
     config.network = dict(  # UNet2DConditionModel: 859.5 M parameters
         name="unet_sd.unet",
         size=64,  # of the latents; images have 8 times as many pixels
@@ -90,7 +90,14 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         latents=False,
         dtype="float16",
         shard_size=10_000,
-        captions=dict(source="captions.coco", annotations=coco + "/annotations/captions_val2014.json", images="", size=0, limit=30_000),
+        captions=dict(  # the first one of each of 30,000 images; DMD2's own list: dict(source="captions.prompts", path=...)
+            source="captions.coco",
+            annotations=coco + "/annotations/captions_val2014.json",
+            images="",
+            size=0,
+            limit=30_000,
+            one_per_image=True,
+        ),
     )
     fresh = dict(source="records.read", directory="{workdir}/prompts", fields=("cond",))
 
@@ -135,30 +142,25 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         log_every=20,
         preview_every=500,
         preview_images=72,
-        preview_scores=False,
+        scores={},  # such as dict(every=1000, protocol="coco2014_30k", count=2016), with best_metric="FID-2016"
         checkpoint_every=500,
         keep_checkpoints=2,
         best_metric="",
         max_skipped_updates=100,
     )
 
-    config.evaluate = dict(  # 30,000 captions of COCO 2014 against all 40,504 images of the validation set
+    config.evaluate = dict(
         program="evaluate",
         teacher="teacher",
         student="dmd",
+        protocol="coco2014_30k",  # 30,000 captions against all 40,504 images of val2014
         statistics="",
-        reference=dict(
-            source="captions.coco",
-            annotations=coco + "/annotations/captions_val2014.json",
-            images=coco + "/val2014",
-            size=512,
-            one_per_image=True,
-        ),
+        count=None,  # images; None = the protocol's
+        reference=dict(path=coco + "/val2014"),
         floor={},
         conditions=dict(source="records.read", directory="{workdir}/captions"),
-        count=30_000,
-        seed_ranges=1,
-        neighbours=10_000,
+        clip="",  # directory of CLIP ViT-g-14; "" = no CLIP score
+        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=72,
         timing_repeats=5,
     )
@@ -240,6 +242,10 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
     reflows, distils = ([f"{name}_{i}" for i in (1, 2)] for name in ("reflow", "distil"))
     config.stages = ("teacher", "prompts", "captions", "pairs", *reflows, "flow_pairs", *distils, "evaluate")
     euler = {n: dict(name="euler", num_steps=n, guidance_scale=1.5) for n in (1, 2, 4, 8, 25)}
+    coco = config.get_ref("coco")
+    annotations = coco + "/annotations/captions_val2017.json"
+    config.captions.captions = dict(config.captions.captions, annotations=annotations, limit=5000)
+    config.evaluate.protocol, config.evaluate.reference = "coco2017_5k", dict(path=coco + "/val2017")
     config.evaluate.update(
         student=before,
         batch_size=64,
@@ -261,7 +267,7 @@ def _tiny(config):
     config.teacher.sampler.num_steps = 4
     config.prompts.shard_size = config.captions.shard_size = 4
     config.features.batch_size = 8
-    config.evaluate.update(count=16, neighbours=16, batch_size=8, timing_repeats=1)
+    config.evaluate.update(count=16, batch_size=8, timing_repeats=1)
     config.network.update(tiny)
     for settings in (config[stage] for stage in config.stages):
         if "network" in settings:

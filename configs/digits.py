@@ -29,11 +29,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         p_std=1.2,  # EDM's
     )
     config.prediction = "edm"  # what the network predicts, see dmd_jax/denoiser.py
-    config.features = dict(  # arguments of dmd_jax/evals/classifier.py; the space in which images are compared
-        name="classifier",
-        images=config.images,
-        path="{workdir}/classifier.npz",
-    )
+    config.features = dict(path="{workdir}/classifier.npz")  # what the protocol leaves open of the features' arguments
     config.network = dict(  # arguments of a function in dmd_jax/models/unet_edm.py
         name="unet_edm.ddpmpp",
         size=8,  # pixels
@@ -63,8 +59,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_steps=3000,
         log_every=50,  # steps
         preview_every=0,  # steps; 0 = never
-        preview_images=500,
-        preview_scores=False,  # measure the preview against the training images
+        preview_images=100,
+        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=500,  # steps
         keep_checkpoints=2,  # the newest ones
         best_metric="",  # also keep the checkpoint that has the lowest; "" = none
@@ -106,11 +102,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_steps=600,
         log_every=20,
         preview_every=100,
-        preview_images=1000,
-        preview_scores=True,
+        preview_images=100,
+        scores=dict(every=100, protocol="digits:train", count=1000),  # steps, of dmd_jax/evals/protocols.py, images
         checkpoint_every=200,
         keep_checkpoints=2,
-        best_metric="FD-mlp@8",
+        best_metric="FD-mlp@8-1000",
         max_skipped_updates=20,
     )
 
@@ -118,13 +114,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="evaluate",
         teacher="teacher",  # stage
         student="dmd",  # stage
-        reference=dict(source="images.digits", split="held_out"),  # the real images
-        statistics="",  # a file instead of them
-        floor=config.images,  # real images that are measured as if they were generated
-        conditions=config.conditions,
-        count=2000,  # images of each model
-        seed_ranges=1,  # times `count` images; the lowest Frechet distance counts, as in EDM
-        neighbours=2000,  # images of each set that all but the Frechet distance look at
+        protocol="digits",  # of dmd_jax/evals/protocols.py
+        count=None,  # images of each model; None = the protocol's
+        reference={},  # what the protocol leaves open of the real images
+        floor={},  # and of those that are measured as if they were generated
+        conditions={},  # and of what is to be generated
+        statistics="",  # a file in place of the real images' statistics
+        clip="",  # directory of the CLIP model; "" = no CLIP score
+        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=500,  # images, over all devices
         timing_repeats=3,  # the median counts
     )
@@ -151,7 +148,8 @@ def _smoke(config):
         if settings.program == "pairs":
             settings.update(count=64, shard_size=16, batch_size=16)
     config.teacher.update(num_steps=30, log_every=10, batch_size=64)
-    config.dmd.update(preview_every=10, preview_images=64)
+    config.dmd.update(preview_every=10, preview_images=64, best_metric="FD-mlp@8-64")
+    config.dmd.scores.update(every=10, count=64)
     config.evaluate.update(count=64, batch_size=32, timing_repeats=1)
     return config
 
@@ -185,6 +183,7 @@ def _instaflow(config, rounds=2):
         names.append(stage(name, distil, start, made, 400, dict(name="one_step")))
 
     config.dmd.update(preview_every=200)
+    config.dmd.scores.every = 200
     config.stages = (*names, "dmd", "evaluate")
     flows = [name for name in names if name.startswith("reflow")]
     steps = {"teacher": (1, 2, 4, 8)} | dict.fromkeys(flows, (1, 2, 25)) | {"reflow_1": (1, 2, 4, 8, 25)}
@@ -196,7 +195,7 @@ def _instaflow(config, rounds=2):
     return config
 
 
-COMMON = ("batch_size", "accumulation", "log_every", "preview_every", "preview_images", "preview_scores", "checkpoint_every")
+COMMON = ("batch_size", "accumulation", "log_every", "preview_every", "preview_images", "scores", "checkpoint_every")
 COMMON += ("keep_checkpoints", "best_metric", "max_skipped_updates")
 VARIANTS = {
     "": lambda config: config,

@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.null_cond = 10  # the label that means no label
     config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, p_mean=-1.2, p_std=1.2)  # EDM, Table 1
     config.prediction = "edm"
-    config.features = dict(name="efficientnet", size=64, batch_size=500)  # FD-EffNetLite0@64
+    config.features = dict(batch_size=500)  # FD-EffNetLite0@64
     config.network = dict(  # DDPM++
         name="unet_edm.ddpmpp",
         size=32,  # pixels
@@ -59,8 +59,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_steps=40_000,
         log_every=100,
         preview_every=5000,
-        preview_images=500,
-        preview_scores=False,
+        preview_images=100,
+        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=5000,
         keep_checkpoints=2,
         best_metric="",
@@ -99,8 +99,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_steps=20_000,
         log_every=100,
         preview_every=2500,
-        preview_images=1000,
-        preview_scores=True,
+        preview_images=100,
+        scores=dict(every=2500, protocol="fashion_mnist", count=1000),
         checkpoint_every=2500,
         keep_checkpoints=2,
         best_metric="",
@@ -112,13 +112,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="evaluate",
         teacher="teacher",
         student="dmd",
+        protocol="fashion_mnist",
         statistics="",
-        reference=dict(config.images.to_dict(), path=path, limit=10_000),
-        floor=dict(config.images.to_dict(), path=path, split="test"),  # 10,000 real images that are measured as if they were generated
-        conditions=config.conditions,
-        count=10_000,  # as many as there are real ones: the distance depends on it
-        seed_ranges=1,
-        neighbours=10_000,
+        count=None,  # images of each range; None = the protocol's
+        reference=dict(path=path, size=32),
+        floor=dict(path=path, size=32),
+        conditions={},
+        clip="",  # directory of the CLIP model; "" = no CLIP score
+        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=1000,
         timing_repeats=5,
     )
@@ -131,6 +132,7 @@ def _small(config):
     """16x16 pixels, and a network of a fiftieth of the operations."""
     for images in (config.images, config.teacher.data.images, config.evaluate.reference, config.evaluate.floor):
         images.size = 16
+    config.evaluate.protocol = "fashion_mnist:2000"
     config.process.p_mean = -0.8  # structure needs more noise to hide than at 32x32
     config.network.update(size=16, width=16, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32")
     config.teacher.recipe.update(ema_decay=0.998)
@@ -142,9 +144,8 @@ def _small(config):
     config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
     config.dmd.recipe.distance = dict(name="squared_error")
     config.dmd.update(batch_size=64, num_steps=600, log_every=20, checkpoint_every=200)
-    config.dmd.update(preview_every=200, preview_images=100, preview_scores=False)
-    config.evaluate.update(count=2000, neighbours=2000, batch_size=250, timing_repeats=3)
-    config.evaluate.reference.limit = config.evaluate.floor.limit = 2000
+    config.dmd.update(preview_every=200, scores={})
+    config.evaluate.update(batch_size=250, timing_repeats=3)
     return config
 
 

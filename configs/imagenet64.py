@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.null_cond = 1000  # the label that means no label
     config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)  # EDM, Table 1
     config.prediction = "edm"
-    config.features = dict(name="inception", weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
     config.network = dict(  # ADM of EDM's imagenet checkpoint: 295.9 M parameters
         name="unet_edm.adm",
         size=64,  # pixels
@@ -81,24 +81,25 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         log_every=100,
         preview_every=5000,
         preview_images=504,
-        preview_scores=False,
+        scores={},
         checkpoint_every=5000,
         keep_checkpoints=2,
         best_metric="",
         max_skipped_updates=100,
     )
 
-    config.evaluate = dict(  # EDM's protocol: 50,000 images, random labels, the lowest FID of three ranges of seeds
+    config.evaluate = dict(
         program="evaluate",
         teacher="teacher",
         student="teacher" if variant else "dmd",
+        protocol="edm50k",  # 50,000 images, random labels, the lowest FID of three ranges of seeds; DMD2's figures are of "edm50k:dmd2"
         statistics="imagenet-64x64.npz",  # of the training images
+        count=None,  # images of each range; None = the protocol's
         reference={},  # real images for KID, precision and recall, such as dict(source="folder.read", path=..., size=64)
         floor={},
-        conditions=dict(source="images.random_labels", num_classes=1000, count=150_000, seed=1),
-        count=50_000,
-        seed_ranges=3,
-        neighbours=10_000,
+        conditions=dict(num_classes=1000),
+        clip="",  # directory of the CLIP model; "" = no CLIP score
+        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=504,
         timing_repeats=5,
     )

@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.prediction = "edm"
     config.text = dict(name="wordllama", length=16, dim=256)  # a vector per token
     config.autoencoder = dict(name="vae.space_to_depth", factor=2)  # a latent pixel is 2x2 pixels
-    config.features = dict(name="efficientnet", size=64, batch_size=500)  # FD-EffNetLite0@64
+    config.features = dict(batch_size=500)  # FD-EffNetLite0@64
     config.network = dict(  # Stable Diffusion's UNet at another size
         name="unet_sd.unet",
         size=16,  # of the latents
@@ -79,7 +79,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         log_every=100,
         preview_every=5000,
         preview_images=100,
-        preview_scores=False,
+        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=5000,
         keep_checkpoints=2,
         best_metric="",
@@ -121,7 +121,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         log_every=100,
         preview_every=2500,
         preview_images=100,
-        preview_scores=False,
+        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=2500,
         keep_checkpoints=2,
         best_metric="",
@@ -132,15 +132,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="evaluate",
         teacher="teacher",
         student="dmd",
+        protocol="twemoji",
         statistics="",
-        reference=dict(source="captions.twemoji", split="train", size=size, categories=categories),
-        floor=dict(
-            source="captions.twemoji", split="held_out", size=size, categories=categories
-        ),  # real images that are measured as if they were generated
-        conditions=conditions,
-        count=1700,  # about one per caption
-        seed_ranges=1,
-        neighbours=1700,
+        count=None,  # images of each range; None = the protocol's
+        reference=dict(size=size, categories=categories),
+        floor=dict(size=size, categories=categories),
+        conditions=dict(source="records.read", directory="{workdir}/captions"),
+        clip="",  # directory of the CLIP model; "" = no CLIP score
+        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=200,
         timing_repeats=3,
         retrieval=dict(  # whether the real picture nearest to a generated one has the caption it was made for
@@ -171,7 +170,7 @@ def _small(config):
     config.dmd.recipe.update(ema_decay=0.98, regression_weight=2.0, matched=("fresh",))
     config.dmd.recipe.distance = dict(name="squared_error")
     config.dmd.update(batch_size=32, num_steps=400, log_every=20, preview_every=100, preview_images=50, checkpoint_every=100)
-    config.evaluate.update(count=512, neighbours=512, batch_size=64)
+    config.evaluate.update(count=512, batch_size=64)
     return config
 
 

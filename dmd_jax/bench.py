@@ -5,11 +5,14 @@ python -m dmd_jax.bench step --network=cifar10 --batch_size=2 --against=torch
 python -m dmd_jax.bench forward --network=coco --against=torch
 python -m dmd_jax.bench sample --network=coco --teacher_steps=3
 python -m dmd_jax.bench stack --network=coco
+python -m dmd_jax.bench features --features=inception --against=torch
+python -m dmd_jax.bench memory --images=50000
 
 `step` prints parameters, memory and seconds of the DMD step; beside them the time that XLA's own convolutions and matrix products of the
 step take alone, one after another. `--against=torch` runs the same step in PyTorch in between, same network, losses, optimizers and batch.
 `forward` does so for the UNet of Stable Diffusion and diffusers' with the same weights, and prints how far apart they are. `sample` times
-one step against the teacher's sampler, `stack` against one step of two UNets in series.
+one step against the teacher's sampler, `stack` against one step of two UNets in series. `features` times a feature network of evaluations
+as `forward` does the UNet; `memory` tells what the statistics of many images take.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import bench_parts, bench_sd, checkpoint, experiment, sharding, stand_ins, train
+from dmd_jax import bench_features, bench_parts, bench_sd, checkpoint, experiment, sharding, stand_ins, train
 from dmd_jax.models import clip_text, vae
 
 
@@ -168,6 +171,32 @@ def stack(arguments: argparse.Namespace):
     print(f"peak memory: {bench_parts.peak_memory()}")
 
 
+def features(arguments: argparse.Namespace):
+    """Times a feature network, and holds it against PyTorch's."""
+    if min(arguments.images, arguments.batch_size, arguments.repeats) < 1 or arguments.size < 0:
+        raise ValueError("expected --images, --batch_size and --repeats of at least 1, and --size of at least 0.")
+    print(bench_parts.devices(), flush=True)
+    sizes = dict(count=arguments.images, size=arguments.size, batch_size=arguments.batch_size)
+    found = bench_features.features(arguments.features, **sizes, repeats=arguments.repeats, against=arguments.against)
+    rates = [[arguments.images / s for s in seconds] for seconds in (found.seconds, found.other)]
+    print(f"{arguments.features}, {arguments.images} images in batches of {arguments.batch_size}")
+    print(f"jax: {bench_parts.spread(rates[0])} images/s")
+    if found.other:
+        print(f"torch: {bench_parts.spread(rates[1])} images/s")
+        print(f"jax is {bench_parts.spread([a / b for a, b in zip(*rates, strict=True)])} times as fast")
+        print(f"largest difference: {found.difference:.1e} of the largest feature")
+
+
+def memory(arguments: argparse.Namespace):
+    """Tells the memory that the statistics of many images take."""
+    if arguments.images < 2:
+        raise ValueError(f"images is {arguments.images}; expected at least 2.")
+    print(bench_parts.devices(), flush=True)
+    found = bench_features.statistics(arguments.images)
+    print(f"{arguments.images} images of 32x32 pixels, {bench_features.DIMENSIONS} features: {found.seconds:.0f} s")
+    print(f"peak memory: {found.peak:.0f} MB, {found.peak - found.start:.0f} MB more than before")
+
+
 def _around(arguments, config):
     """The text encoder and the autoencoder of Stable Diffusion."""
     if config.text.name != "clip":
@@ -195,10 +224,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dmd_jax.bench", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
 
-    def add(run, network):
+    def add(run, network=""):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument("--network", default=network, help="a config of configs/, by name, such as fashion_mnist:small")
+        if network:
+            command.add_argument("--network", default=network, help="a config of configs/, by name, such as fashion_mnist:small")
         return command
 
     command = add(step, "cifar10")
@@ -219,6 +249,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
         if run is sample:
             command.add_argument("--teacher_steps", type=int, default=0, help="of the teacher; all the config's if not given")
+
+    command = add(features)
+    command.add_argument("--features", default="inception", choices=list(bench_features.NETWORKS), help="the network")
+    command.add_argument("--images", type=int, default=64, help="of each run")
+    command.add_argument("--size", type=int, default=0, help="height and width of the images; 0 = those that the network takes")
+    command.add_argument("--batch_size", type=int, default=16, help="over all devices")
+    command.add_argument("--repeats", type=int, default=3, help="to be timed, after one that is not")
+    command.add_argument("--against", default="", choices=["", "torch"], help="what to compare with")
+    add(memory).add_argument("--images", type=int, default=50_000, help="whose statistics are taken")
     return parser.parse_args(argv)
 
 

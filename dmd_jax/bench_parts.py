@@ -4,7 +4,7 @@ import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,17 @@ def timed(function: Callable) -> tuple:
     began = time.perf_counter()
     result = function()
     return time.perf_counter() - began, result
+
+
+def in_turn(functions: Sequence[Callable], repeats: int) -> list[list[float]]:
+    """Seconds of the calls of each function, one function after another, `repeats` times; what is slow for a while is so for all."""
+    rows = [[timed(function)[0] for function in functions] for _ in range(repeats)]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def median_seconds(function: Callable, repeats: int) -> float:
+    """Of `repeats` calls; what compiles has been called before."""
+    return statistics.median(in_turn([function], repeats)[0])
 
 
 def spread(values: list[float]) -> str:

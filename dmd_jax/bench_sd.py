@@ -177,5 +177,4 @@ def _in_turn(parts, repeats):
     """The seconds of each part, one part after another, again and again, after a run that compiles."""
     if not all(np.isfinite(part()).all() for part in parts):
         raise ValueError("an output is not finite.")
-    rows = [[bench_parts.timed(part)[0] for part in parts] for _ in range(repeats)]
-    return map(list, zip(*rows, strict=True))
+    return bench_parts.in_turn(parts, repeats)

@@ -1,5 +1,9 @@
-"""The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir."""
+"""The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir.
 
+As a command it measures images in files: python -m dmd_jax.evaluate --help, see evaluate_files.py.
+"""
+
+import dataclasses
 import functools
 import json
 import statistics
@@ -10,9 +14,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, experiment, latents, metrics, sampling, storage
+from dmd_jax import checkpoint, evaluate_files, experiment, latents, measure, metrics, sampling, storage
 from dmd_jax.data import captions
-from dmd_jax.evals import report, retrieval, suite
+from dmd_jax.evals import protocols, report, retrieval, suite
 from dmd_jax.weights import files
 
 SHOWN = 100  # images in the report
@@ -33,9 +37,10 @@ class Measured(NamedTuple):
 
 
 def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
-    """Whether evaluation.json is about the checkpoints that are there now."""
+    """Whether evaluation.json is about the checkpoints that are there now, by the same protocol."""
     path = workdir / "evaluation.json"
-    return path.exists() and metrics.read_json(path).get("protocol") == _protocol(config, stage, workdir)
+    found = metrics.read_json(path) if path.exists() else {}
+    return all(found.get(key) == value for key, value in _asked(config, stage, workdir).items())
 
 
 def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
@@ -44,13 +49,14 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     Raises:
       ValueError: a checkpoint or a file is missing, or the batch does not fit the devices.
     """
-    settings, protocol = config[stage], _protocol(config, stage, workdir)
+    settings, asked = config[stage], _asked(config, stage, workdir)
     parallel = experiment.make_parallel(config, stage)
-    features = experiment.make_features(config, workdir, parallel)
-    real = _reference(config, settings, features, workdir)
-    conditions = experiment.make_source(config, settings.conditions, workdir)
+    measuring = measure.make_suite(config, settings.protocol, workdir, parallel)
+    protocol, count = measuring.protocol, asked["protocol"]["count"]
+    real = measure.reference(config, measuring, workdir)
+    conditions = measure.conditions(config, workdir)
     decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.batch_size)
-    retrieve = _retrieval(config, settings, features, workdir) if settings.get("retrieval") else None
+    retrieve = _retrieval(config, settings, measuring.features, workdir) if settings.get("retrieval") else None
 
     models = _models(config, settings)
     scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
@@ -62,23 +68,21 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
         draw = lambda inputs, sample=sample: decode(sample(inputs))
         images[name], seconds[name] = draw(first)[:SHOWN], _seconds_per_image(draw, first, settings.timing_repeats)
         scores[name] = []
-        for r in range(settings.seed_ranges):
-            batches = _batches(config, settings, range(r * settings.count, (r + 1) * settings.count), draw, conditions)
-            scores[name].append(suite.compare(features, real, suite.collect(features, batches, settings.neighbours)))
+        for r in range(protocol.ranges):
+            batches = measure.batches(config, protocol, range(r * count, (r + 1) * count), draw, conditions)
+            fake = suite.collect(measuring, batches, count, name=name)
+            scores[name].append(protocol.named(suite.compare(measuring, real, fake), count))
         if retrieve:
             retrieved, captioned[name] = retrieve(draw)
             scores[name] = [score | retrieved for score in scores[name]]
 
-    result = {
-        "protocol": protocol,
-        "features": {"name": features.name, "digest": features.digest},
-        "reference": {
-            "count": real.count,
-            "skipped": real.skipped,
-            "agreement": real.agreement,
-            "digest": checkpoint.digest({"mu": real.moments.mean, "sigma": real.moments.covariance}),
-        },
-        **{name: _over_ranges(scores[name], features.frechet) for name in scores},
+    result = asked | {
+        "networks": measuring.digests,
+        "reference_count": real.count,
+        "reference_digest": suite.digest(real),
+        "reference_agreement": real.agreement,
+        "packages": measure.packages(),
+        "scores": {name: suite.over_ranges(scores[name]) for name in scores},
         "straightness": _straightness(config, settings, conditions, parallel, workdir) if "straightness" in settings else {},
         "training_seconds": {name: metrics.seconds(workdir / name) for name in dict.fromkeys(model.stage for model in models.values())},
         "seed_ranges": scores,
@@ -87,9 +91,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
         "speedup": seconds[settings.teacher] / seconds[settings.student],
         "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
     }
-    if settings.floor:
-        floor = suite.collect_source(features, experiment.make_source(config, settings.floor, workdir), settings.neighbours, workdir)
-        result["real"] = suite.compare(features, real, floor)
+    if floor := measure.floor(config, measuring, real, workdir):
+        result["scores"]["real"] = floor
     if jax.process_index() == 0:
         curves = {name: metrics.read(workdir / name) for name in (settings.teacher, settings.student)}
         if captioned:
@@ -135,19 +138,6 @@ def _straightness(config, settings, conditions, parallel, workdir):
     return found
 
 
-def _reference(config, settings, features, workdir):
-    """The real images; statistics from a file, if named, take the place of theirs."""
-    real = None
-    if settings.reference:
-        real = suite.collect_source(features, experiment.make_source(config, settings.reference, workdir), settings.neighbours, workdir)
-    if settings.statistics:
-        given = suite.read(files.find(settings.statistics), features)
-        real = given._replace(features=real.features, skipped=real.skipped) if real else given
-    if real is None:
-        raise ValueError("an evaluation needs a reference: name real images, or a file of their statistics.")
-    return real
-
-
 def _retrieval(config, settings, features, workdir):
     """`(inputs -> images) -> (scores, {kind of prompt: (texts, real images, images)})` for prompts of each kind."""
     gallery = experiment.open_source(settings.retrieval.gallery, workdir)
@@ -176,39 +166,29 @@ def _inputs(config, settings, indices, conditions):
         yield experiment.inputs(config, indices[start : start + settings.batch_size], conditions)
 
 
-def _batches(config, settings, indices, sample, conditions):
-    for inputs in _inputs(config, settings, indices, conditions):
-        yield sample(inputs), inputs["cond"]
-
-
-def _over_ranges(scores, frechet):
-    """EDM reports the minimum of the Frechet distance; its mean stands beside it, and of the other scores there is the mean."""
-    means = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
-    return means if len(scores) == 1 else means | {frechet: min(s[frechet] for s in scores), f"{frechet} mean": means[frechet]}
-
-
-def _protocol(config, stage, workdir):
+def _asked(config, stage, workdir):
     """Everything that the scores depend on, as it is read back."""
     settings, autoencoder = config[stage], experiment.autoencoder(config)
+    protocol = protocols.find(settings.protocol)
     models, straight = _models(config, settings), settings.get("straightness", {}).get("stages", ())
     stages = dict.fromkeys((*(model.stage for model in models.values()), *straight))
-    keys = ("count", "seed_ranges", "neighbours", "conditions", "statistics", "retrieval", "straightness")
-    protocol = {
-        **{key: value for key, value in settings.to_dict().items() if key in keys},
-        "reference": _reference_content(settings.reference.to_dict(), workdir),
+    asked = {
+        "protocol": dataclasses.asdict(protocol) | {"count": settings.count or protocol.count},
+        "features": config.features.to_dict(),
+        "conditions": measure.digest_of(measure.conditions(config, workdir)),
+        "reference": _content(protocols.fill(protocol.reference, settings.reference.to_dict(), "evaluate.reference"), workdir),
+        "statistics": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
+        "extras": {key: settings.get(key) for key in ("clip", "lpips", "retrieval", "straightness")},
         "autoencoder": checkpoint.digest(latents.load(autoencoder)[1]) if autoencoder else None,
         "seed": experiment.EVALUATION_SEED,
-        "features": config.features.to_dict(),
-        "quantisation": "trunc(127.5 x + 128), except for classifiers of the training images, which see floats",
         "models": {name: model._asdict() for name, model in models.items()},
-        "statistics_sha256": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
         "versions": {name: experiment.version(workdir / name) for name in stages},
         "guidance": {name: config[name].sampler.get("guidance_scale", 1.0) for name in straight},
     }
-    return json.loads(json.dumps(protocol))
+    return json.loads(json.dumps(asked, default=lambda settings: settings.to_dict()))
 
 
-def _reference_content(settings, workdir):
+def _content(settings, workdir):
     """Captions by what they are, wherever they lie; other sources by their settings."""
     if not settings.get("source", "").startswith("captions."):
         return settings
@@ -223,3 +203,7 @@ def _seconds_per_image(sample, inputs, repeats):
         sample(inputs)
         times.append(time.perf_counter() - began)
     return statistics.median(times) / len(inputs["z"])
+
+
+if __name__ == "__main__":
+    evaluate_files.main()

@@ -1,11 +1,8 @@
 """What a config describes, as objects; the stages share this, and nothing below them sees a config."""
 
 import dataclasses
-import inspect
-import json
 import os
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import ml_collections
@@ -18,7 +15,6 @@ from dmd_jax import (
     lookup,
     losses,
     metrics,
-    optim,
     quantize,
     recipes,
     samplers,
@@ -30,7 +26,6 @@ from dmd_jax import (
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
-from dmd_jax.evals import features as features_lib
 from dmd_jax.models import layers, vgg
 from dmd_jax.weights import convert, diffusers, edm, files, lpips
 
@@ -41,8 +36,6 @@ SAMPLER_NAMES = ("one_step", "euler", "heun", "stochastic_heun", "rk45", "ddim",
 SAMPLERS = {name: getattr(samplers, name) for name in SAMPLER_NAMES}
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
-RESERVED = ("protocol", "features", "reference", "real", "straightness", "training_seconds", "seed_ranges", "nfe", "seconds_per_image")
-RESERVED += ("speedup", "device")  # keys of evaluation.json beside its rows
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 WEIGHTS, SOURCE = "weights.safetensors", "source.json"  # of a stage that imports them, and the file they came from
 
@@ -78,38 +71,6 @@ def teacher_directory(config: ml_collections.ConfigDict, workdir: storage.Path) 
         if source.exists() and (directory := metrics.read_json(source).get("directory")):
             return storage.path(directory)
     return None
-
-
-def check_names(config: ml_collections.ConfigDict):
-    """Raises ValueError if something that the config names does not exist; opens no file."""
-    denoisers, made = {}, {}
-    for stage in ("", *config.stages):
-        settings = json.dumps([of_stage(config, stage, key) for key in ("network", "process", "prediction")], default=dict)
-        try:
-            denoisers[stage] = made[settings] = made.get(settings) or make_denoiser(config, stage)
-        except (TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"network or process of {stage or 'the config'} does not fit ({error}); check names and values.") from error
-    lookup.find("evals", config.features.name)
-    for name, settings in sources(config.to_dict()):
-        try:
-            lookup.find("data", settings["source"])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    for stage in config.stages:
-        settings = config[stage]
-        if "sampler" in settings:
-            _sampler(settings.sampler.to_dict(), None, denoisers[stage].process, f"{stage}.sampler")
-        if "recipe" in settings:
-            _check_recipe(settings.recipe.to_dict(), f"{stage}.recipe")
-            _check_start(config, stage)
-            distance = settings.recipe.get("distance", {"name": "squared_error"})
-            if _choose("distance", DISTANCES, distance["name"]) and not distance.get("weights"):
-                raise ValueError(f"{stage}.recipe.distance {distance['name']!r} needs a file of weights; name one.")
-        for role in ("teacher", "student"):
-            if role in settings:
-                _check_sampled(config, settings[role], f"{stage}.{role}")
-        if settings.program == "evaluate":
-            _check_rows(config, stage, denoisers)
 
 
 def of_stage(config: ml_collections.ConfigDict, stage: str, key: str):
@@ -229,7 +190,7 @@ def make_straightness(config: ml_collections.ConfigDict, stage: str, workdir: st
 def build_sampler(denoiser: denoiser_lib.Denoiser, settings: dict, null, name: str) -> samplers.Sampler:
     """The sampler of `settings`, guided where they have a "guidance_scale" above 1; `name` is what an error calls them."""
     denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), null)
-    return _sampler(settings, denoise, denoiser.process, name)
+    return sampler_of(settings, denoise, denoiser.process, name)
 
 
 def make_streams(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> dict[str, pipeline.Stream]:
@@ -253,8 +214,7 @@ def sources(tree, name: str = "") -> Iterator[tuple[str, dict]]:
 
 def open_source(settings: dict, workdir: storage.Path):
     """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
-    settings = _fill(settings, workdir)
-    return lookup.find("data", settings.pop("source"))(**settings)
+    return lookup.open_source(located(settings, workdir))
 
 
 def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: storage.Path):
@@ -276,14 +236,6 @@ def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: stor
         if n and np.ndim(row["cond"]) == 0 and row["cond"] >= n:
             raise ValueError(f"{name}: label {row['cond']} of item {i} is not below config.network.num_classes = {n}; change one of them.")
     return source
-
-
-def make_features(config: ml_collections.ConfigDict, workdir: storage.Path, parallel: sharding.Parallel) -> features_lib.Features:
-    """The feature network `config.features`; its `images` are a data source."""
-    settings = _fill(config.features, workdir)
-    if "images" in settings:
-        settings["images"] = make_source(config, settings["images"], workdir)
-    return lookup.find("evals", settings.pop("name"))(parallel, **settings)
 
 
 def load_params(
@@ -357,83 +309,38 @@ def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dic
 def _process_and_prediction(config, stage):
     settings, prediction = of_stage(config, stage, "process").to_dict(), of_stage(config, stage, "prediction")
     name = settings.pop("name")
-    process = _choose("process", PROCESSES, name)(**settings)
+    process = choose("process", PROCESSES, name)(**settings)
     predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
     if stage and name == "RectifiedFlow":
         predictions[RECTIFIED] = denoiser_lib.rectified(*_process_and_prediction(config, ""))
-    return process, _choose(f"prediction for {name}", predictions, prediction)
+    return process, choose(f"prediction for {name}", predictions, prediction)
 
 
-def _check_recipe(settings, name):
-    make, optimizers = lookup.find("recipes", settings.pop("name")), [key for key in settings if key.endswith("optimizer")]
-    try:
-        inspect.signature(make).bind(None, None, seed=0, null_cond=0, **settings)
-        for key in optimizers:
-            inspect.signature(optim.adamw).bind(**settings[key])
-    except TypeError as error:
-        raise ValueError(f"{name} does not fit: {error}.") from error
-
-
-def _check_start(config, stage):
-    """Whether a stage can go on from what the one before has learnt."""
-    before = pathlib.Path(config[stage].get("init_from", "")).name
-    if before not in config.stages:
-        return
-    for key in ("size", "channels", "num_classes"):
-        ours, theirs = of_stage(config, stage, "network").get(key), config.network.get(key)
-        if ours != theirs:
-            raise ValueError(f"{stage}.network.{key} is {ours}, expected {theirs}, as config.network has it.")
-    flows = [of_stage(config, name, "prediction") for name in (stage, before) if of_stage(config, name, "process").name == "RectifiedFlow"]
-    if len(set(flows)) > 1:
-        raise ValueError(f"{stage}.prediction is {flows[0]!r}, but it starts from {before}, whose is {flows[1]!r}; give both the same.")
-
-
-def _check_sampled(config, stage, name):
-    found = config.get(stage) if isinstance(stage, str) else None
-    if not isinstance(found, ml_collections.ConfigDict) or "sampler" not in found:
-        raise ValueError(f"{name} is {stage!r}, which is no stage with a sampler.")
-
-
-def _check_rows(config, stage, denoisers):
-    settings = config[stage].to_dict()
-    for name, row in settings.get("others", {}).items():
-        where = f"{stage}.others.{name}"
-        if name in (*RESERVED, settings["teacher"], settings["student"]):
-            raise ValueError(f"{where} has a name that is taken; choose another one.")
-        if not isinstance(row, dict) or not {"stage", "sampler"} <= row.keys() <= {"stage", "sampler", "quantize"}:
-            raise ValueError(f"{where} is {row!r}, expected stage, sampler and, if wanted, quantize.")
-        _check_sampled(config, row["stage"], f"{where}.stage")
-        if row["stage"] not in config.stages:
-            raise ValueError(f"{where}.stage {row['stage']!r} is not among the stages: {', '.join(config.stages)}.")
-        _sampler(row["sampler"], None, denoisers[row["stage"]].process, f"{where}.sampler")
-        if _choose("quantize", {"": False, "int8": True}, row.get("quantize", "")):
-            quantize.require_qwix()
-    if straightness := settings.get("straightness"):
-        if straightness.keys() != {"stages", "num_steps", "count"}:
-            raise ValueError(f"{stage}.straightness is {straightness}, expected stages, num_steps and count.")
-        for name in straightness["stages"]:
-            _check_sampled(config, name, f"{stage}.straightness.stages: {name}")
-
-
-def _sampler(settings, denoise, process, name):
+def sampler_of(settings: dict, denoise: Callable | None, process, name: str) -> samplers.Sampler:
+    """As `build_sampler`, of what is guided already; None for one that is never called."""
     if not isinstance(settings, dict) or "name" not in settings:
         raise ValueError(f"{name} is {settings!r}, expected the name of a sampler and its settings.")
     settings = {key: value for key, value in settings.items() if key != "guidance_scale"}
-    make = _choose("sampler", SAMPLERS, settings.pop("name"))
+    make = choose("sampler", SAMPLERS, settings.pop("name"))
     try:
         return make(denoise, process, **settings)
     except TypeError as error:
         raise ValueError(f"{name} does not fit: {error}.") from error
 
 
-def _fill(settings, workdir):
-    """A copy as plain dicts, with the run's directory in place of {workdir}."""
+def located(settings, workdir: storage.Path):
+    """A copy of settings as plain dicts, with the run's directory in place of {workdir}."""
     if hasattr(settings, "items"):
-        return {key: _fill(value, workdir) for key, value in settings.items()}
+        return {key: located(value, workdir) for key, value in settings.items()}
     return settings.format(workdir=workdir) if isinstance(settings, str) else settings
 
 
-def _choose(what, choices, name):
+def choose(what: str, choices: Mapping, name: str):
+    """`choices[name]`.
+
+    Raises:
+      ValueError: there is no such `what`; lists those that there are.
+    """
     if name not in choices:
         raise ValueError(f"no {what} {name!r}{lookup.nearest(name, list(choices))}; there are: {', '.join(choices)}.")
     return choices[name]

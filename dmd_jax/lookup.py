@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 
@@ -31,3 +32,18 @@ def nearest(name: str, names: list[str]) -> str:
     """A hint at what was meant, or nothing."""
     close = difflib.get_close_matches(name, names, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def open_source(settings: dict):
+    """The data source `settings["source"]`; the rest of them are its arguments.
+
+    Raises:
+      ValueError: there is none of that name, or the arguments are not its own.
+    """
+    settings = dict(settings)
+    make = find("data", settings.pop("source"))
+    try:
+        inspect.signature(make).bind(**settings)
+    except TypeError as error:
+        raise ValueError(f"a data source does not fit: {error}.") from error
+    return make(**settings)

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import distributed, experiment, lookup, metrics, plan, preemption, profiling, programs, sharding, storage, targets
+from dmd_jax import check, distributed, lookup, metrics, plan, preemption, programs, sharding, storage, targets
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
@@ -39,12 +39,6 @@ HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds after which a
 MEETING = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1)
 
 LOCK = "lock"  # in the workdir
-PROGRAMS = ("convert", "embed", "train", "pairs", "evaluate")
-POSITIVE = re.compile(
-    r"(batch_size|num_steps|log_every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|seed_ranges|neighbours|shard_size"
-    r"|timing_repeats)$"
-)
-FILES = re.compile(r"(^|\.)(checkpoint|weights|statistics)$")  # of others, wanted from the start even if used at the end
 # What may change between two runs in one workdir: lengths, intervals, where it runs, further rows of an evaluation, and where files of
 # others lie, whose content is compared by digests.
 CHANGEABLE = re.compile(
@@ -87,7 +81,7 @@ def _plan():
     jax.config.update("jax_enable_compilation_cache", False)  # programs for devices that are not there cannot be read back
     try:
         machine = targets.find(PLAN.value)  # before jax starts
-        check(CONFIG.value)
+        check.config(CONFIG.value)
         plan.run(CONFIG.value, machine, STAGE.value)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -121,7 +115,7 @@ def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = 
         raise ValueError(
             f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}."
         )
-    check(config)
+    check.config(config)
     _check_mesh(config)
     if jax.process_index() == 0:
         print(json.dumps(config.to_dict(), indent=2))
@@ -129,7 +123,7 @@ def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = 
             print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
     if dry_run:
         return
-    check_files(config, stages, workdir)
+    check.files(config, stages, workdir)
     if len(set(distributed.gather(np.uint32(zlib.crc32(repr(tuple(stages)).encode()))))) > 1:
         raise ValueError("the stages are not the same in all processes; give all of them the same flags.")
     with claimed(config, workdir):
@@ -143,56 +137,10 @@ def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = 
                 distributed.barrier(stage)
 
 
-def check(config):
-    """Raises ValueError for a config that cannot work whatever the workdir."""
-    for key, value in _flat(config.to_dict()).items():
-        if POSITIVE.search(key) and value < 1:
-            raise ValueError(f"{key} is {value}; expected at least 1.")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed is {config.seed}; expected 0 to 2^32 - 1.")
-    if config.mesh.data < 1 and config.mesh.data != -1:
-        raise ValueError(f"mesh.data is {config.mesh.data}; expected at least 1, or -1 for all devices.")
-    if not config.stages:
-        raise ValueError("stages is empty; name at least one.")
-    for stage in config.stages:
-        if stage not in config or config[stage].get("program") not in PROGRAMS:
-            raise ValueError(f"stage {stage!r} needs a key of that name with a program, one of {', '.join(PROGRAMS)}.")
-        before = config[stage].get("continues")
-        if before and config[stage].num_steps <= config[before].num_steps:
-            done = config[before].num_steps
-            raise ValueError(f"{stage}.num_steps is {config[stage].num_steps}, but {before}, which it continues, has {done}; give it more.")
-    if "profile" in config:
-        profiling.parse(config.profile)
-    experiment.check_names(config)
-
-
 def _check_mesh(config):
     size, count = sharding.make_mesh(**config.mesh).size, jax.device_count()
     if jax.process_count() > 1 and size != count:
         raise ValueError(f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} processes; set mesh.data=-1.")
-
-
-def check_files(config, stages, workdir: storage.Path):
-    """Raises ValueError if files of others are missing, all of them at once, that a stage still needs."""
-    missing, sources = [], []
-    shared = [key for key in ("features", "text", "autoencoder") if key in config and any("recipe" not in config[s] for s in stages)]
-    for stage in (*stages, *shared):
-        found = [source for _, source in experiment.sources(config[stage].to_dict())]  # those of captions that no stage makes
-        sources += [s for s in found if s["source"].startswith("captions.") and "{workdir}" not in json.dumps(s)]
-        for key, value in _flat(config[stage].to_dict()).items():
-            imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()
-            if FILES.search(key) and value and "{workdir}" not in value and not imported:
-                try:
-                    experiment.find_files(value)
-                except ValueError as error:
-                    missing.append(str(error))
-    for settings in {json.dumps(source): source for source in sources}.values():
-        try:
-            experiment.open_source(settings, workdir)
-        except ValueError as error:
-            missing.append(str(error))
-    if missing:  # COCO's captions without its images are part of those with them
-        raise ValueError(" ".join(m for m in dict.fromkeys(missing) if not any(m in other and m != other for other in missing)))
 
 
 @contextlib.contextmanager
@@ -257,7 +205,7 @@ def claim(config, workdir: storage.Path):
     ours = json.loads(config.to_json())
     found = metrics.read_json(path) if path.exists() else {}
     if any((workdir / stage).exists() for stage in {*config.stages, *found.get("stages", ())}) and found:
-        theirs, mine = _flat(found), _flat(ours)
+        theirs, mine = check.flat(found), check.flat(ours)
         keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not _changeable(config, k)]
         if keys:
             differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
@@ -272,12 +220,6 @@ def _changeable(config, key):
     if setting == "batch_size":
         return stage in ("text", "features") or config.get(stage, {}).get("program") in ("embed", "pairs", "evaluate")
     return bool(CHANGEABLE.search(key))
-
-
-def _flat(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def cli():

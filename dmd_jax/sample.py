@@ -9,6 +9,7 @@ python -m dmd_jax.sample --workdir=/data/coco --prompt="a photograph of an astro
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -129,6 +130,40 @@ class Model(NamedTuple):
         return {"control": np.broadcast_to(control, (n, *self.control_shape)), "scale": np.full(n, scale, np.float32)}
 
 
+class Found(NamedTuple):
+    """What a path holds; `make_model` makes a model of it, for any size of batches.
+
+    Attributes:
+      config: of the run, or of the directory.
+      stage: of the config.
+      sampler: settings.
+      read: `parallel -> params`, on all its devices; they are read once for the same devices.
+      controlnet: a directory, or nothing.
+      quantize: "int8", or nothing.
+    """
+
+    config: ml_collections.ConfigDict
+    stage: str
+    sampler: dict
+    read: Callable
+    controlnet: str
+    quantize: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a latent."""
+        return experiment.image_shape(self.config)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return latents.image_shape(experiment.autoencoder(self.config), self.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Of the network."""
+        return experiment.of_stage(self.config, self.stage, "network").dtype
+
+
 def load(
     path: str,
     *,
@@ -155,41 +190,63 @@ def load(
     Raises:
       ValueError: nothing of the kind lies there, or settings do not fit.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    return make_model(find(path, stage=stage, dtype=dtype, sampler=sampler, controlnet=controlnet, quantize=quantize), batch_size)
+
+
+def find(
+    path: str,
+    *,
+    stage: str = "",
+    dtype: str = "",
+    sampler: dict | None = None,
+    controlnet: str = "",
+    quantize: str = "",
+) -> Found:
+    """What `load` makes a model of, its weights yet to be read; see there for arguments and errors."""
     if quantize not in ("", "int8"):
         raise ValueError(f"quantize is {quantize!r}; expected 'int8' or nothing.")
     if quantize and controlnet:
         raise ValueError("eight bits do not go together with a ControlNet; leave out one of them.")
-    workdir, devices = storage.absolute(path), math.gcd(batch_size, jax.device_count())
+    workdir = storage.absolute(path)
     of_run = (workdir / "config.json").exists()
-    config, stage = experiment.read_run(workdir, stage, devices=devices) if of_run else (_of_directory(path, devices), "teacher")
+    config, stage = experiment.read_run(workdir, stage) if of_run else (_of_directory(path), "teacher")
     for settings in (config, config[stage]):
         if "network" in settings:
             settings.network.dtype = dtype or settings.network.dtype
+
+    def read(parallel):
+        shardings = experiment.replicated(parallel)
+        if of_run:
+            return experiment.load_params(config, f"{{workdir}}/{stage}", workdir, shardings=shardings)
+        return experiment.load_directory(experiment.make_network(config), config.checkpoint, shardings)
+
+    settings = _override(config[stage].sampler.to_dict(), sampler or {})
+    return Found(config, stage, settings, functools.lru_cache(1)(read), controlnet, quantize)
+
+
+def make_model(found: Found, batch_size: int) -> Model:
+    """The model that makes `batch_size` images at once; see `load`."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    parallel = sharding.Parallel(sharding.make_mesh(data=math.gcd(batch_size, jax.device_count())))
+    config, stage = found.config.copy_and_resolve_references(), found.stage
     if "batch_size" in config.get("text", {}):
         config.text.batch_size = batch_size
-    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
     encoder = experiment.make_text_encoder(config, parallel) if "text" in config else None
-    if of_run:
-        params = experiment.load_params(config, f"{{workdir}}/{stage}", workdir)
-    else:
-        params = experiment.load_directory(experiment.make_network(config), config.checkpoint, experiment.replicated(parallel))
-    settings, null = _override(config[stage].sampler.to_dict(), sampler or {}), None
-    if settings.get("guidance_scale", 1) > 1:
+    params, null = found.read(parallel), None
+    if found.sampler.get("guidance_scale", 1) > 1:
         null = encoder.encode([""])[0] if encoder else config.null_cond
     denoiser, control_shape = experiment.make_denoiser(config, stage), None
-    if quantize:
+    if found.quantize:
         cond = np.zeros((1, *encoder.shape), np.float32) if encoder else np.zeros(1, np.int32)
         denoiser, params = experiment.quantized(config, stage, params, cond)
-    if controlnet:
-        network, params, control_shape = _with_controlnet(controlnet, config, stage, params, parallel)
+    if found.controlnet:
+        network, params, control_shape = _with_controlnet(found.controlnet, config, stage, params, parallel)
         denoiser, null = dataclasses.replace(denoiser, network=network), {"text": null, "control": None, "scale": None}
-    made = experiment.build_sampler(denoiser, settings, null, "sampler")
+    made = experiment.build_sampler(denoiser, found.sampler, null, "sampler")
     sample = sampling.make_sample(made, parallel, batch_size)
     decode = latents.make_decode(experiment.autoencoder(config), parallel, batch_size)
-    shape, num_classes = experiment.image_shape(config), config.network.num_classes
-    return Model(made, sample, decode, params, encoder, shape, num_classes, control_shape, {})
+    return Model(made, sample, decode, params, encoder, found.shape, config.network.num_classes, control_shape, {})
 
 
 def _with_controlnet(path, config, stage, params, parallel):
@@ -219,16 +276,15 @@ def _override(settings, changes):
     return settings
 
 
-def _of_directory(path, devices):
+def _of_directory(path):
     """A config of what lies in a diffusers directory."""
     directory = diffusers.find(path)
     network, _ = diffusers.unet(directory)
     one_step = diffusers.is_one_step(directory)
     config = ml_collections.ConfigDict(diffusers.scheduler(directory))
-    config.mesh = dict(data=devices, fsdp=1)
     config.network = network | {"dtype": "float32", "remat": False}
     config.checkpoint = str(directory)
-    config.text = dict(name="clip", checkpoint=str(directory), batch_size=devices)
+    config.text = dict(name="clip", checkpoint=str(directory), batch_size=1)
     config.autoencoder = dict(checkpoint=str(directory))
     config.teacher = dict(sampler=dict(name="one_step") if one_step else PIPELINE)
     return config

@@ -96,23 +96,29 @@ def local(name: str | os.PathLike, wanted: Sequence[str] = ("*",)) -> Path:
     sizes = _sizes(source, wanted) if is_remote(source) else {}
     if not sizes:
         return source
-    cache = pathlib.Path(os.environ.get("DMD_CACHE", "~/.cache/dmd_jax")).expanduser() / "files"
-    cache.mkdir(parents=True, exist_ok=True)
+    directory = cache("files")
     key = hashlib.sha256(json.dumps([str(source), sorted(sizes.items())]).encode()).hexdigest()[:24]
-    total, copy, partial = sum(size for size, _ in sizes.values()), cache / key, cache / f"{key}.partial"
-    with (cache / f"{key}.lock").open("w") as lock:
+    total, copy, partial = sum(size for size, _ in sizes.values()), directory / key, directory / f"{key}.partial"
+    with (directory / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not copy.exists():
             remove(partial)
-            if total > free(cache):
+            if total > free(directory):
                 raise ValueError(
-                    f"a copy of {source} needs {_readable(total)}, but {cache} has {_readable(free(cache))} free; make room, or set "
-                    "DMD_CACHE to another directory."
+                    f"a copy of {source} needs {_readable(total)}, but {directory} has {_readable(free(directory))} free; make room, or "
+                    "set DMD_CACHE to another directory."
                 )
             _storage().get([str(source / file) for file in sizes], [str(partial / source.name / file) for file in sizes])
             partial.rename(copy)
             print(f"copied {source} ({_readable(total)}) to {copy}", file=sys.stderr, flush=True)
     return copy / source.name
+
+
+def cache(name: str) -> pathlib.Path:
+    """A directory for what can be made again, below ~/.cache/dmd_jax or DMD_CACHE."""
+    directory = pathlib.Path(os.environ.get("DMD_CACHE", "~/.cache/dmd_jax")).expanduser() / name
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 @contextlib.contextmanager

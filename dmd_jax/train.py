@@ -1,6 +1,7 @@
 """The one training loop: it never asks which method it runs."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from dmd_jax import (
     experiment,
     flops,
     latents,
+    lookup,
+    measure,
     metrics,
     preemption,
     profiling,
@@ -87,7 +90,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     del params  # the state has copies of its own
     start = int(train_state.step)
     loader = pipeline.batches(streams, seed=config.seed, start=start, sharding=parallel.batch_sharding)
-    previews = _previews(config, stage, workdir, parallel)
+    preview, score = _previews(config, stage, workdir, parallel), _scorer(config, stage, workdir, parallel)
     writer = metrics.Writer(directory, name=stage, start=start, num_steps=settings.num_steps)
     with contextlib.closing(writer), checkpoint.closing(manager):
         batch = next(loader)
@@ -109,10 +112,11 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
                 last, scores = step == settings.num_steps, {}
                 if step % settings.log_every == 0 or last:
                     watch.log(step, values)
-                if previews and (step % settings.preview_every == 0 or last):
-                    images, scores = previews(train_state.generator.weights)
+                if preview and (step % settings.preview_every == 0 or last):
+                    writer.write_images(step, preview(train_state.generator.weights))
+                if score and (step % settings.scores.every == 0 or last):
+                    scores = score(train_state.generator.weights)
                     writer.write(step, scores)
-                    writer.write_images(step, images)
                 if step % settings.checkpoint_every == 0 or last or stop:
                     writer.flush()
                     checkpoint.save(manager, train_state, step, fingerprint=fingerprint, metrics=scores)
@@ -127,12 +131,6 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
 def _check(settings, parallel, streams):
     for name, stream in streams.items():
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
-    unscored = not (settings.preview_scores and settings.preview_every) or settings.checkpoint_every % settings.preview_every
-    if settings.best_metric and unscored:
-        raise ValueError(
-            f"best_metric {settings.best_metric!r} needs scores at every checkpoint, but checkpoint_every {settings.checkpoint_every} "
-            f"is not a multiple of preview_every {settings.preview_every}; change one of them."
-        )
 
 
 def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
@@ -186,30 +184,41 @@ def _first_params(config, stage, parallel, workdir):
 
 
 def _previews(config, stage, workdir, parallel):
-    """`params -> (images, scores)` from the same noise every time, or None if the stage wants none.
-
-    The scores are taken against the training images: the held-out ones are for the evaluation alone.
-    """
+    """`params -> images` from the same noise every time, or None if the stage wants none."""
     settings = config[stage]
     if not settings.preview_every:
         return None
+    draw = _make_draw(config, stage, workdir, parallel, settings.preview_images)
+    inputs = experiment.inputs(config, range(settings.preview_images), measure.conditions(config, workdir))
+    return lambda params: draw(params, inputs)[:100]
+
+
+def _make_draw(config, stage, workdir, parallel, batch_size):
+    """`(params, inputs) -> images`"""
     parallel = sharding.Parallel(parallel.mesh)
-    conditions = experiment.make_source(config, config.evaluate.conditions, workdir)
-    inputs = experiment.inputs(config, range(settings.preview_images), conditions)
-    sample = sampling.make_sample(experiment.make_sampler(config, stage, workdir), parallel, settings.preview_images)
-    decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.preview_images)
-    if not settings.preview_scores:
-        return lambda params: (decode(sample(params, inputs))[:100], {})
-    features = experiment.make_features(config, workdir, parallel)
-    if settings.best_metric not in ("", *suite.scores(features)):
-        raise ValueError(f"no metric {settings.best_metric!r} for best_metric; there are: {', '.join(suite.scores(features))}.")
-    real = suite.collect_source(features, experiment.make_source(config, config.images, workdir), config.evaluate.neighbours, workdir)
+    sample = sampling.make_sample(experiment.make_sampler(config, stage, workdir), parallel, batch_size)
+    decode = latents.make_decode(experiment.autoencoder(config), parallel, batch_size)
+    return lambda params, inputs: decode(sample(params, inputs))
 
-    def preview(params):
-        images = decode(sample(params, inputs))
-        return images[:100], suite.compare(features, real, suite.collect(features, [(images, inputs["cond"])], settings.preview_images))
 
-    return preview
+def _scorer(config, stage, workdir, parallel):
+    """`params -> scores` by the protocol of `config[stage].scores`, or None if the stage wants none."""
+    settings = config[stage].get("scores")
+    if not settings:
+        return None
+    measuring = measure.make_suite(config, settings.protocol, workdir, sharding.Parallel(parallel.mesh))
+    real, conditions = measure.reference(config, measuring, workdir), measure.conditions(config, workdir)
+    names, best = measuring.protocol.named(suite.names(measuring, real), settings.count), config[stage].best_metric
+    if best not in ("", *names):
+        raise ValueError(f"no metric {best!r} for best_metric{lookup.nearest(best, list(names))}; there are: {', '.join(names)}.")
+    draw = _make_draw(config, stage, workdir, parallel, config.evaluate.batch_size)
+
+    def scores(params):
+        batches = measure.batches(config, measuring.protocol, range(settings.count), functools.partial(draw, params), conditions)
+        found = suite.compare(measuring, real, suite.collect(measuring, batches, settings.count))
+        return measuring.protocol.named(found, settings.count)
+
+    return scores
 
 
 class _Watch:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import bench, bench_sd, experiment, sharding, stand_ins
+from dmd_jax import bench, bench_features, bench_sd, experiment, sharding, stand_ins
 from dmd_jax.models import clip_text, vae, vgg
 from dmd_jax.weights import convert
 from tests import test_features
@@ -134,6 +134,31 @@ def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, c
     assert all(f"{value} ({value} to {value})" in printed for value in (images, networks))
 
 
+@pytest.mark.parametrize(("name", "module", "count"), [("inception", "pytorch_fid", 1), ("clip", "transformers", 2)])
+def test_feature_networks_are_pytorchs(name, module, count, monkeypatch):
+    """At their real size, with the same weights."""
+    test_features.import_torchvision()
+    pytest.importorskip(module)
+    monkeypatch.setitem(bench_features.VISION, "num_layers", 2)
+    parallel = sharding.Parallel(sharding.make_mesh(data=1))
+    monkeypatch.setattr(bench_features.sharding, "Parallel", lambda _: parallel)
+    found = bench_features.features(name, count=count, size=0, batch_size=1, repeats=1, against="torch")
+    assert found.difference < 1e-5 and len(found.seconds) == len(found.other) == 1
+
+
+def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(bench_features, "features", lambda *_, **__: bench_features.Found([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7))
+    bench.features(bench.parse(["features", "--images=16", "--against=torch"]))
+    printed = capsys.readouterr().out
+    assert "jax: 4.000 (2.000 to 8.000) images/s" in printed and "torch: 4.000 (2.000 to 8.000) images/s" in printed
+    assert "jax is 1.000 (0.250 to 4.000) times as fast" in printed and "1.0e-07 of the largest feature" in printed
+
+
+def test_the_memory_of_statistics_is_told(capsys):
+    bench.memory(bench.parse(["memory", "--images=40"]))
+    assert "40 images of 32x32 pixels, 2048 features" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +166,9 @@ def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, c
         ("forward --repeats=0", "repeats is 0 and batch_size 1; expected at least 1."),
         ("sample --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
         ("stack --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
+        ("features --features=efficientnet --against=torch", "efficientnet has no counterpart in PyTorch here; leave --against out."),
+        ("features --images=0", "expected --images, --batch_size and --repeats of at least 1, and --size of at least 0."),
+        ("memory --images=1", "images is 1; expected at least 2."),
         ("step --network=coco:tiny --against=torch", "--against=torch knows the networks of unet_edm alone"),
     ],
 )

@@ -9,7 +9,7 @@ from dmd_jax.data import records
 from tests import runs
 
 pytest.importorskip("diffusers")
-from tests.test_coco import files, tiny  # noqa: F401 (a fixture)
+from tests.test_coco import files, protocol, tiny  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
     assert scores["nfe"]["distil_2"] == 1 and scores["nfe"]["reflow_2_euler_2"] == 2
     assert scores["straightness"].keys() == {"teacher", "reflow_2"}
     assert all(np.isfinite(list(scores["straightness"].values())))
-    assert scores["distil_2"].keys() == scores["teacher"].keys() == scores["reflow_2_euler_2"].keys()
+    rows = scores["scores"]
+    assert rows["distil_2"].keys() == rows["teacher"].keys() == rows["reflow_2_euler_2"].keys()
 
 
 def test_both_units_of_the_stack_start_from_the_flow_and_are_trained(run):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from dmd_jax import bench, experiment, main
+from dmd_jax import bench, check, experiment
 
 NAMES = (
     *("digits", "digits:no_matching", "digits:no_regression", "digits:smoke", "digits:instaflow", "digits:smoke_instaflow"),
@@ -15,7 +15,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config(name):
-    main.check(bench.load_config(name))
+    check.config(bench.load_config(name))
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "imagenet64", "twemoji", "coco"])
@@ -45,7 +45,7 @@ def test_the_papers_hyperparameters(name, learning_rate, batch_size, num_steps, 
     assert (recipe.distance.name, recipe.distance.size) == ("lpips", 224)
     assert experiment.make_sampler(config, "teacher", tmp_path).nfe == nfe and experiment.make_sampler(config, "dmd", tmp_path).nfe == 1
     assert config.process.to_dict() == dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)
-    assert (config.evaluate.count, config.evaluate.seed_ranges) == (50_000, 3)
+    assert (config.evaluate.protocol, config.evaluate.count) == ("edm50k", None)
 
 
 def test_the_published_schedule_of_guidance_8():

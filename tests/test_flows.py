@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dmd_jax import bench, experiment, main
+from dmd_jax import bench, check, experiment
 from tests.runs import smoke
 
 
@@ -27,7 +27,7 @@ def flat(changes):
 )
 def test_flows_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        main.check(flat(changes))
+        check.config(flat(changes))
 
 
 def test_more_that_cannot_work():
@@ -35,8 +35,8 @@ def test_more_that_cannot_work():
         ("distil", dict(network=dict(smoke().network, channels=3)), "distil.network.channels is 3, expected 1, as config.network has it"),
         (
             "evaluate",
-            dict(others=dict(protocol=dict(stage="distil", sampler=dict(name="one_step")))),
-            "others.protocol has a name that is taken",
+            dict(others=dict(real=dict(stage="distil", sampler=dict(name="one_step")))),
+            "others.real has a name that is taken",
         ),
         ("evaluate", dict(others=dict(row=dict(stage="distil"))), "others.row is .*expected stage, sampler"),
         ("evaluate", dict(straightness=dict(stages=("distil",))), "straightness is .*, expected stages, num_steps and count"),
@@ -45,14 +45,14 @@ def test_more_that_cannot_work():
         config = bench.load_config("digits:smoke_instaflow").to_dict()
         config[key].update(value)
         with pytest.raises(ValueError, match=message):
-            main.check(ml_collections.ConfigDict(config))
+            check.config(ml_collections.ConfigDict(config))
 
 
 def test_a_stage_that_continues_needs_more_steps():
     config = bench.load_config("coco:instaflow")
     config.reflow_2.num_steps = config.reflow_1.num_steps
     with pytest.raises(ValueError, match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, has 70000; give it more"):
-        main.check(config)
+        check.config(config)
 
 
 def test_a_stage_keeps_its_own_network_process_and_prediction():
@@ -68,4 +68,4 @@ def test_a_stage_keeps_its_own_network_process_and_prediction():
 def test_eight_bits_are_missed_at_the_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ValueError, match="eight bits need the package qwix"):
-        main.check(bench.load_config("digits:smoke_instaflow"))
+        check.config(bench.load_config("digits:smoke_instaflow"))

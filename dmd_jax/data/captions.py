@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import hashlib
 import importlib.util
-import io
 import json
 import pathlib
 import re
@@ -19,7 +18,6 @@ from typing import Protocol
 
 import numpy as np
 import tensorflow_datasets
-from PIL import Image
 
 from dmd_jax import storage
 from dmd_jax.data import folder as folder_lib
@@ -27,7 +25,6 @@ from dmd_jax.data import images as images_lib
 from dmd_jax.data import tfds as tfds_lib
 from dmd_jax.weights import files as files_lib
 
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or fewer
 LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
 FIRST = 16  # rows; if the images of none of them are there, the path is wrong
 SAMPLED = 16  # examples of a prepared dataset, which has a version; to read the captions of all takes minutes
@@ -81,7 +78,7 @@ class Captions:
             row["text"] = " ".join(row["text"].replace("\ufeff", "").split())  # a byte order mark, also of files put together
             if not row["text"]:
                 raise ValueError("the caption is empty")
-            return row | ({"image": images_lib.to_float(_pixels(row["image"], self._size))} if "image" in row else {})
+            return row | ({"image": images_lib.to_float(images_lib.cropped(row["image"], self._size))} if "image" in row else {})
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
             if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise  # the machine's fault
@@ -450,21 +447,3 @@ def _installed(package):
     if not spec:
         raise ValueError(f"twemoji needs the package {package}; run: {TWEMOJI_PIP}")
     return pathlib.Path(spec.origin).parent
-
-
-def _pixels(data, size):
-    """A file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three channels."""
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.load()
-        if picture.mode not in MODES:
-            raise ValueError(f"expected one of the modes {', '.join(MODES)}, got {picture.mode}")
-        if "A" in picture.mode or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-    if size:
-        short = min(picture.size)
-        left, top = ((n - short) // 2 for n in picture.size)
-        picture = picture.crop((left, top, left + short, top + short))
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)  # as it is where it has that size
-    return np.asarray(picture)

@@ -70,18 +70,42 @@ class Labelled:
         return self._files.read(self._names[index]), self._cond[index]
 
 
-def read(*, path: str, size: int, num_classes: int = 0, x_flips: bool = False):
+def read(*, path: str, size: int | None, num_classes: int = 0, x_flips: bool = False):
     """The PNG, JPEG and WebP images of a directory or a .zip, however nested, in the order of their names; other files are left out.
 
     Args:
       path: of the directory or the .zip.
-      size: height and width of the images.
+      size: height and width of the images; None = those of the first.
       num_classes: labels are 0 to num_classes - 1, of dataset.json; 0 = labels are not read, every cond is 0.
       x_flips: also the mirror images, after all others.
 
     Raises:
       ValueError: no images; labels missing, out of range or damaged; an image is unlike the others or corrupt (when it is reached).
     """
+    files, names, everything = _listed(path)
+    cond = np.zeros(len(names), np.int32)
+    if num_classes:
+        cond = _labels(files.read(LABELS) if LABELS in everything else None, names, num_classes, path)
+    source = images.Files(Labelled(files, names, cond), origin=str(path), size=size)
+    return images.Flipped(source) if x_flips else source
+
+
+def cropped(*, path: str, size: int):
+    """The PNG, JPEG and WebP images of a directory or a .zip, of any sizes, in the order of their names, each as `images.cropped` gives it.
+
+    Args:
+      path: of the directory or the .zip.
+      size: height and width that the images get.
+
+    Raises:
+      ValueError: no images; an image is corrupt (when it is reached).
+    """
+    files, names, _ = _listed(path)
+    return images.Cropped(Labelled(files, names, np.zeros(len(names), np.int32)), origin=str(path), size=size)
+
+
+def _listed(path):
+    """The files, the names of the images, and all names; at least one image."""
     files = open_files(path)
     everything = set(files.names())
     names = image_names(everything)
@@ -89,11 +113,7 @@ def read(*, path: str, size: int, num_classes: int = 0, x_flips: bool = False):
         raise ValueError(
             f"{path}: no images; expected files that end in {', '.join(SUFFIXES)}, got {len(everything)} others; check the path."
         )
-    cond = np.zeros(len(names), np.int32)
-    if num_classes:
-        cond = _labels(files.read(LABELS) if LABELS in everything else None, names, num_classes, path)
-    source = images.Files(Labelled(files, names, cond), origin=str(path), size=size)
-    return images.Flipped(source) if x_flips else source
+    return files, names, everything
 
 
 def open_files(path: str | os.PathLike) -> Directory | Archive:

@@ -1,6 +1,7 @@
 """Labelled images, as random-access sources of {"image": [H, W, C] float32 in [-1, 1], "cond": int32}, and labels alone."""
 
 import dataclasses
+import hashlib
 import io
 from typing import Protocol
 
@@ -21,6 +22,14 @@ class Images:
     def __getitem__(self, index):
         image = self.image[index]
         return {"image": to_float(image) if image.dtype == np.uint8 else image, "cond": self.cond[index]}
+
+    @property
+    def digest(self) -> str:
+        """Of the content."""
+        return hashlib.sha256(self.image.tobytes() + self.cond.tobytes()).hexdigest()[:16]
+
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits or fewer
 
 
 class Records(Protocol):
@@ -55,6 +64,11 @@ class Files:
         pixels, cond = self._decode(int(index))
         return {"image": to_float(pixels), "cond": np.int32(cond)}
 
+    @property
+    def digest(self) -> str:
+        """Of names, labels and files."""
+        return _digest(self._records)
+
     def __repr__(self):
         return f"Files({self._origin}, {len(self)} images)"
 
@@ -81,6 +95,37 @@ class Files:
         return pixels.reshape(*pixels.shape[:2], -1), cond
 
 
+class Cropped:
+    """A source of image files of any sizes and modes, each as `cropped` gives it."""
+
+    def __init__(self, records: Records, *, origin: str, size: int):
+        self._records, self._origin, self._size = records, origin, size
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        try:
+            data, cond = self._records.read(int(index))
+            return {"image": to_float(cropped(data, self._size)), "cond": np.int32(cond)}
+        except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
+            name = self._records.name(int(index))
+            raise ValueError(f"{self._origin}: image {name} cannot be read ({error}); replace it, or remove it.") from error
+
+    @property
+    def digest(self) -> str:
+        """Of names, labels, files and size."""
+        return _digest(self._records, self._size)
+
+
+def _digest(records, *settings):
+    total = hashlib.sha256(repr(settings).encode())
+    for i in range(len(records)):
+        data, cond = records.read(i)
+        total.update(f"{records.name(i)} {cond} {len(data)} ".encode() + data)
+    return total.hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Flipped:
     """A source twice as long: item i + N is item i with its image mirrored, as in EDM."""
@@ -96,6 +141,12 @@ class Flipped:
             return self.source[index]
         item = self.source[index - n]
         return {**item, "image": np.ascontiguousarray(item["image"][:, ::-1])}
+
+    @property
+    def digest(self) -> str | None:
+        """Of the content; None if that has none."""
+        found = getattr(self.source, "digest", None)
+        return found and f"{found} flipped"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +181,33 @@ class Labels:
 def to_float(pixels: np.ndarray) -> np.ndarray:
     """0..255 to float32 in [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1
+
+
+def cropped(data: bytes, size: int) -> np.ndarray:
+    """An image file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three channels.
+
+    Args:
+      data: the file.
+      size: the square in the middle, where torchvision's center_crop sees it, is resized to so many pixels by Lanczos' filter; 0 = the
+        image stays as it is.
+
+    Raises:
+      ValueError: more than 8 bits.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+        if picture.mode not in MODES:
+            raise ValueError(f"expected one of the modes {', '.join(MODES)}, got {picture.mode}")
+        if "A" in picture.mode or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+    if size:
+        short = min(picture.size)
+        left, top = (round((n - short) / 2) for n in picture.size)
+        picture = picture.crop((left, top, left + short, top + short))
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)  # as it is where it has that size
+    return np.asarray(picture)
 
 
 def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import checkpoint, sharding
+from dmd_jax import checkpoint, metrics, sharding
 from dmd_jax.weights import convert, files, pickles
 
 
@@ -19,7 +19,7 @@ class Features(NamedTuple):
     Attributes:
       name: such as "mlp@8".
       digest: of its parameters, and of what it does to images before.
-      extract: images [N, H, W, C] in [-1, 1] to float32 [N, D], numpy.
+      extract: images [N, H, W, C], bytes or in [-1, 1], to float32 [N, D], numpy.
       predict: images to labels [N]; None where there is no classifier.
     """
 
@@ -61,8 +61,12 @@ def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Para
     """
 
     def extract(params, images):
-        images = jnp.floor(jnp.clip(127.5 * images + 128, 0, 255))  # as a file of them would have it
+        images = images.astype(jnp.float32)
         return apply(params, jnp.repeat(images, 3 // images.shape[-1], axis=-1)).astype(jnp.float32)
 
-    run = parallel.in_batches("features batch_size", extract, batch_size)
-    return Features(name, digest(params, name, *settings), lambda images: run(params, np.asarray(images, np.float32)))
+    run, params = parallel.in_batches("features batch_size", extract, batch_size), sharding.place(params, parallel.replicated)
+
+    def of_bytes(images):
+        return run(params, images if images.dtype == np.uint8 else metrics.to_uint8(images))
+
+    return Features(name, digest(params, name, *settings), of_bytes)

@@ -38,8 +38,26 @@ def moments(sums: Sums) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Zero for equal moments, up to rounding; also where a covariance is singular."""
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b.covariance @ root), 0)).sum()
+    """The distance; zero for equal moments, up to float64's rounding, also with fewer images than features.
+
+    With C = R R^T the trace of the root is the sum of the singular values of R_a^T R_b. Against the usual matrix root, nothing is divided
+    by an eigenvalue, and the eigenvalues that are zero but for rounding, whose roots would be of 1e-8, are left out.
+
+    Args:
+      a: of one set of images.
+      b: of the other.
+
+    Returns:
+      The squared distance of the two normal distributions, at least 0 up to rounding.
+
+    Source: the equation above; as pytorch-fid's where both covariances are regular.
+    """
+    trace_of_root = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
     return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance) - 2 * trace_of_root)
+
+
+def _factor(covariance):
+    """R, [D, rank]"""
+    values, vectors = np.linalg.eigh(covariance)
+    real = values > len(values) * np.finfo(values.dtype).eps * values[-1]
+    return vectors[:, real] * np.sqrt(values[real])

@@ -1,40 +1,75 @@
-"""Precision, recall (Kynkaanniemi et al., arXiv 1904.06991) and coverage (Naeem et al., arXiv 2002.09797) on features."""
+"""Precision and recall (Kynkaanniemi et al., arXiv 1904.06991), density and coverage (Naeem et al., arXiv 2002.09797) on features.
 
+Around each image x of a set lies the ball B_k(x) that reaches to its k-th nearest neighbour in the set. With N real images x and M
+generated images y, and 1 where a condition holds, else 0,
+
+    precision = 1/M sum_j max_i 1[y_j in B_3(x_i)],     recall   = 1/N sum_i max_j 1[x_i in B_3(y_j)],
+    density = 1/(5 M) sum_ij 1[y_j in B_5(x_i)],        coverage = 1/N sum_i max_j 1[y_j in B_5(x_i)].
+
+Each has the k of its paper, so that a figure means the same as elsewhere. As in the authors' programs the balls of the first two have
+their surface and those of the others have not: then a set has the density 1 and the coverage 1 of itself.
+"""
+
+import jax.numpy as jnp
 import numpy as np
 
-ROWS = 1000  # at a time
+from dmd_jax import sharding
+from dmd_jax.evals import pairwise
+
+K_MANIFOLD = 3  # Kynkaanniemi et al., section 3
+K_DENSITY = 5  # Naeem et al., section 5
+NAMES = ("precision", "recall", "density", "coverage")
+TIE = 1e-10  # of the images' mean squared norm: squared distances that differ by less are equal, or rounding would decide for copies
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str, float]:
-    """Fractions in [0, 1].
+def precision_recall(real: np.ndarray, fake: np.ndarray, parallel: sharding.Parallel) -> dict[str, float]:
+    """All four; fractions in [0, 1] but for the density, which can be larger.
 
     Args:
       real: features of real images, [N, D].
       fake: features of generated images, [M, D].
-      k: a set's manifold is the union of balls that reach from each point to its k-th nearest neighbour in the set.
+      parallel: the devices.
 
     Returns:
-      precision: generated images within the real manifold; recall: real images within the generated manifold;
-      coverage: real images whose own ball holds a generated image.
+      precision: generated images that are like real ones; recall: real images that are like generated ones; density: how many real images'
+      balls a generated image lies in, against what is expected; coverage: real images that have a generated one near.
+
+    Raises:
+      ValueError: a set has too few images to have neighbours.
     """
-    real, fake = real.astype(np.float64), fake.astype(np.float64)
-    radius_real, radius_fake = _radii(real, k), _radii(fake, k)
-    within_real, within_fake, covered = np.zeros(len(fake), bool), [], []
-    for start, across in _distances(real, fake):
-        radius = radius_real[start : start + len(across)]
-        within_real |= (across <= radius[:, None]).any(0)
-        within_fake.append((across <= radius_fake[None]).any(1))
-        covered.append(across.min(1) <= radius)
-    means = (within_real, np.concatenate(within_fake), np.concatenate(covered))
-    return {name: float(mean.mean()) for name, mean in zip(("precision", "recall", "coverage"), means, strict=True)}
+    if min(len(real), len(fake)) <= K_DENSITY:
+        raise ValueError(f"precision and recall need more than {K_DENSITY} images of each set, got {len(real)} and {len(fake)}.")
+    mean = real.mean(axis=0, dtype=np.float64)  # distances far from 0 would cancel
+    sets = [{"x": x} for x in (real - mean, fake - mean)]
+    tie = TIE * np.mean([(s["x"] ** 2).sum(axis=1).mean() for s in sets])
+    real, fake = (s | pairwise.by_rows(_radii, s["x"], s["x"], parallel) for s in sets)
+    of_fake = pairwise.by_rows(_balls, real | {"tie": tie}, fake, parallel)
+    of_real = pairwise.by_rows(_balls, fake | {"tie": tie}, real, parallel)
+    means = of_fake["within"].mean(), of_real["within"].mean(), of_fake["count"].mean() / K_DENSITY, of_real["reached"].mean()
+    return {name: float(mean) for name, mean in zip(NAMES, means, strict=True)}
 
 
-def _radii(x, k):
-    return np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _distances(x, x)])  # the 0-th neighbour is the point itself
+def _balls(whole, rows):
+    """Of each row: whether it is within a ball of the other set, how many of the open ones it is in, whether its own open one holds any."""
+    distances = _distances(rows["x"], whole["x"])
+    return {
+        "within": (distances <= (whole["manifold"] + whole["tie"])[None]).any(axis=1),
+        "count": (distances + whole["tie"] < whole["density"][None]).sum(axis=1),
+        "reached": (distances + whole["tie"] < rows["density"][:, None]).any(axis=1),
+    }
+
+
+def _radii(whole, rows):
+    """Squared radii of the balls of both kinds."""
+    distances, columns = _distances(rows, whole), jnp.arange(len(whole))
+    radii = []
+    for _ in range(K_DENSITY + 1):  # the nearest is the image itself
+        nearest = distances.argmin(axis=1, keepdims=True)
+        radii.append(jnp.take_along_axis(distances, nearest, axis=1)[:, 0])
+        distances = jnp.where(columns[None] == nearest, jnp.inf, distances)
+    return {"manifold": radii[K_MANIFOLD], "density": radii[K_DENSITY]}
 
 
 def _distances(a, b):
-    """(first row, squared distances of ROWS rows of `a` to all of `b`)."""
-    for start in range(0, len(a), ROWS):
-        rows = a[start : start + ROWS]
-        yield start, np.maximum((rows**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * rows @ b.T, 0)
+    """Squared."""
+    return jnp.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T, 0)

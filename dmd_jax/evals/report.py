@@ -1,7 +1,9 @@
 """The picture and the table of an evaluation."""
 
 import os
+import re
 import textwrap
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -11,19 +13,37 @@ from dmd_jax import metrics
 
 def table(result: dict, teacher: str, student: str) -> str:
     """The scores as a table of text, a row a set of images."""
-    names = list(result[student])
+    scores = result["scores"]
+    names = list(scores[student])
     rows = [("", "NFE", "ms/image", "s of its stage", *names)]
     for name in ("real", *result["nfe"]):
-        if name in result:
+        if name in scores:
             label, cost = ("real images", ("", "", "")) if name == "real" else (name, _costs(name, result))
-            rows.append((label, *cost, *(f"{result[name][score]:.3f}" if score in result[name] else "" for score in names)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+            rows.append((label, *cost, *_cells(scores[name], names)))
     straightness = [f"straightness of {name}: {value:.4f}" for name, value in result["straightness"].items()]
     return (
-        "\n".join(lines + straightness)
+        "\n".join([aligned(rows), *straightness])
         + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
     )
+
+
+def scores_table(scores: dict[str, dict[str, float]]) -> str:
+    """Scores of sets of images as a table of text, a column a set."""
+    names = list(next(iter(scores.values())))
+    columns = [("", *names), *((label, *_cells(of, names)) for label, of in scores.items())]
+    return aligned(list(zip(*columns, strict=True)))
+
+
+def aligned(rows: list[Sequence[str]]) -> str:
+    """A table of text, the first column to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def _cells(scores, names):
+    """Those of real images have no number of images in their names."""
+    found = (scores.get(name, scores.get(re.sub(r"-\d+$", "", name))) for name in names)
+    return ["" if value is None else f"{value:.3f}" for value in found]
 
 
 def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, teacher: str, student: str):
@@ -50,9 +70,10 @@ def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, t
         axes[key].axis("off")
     _plot(axes["c"], curves[teacher], ("loss",), f"{teacher}: loss")
     _plot(axes["d"], curves[student], ("matching", "regression", "fake_score", "loss"), f"{student}: losses")
-    frechet = next(iter(result[student]))
-    _plot(axes["e"], curves[student], (frechet,), f"{student}: {frechet} to training images")
-    _plot(axes["f"], curves[student], ("precision", "recall", "agreement"), f"{student}: scores")
+    scored = next((list(row) for row in curves[student] if any(name.startswith(("FID", "FD-")) for name in row)), [])
+    _plot(axes["e"], curves[student], [name for name in scored if name.startswith(("FID", "FD-"))], f"{student}: distance in training")
+    shown = [name for name in scored if name.startswith(("precision", "recall", "agreement"))]
+    _plot(axes["f"], curves[student], shown, f"{student}: scores in training")
     axes["e"].set_yscale("log")
     axes["t"].axis("off")
     axes["t"].text(0, 1, text, family="monospace", va="top", fontsize=min(11, 1400 / text.index("\n")))
@@ -100,7 +121,7 @@ def _describe(name, result):
 
 
 def _costs(name, result):
-    seconds = result["training_seconds"][result["protocol"]["models"][name]["stage"]]
+    seconds = result["training_seconds"][result["models"][name]["stage"]]
     return f"{result['nfe'][name]:.0f}", f"{1e3 * result['seconds_per_image'][name]:.3f}", f"{seconds:.0f}" if seconds else ""
 
 
@@ -111,6 +132,6 @@ def _plot(ax, rows, names, title):
             ax.plot(*points.T, label=name)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("step")
-    if len(names) > 1 and ax.lines:
+    if ax.lines and (len(names) > 1 or names[0] not in title):
         ax.legend(fontsize=8)
     ax.set_visible(bool(ax.lines))

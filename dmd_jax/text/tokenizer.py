@@ -1,4 +1,4 @@
-"""CLIP's byte-level BPE (Radford et al., arXiv 2103.00020), out of Stable Diffusion's tokenizer/, by the library tokenizers."""
+"""CLIP's byte-level BPE (Radford et al., arXiv 2103.00020), by the library tokenizers, out of Stable Diffusion's tokenizer/ or a CLIP."""
 
 import json
 import os
@@ -18,7 +18,7 @@ class Tokenizer(NamedTuple):
     """One tokenizer.
 
     Attributes:
-      ids: N texts, a list of str, to int32 [N, length]: start, text, end, padding; what is too long is cut, and ends all the same.
+      ids: N texts, a list of str, to int32 [N, length]: start, prefix, text, end, padding; what is too long is cut, and ends all the same.
       truncated: texts to the indices of those that are cut.
       digest: of everything that the ids follow from.
     """
@@ -28,33 +28,35 @@ class Tokenizer(NamedTuple):
     digest: str
 
 
-def load(directory: str | os.PathLike, *, length: int = 77) -> Tokenizer:
+def load(directory: str | os.PathLike, *, length: int = 77, prefix: str = "") -> Tokenizer:
     """The tokenizer of a directory with tokenizer.json, or with vocab.json and merges.txt.
 
     Padding is the pad token of special_tokens_map.json or tokenizer_config.json: the end token in Stable Diffusion 1, "!" in 2.
 
     Args:
-      directory: such as stable-diffusion-v1-5/tokenizer.
-      length: tokens, with start and end.
+      directory: such as stable-diffusion-v1-5/tokenizer, or clip-vit-large-patch14.
+      length: tokens, with start, prefix and end.
+      prefix: words before every text.
 
     Raises:
       ValueError: the files are missing, damaged or of another tokenizer.
     """
-    directory = storage.local(directory)
+    directory = storage.local(directory, ("*.json", "merges.txt"))
     try:
         vocabulary, merges = _vocabulary(directory)
         pad = _pad_token(directory)
         bos_id, eos_id, pad_id = (vocabulary[token] for token in (BOS, EOS, pad))
         encoder = _build(vocabulary, merges, pad)
+        begin = [bos_id, *encoder.encode(prefix, add_special_tokens=False).ids]
     except Exception as error:  # the library raises bare ones
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{directory}: expected CLIP's tokenizer.json, or its vocab.json and merges.txt, got neither ({reason}); "
-            "set the directory tokenizer/ of a Stable Diffusion checkpoint, or copy it again."
+            "set the directory tokenizer/ of a Stable Diffusion checkpoint, or that of a CLIP, or copy it again."
         ) from error
 
     def encode(texts):
-        return [[bos_id, *e.ids, eos_id] for e in encoder.encode_batch(list(texts), add_special_tokens=False)]
+        return [[*begin, *e.ids, eos_id] for e in encoder.encode_batch(list(texts), add_special_tokens=False)]
 
     def ids(texts):
         rows = np.full((len(texts), length), pad_id, np.int32)
@@ -65,7 +67,7 @@ def load(directory: str | os.PathLike, *, length: int = 77) -> Tokenizer:
     def truncated(texts):
         return [i for i, tokens in enumerate(encode(texts)) if len(tokens) > length]
 
-    everything = json.dumps([sorted(vocabulary.items()), merges, pad, length])
+    everything = json.dumps([sorted(vocabulary.items()), merges, pad, length, *begin[1:]])
     return Tokenizer(ids, truncated, text.digest(everything))
 
 

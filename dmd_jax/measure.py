@@ -1,0 +1,86 @@
+"""What the evaluations of a config measure with: protocol, features, real images, conditions. See dmd_jax/evals/protocols.py."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+
+import ml_collections
+import numpy as np
+
+from dmd_jax import experiment, sharding, storage
+from dmd_jax.evals import protocols, suite
+
+PACKAGES = ("dmd_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+
+
+def check(config: ml_collections.ConfigDict, name: str):
+    """Raises ValueError if there is no protocol of that name, or `config.evaluate` asks for something else than it does."""
+    protocol, settings = protocols.find(name), config.evaluate
+    protocols.fill(protocol.features, config.features.to_dict(), "features")
+    for key in ("reference", "floor", "conditions"):
+        protocols.fill(getattr(protocol, key), settings[key].to_dict(), f"evaluate.{key}")
+    if settings.count is not None and settings.count < 2:
+        raise ValueError(f"evaluate.count is {settings.count}; expected at least 2, or None for the protocol's {protocol.count}.")
+
+
+def references(config: ml_collections.ConfigDict) -> list[dict]:
+    """The data sources of real images that the evaluation wants: reference, floor."""
+    protocol, settings = protocols.find(config.evaluate.protocol), config.evaluate
+    pairs = {key: (getattr(protocol, key), settings[key].to_dict()) for key in ("reference", "floor")}
+    filled = [protocols.fill(*pair, f"evaluate.{key}") for key, pair in pairs.items()]
+    return [found for found in filled if found and found.get("path") != ""]
+
+
+def make_suite(config: ml_collections.ConfigDict, name: str, workdir: storage.Path, parallel: sharding.Parallel) -> suite.Suite:
+    """The suite of the protocol of that name."""
+    settings = config.evaluate
+    given = experiment.located(config.features.to_dict(), workdir)
+    others = {key: settings[key] for key in ("clip", "lpips", "batch_size")}
+    return suite.make(protocols.find(name), parallel, features=given, **others)
+
+
+def reference(config: ml_collections.ConfigDict, measure: suite.Suite, workdir: storage.Path) -> suite.Collected:
+    """The real images of the suite's protocol: see `suite.reference`."""
+    protocol, source = measure.protocol, None
+    settings = protocols.fill(protocol.reference, config.evaluate.reference.to_dict(), "evaluate.reference")
+    if settings and settings.get("path") != "":
+        source = experiment.open_source(settings, workdir) if protocol.crop_to else experiment.make_source(config, settings, workdir)
+    return suite.reference(measure, source, config.evaluate.statistics, workdir)
+
+
+def floor(config: ml_collections.ConfigDict, measure: suite.Suite, real: suite.Collected, workdir: storage.Path) -> dict[str, float]:
+    """Scores of real images, as low as can be expected of generated ones: see `Protocol.floor`; {} where there are no single ones."""
+    settings = protocols.fill(measure.protocol.floor, config.evaluate.floor.to_dict(), "evaluate.floor")
+    if not settings:
+        return real.floor
+    held_out = suite.collect_source(measure, experiment.make_source(config, settings, workdir), workdir, name="floor")
+    return suite.compare(measure, real, held_out)
+
+
+def conditions(config: ml_collections.ConfigDict, workdir: storage.Path):
+    """The data source of what generated images are to show, those of the evaluation's protocol."""
+    pinned = protocols.find(config.evaluate.protocol).conditions
+    return experiment.make_source(config, protocols.fill(pinned, config.evaluate.conditions.to_dict(), "evaluate.conditions"), workdir)
+
+
+def batches(
+    config: ml_collections.ConfigDict, protocol: protocols.Protocol, indices: range, draw: Callable, conditions
+) -> Iterator[suite.Batch]:
+    """The generated images of these indices, by `draw(inputs)`, as the protocol sees them."""
+    texts = getattr(conditions, "texts", None)
+    for start in range(0, len(indices), config.evaluate.batch_size):
+        chosen = indices[start : start + config.evaluate.batch_size]
+        inputs = experiment.inputs(config, chosen, conditions)
+        labels = inputs["cond"] if np.ndim(inputs["cond"]) == 1 else None
+        yield suite.Batch(protocol.bytes(draw(inputs)), labels, texts and [texts[i % len(texts)] for i in chosen])
+
+
+def digest_of(source) -> str:
+    """Of conditions: of their texts if they have any."""
+    texts = getattr(source, "texts", None)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] if texts else suite.content(source)
+
+
+def packages() -> dict[str, str]:
+    """Versions of those that scores depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
