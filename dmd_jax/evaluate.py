@@ -6,15 +6,13 @@ As a command it measures images in files: python -m dmd_jax.evaluate --help, see
 import dataclasses
 import functools
 import json
-import statistics
-import time
 from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from dmd_jax import checkpoint, evaluate_files, experiment, latents, measure, metrics, sampling, storage
+from dmd_jax import bench_parts, checkpoint, evaluate_files, experiment, latents, measure, metrics, sampling, storage
 from dmd_jax.data import captions
 from dmd_jax.evals import protocols, report, retrieval, suite
 from dmd_jax.weights import files
@@ -66,7 +64,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     for name, model in models.items():
         sample, nfe[name] = _make_sample(config, model, load(model.stage), first, parallel, settings.batch_size, workdir)
         draw = lambda inputs, sample=sample: decode(sample(inputs))
-        images[name], seconds[name] = draw(first)[:SHOWN], _seconds_per_image(draw, first, settings.timing_repeats)
+        images[name] = draw(first)[:SHOWN]
+        seconds[name] = bench_parts.median_seconds(functools.partial(draw, first), settings.timing_repeats) / settings.batch_size
         scores[name] = []
         for r in range(protocol.ranges):
             batches = measure.batches(config, protocol, range(r * count, (r + 1) * count), draw, conditions)
@@ -79,7 +78,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     result = asked | {
         "networks": measuring.digests,
         "reference_count": real.count,
-        "reference_digest": suite.digest(real),
+        "reference_digest": real.origin,
         "reference_agreement": real.agreement,
         "packages": measure.packages(),
         "scores": {name: suite.over_ranges(scores[name]) for name in scores},
@@ -193,16 +192,6 @@ def _content(settings, workdir):
     if not settings.get("source", "").startswith("captions."):
         return settings
     return {"source": settings["source"], "digest": experiment.open_source(settings, workdir).digest}
-
-
-def _seconds_per_image(sample, inputs, repeats):
-    """The median of `repeats` runs of one batch that is already compiled."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        sample(inputs)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) / len(inputs["z"])
 
 
 if __name__ == "__main__":

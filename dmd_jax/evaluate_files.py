@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> dict:
     result = {
         "protocol": dataclasses.asdict(protocol) | {"count": count},
         "images": {"path": arguments.images, "digest": suite.content(source), "there": len(source)},
-        "reference": {"path": arguments.reference, "count": real.count, "digest": suite.digest(real)},
+        "reference": {"path": arguments.reference, "count": real.count, "digest": real.origin},
         "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
         "networks": suited.digests,
         "scores": {"images": suite.over_ranges(ranges)} | ({"real": real.floor} if real.floor else {}),

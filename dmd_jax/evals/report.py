@@ -3,12 +3,11 @@
 import os
 import re
 import textwrap
-from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 
-from dmd_jax import metrics
+from dmd_jax import metrics, tables
 
 
 def table(result: dict, teacher: str, student: str) -> str:
@@ -22,7 +21,7 @@ def table(result: dict, teacher: str, student: str) -> str:
             rows.append((label, *cost, *_cells(scores[name], names)))
     straightness = [f"straightness of {name}: {value:.4f}" for name, value in result["straightness"].items()]
     return (
-        "\n".join([aligned(rows), *straightness])
+        "\n".join([tables.aligned(rows), *straightness])
         + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
     )
 
@@ -31,13 +30,7 @@ def scores_table(scores: dict[str, dict[str, float]]) -> str:
     """Scores of sets of images as a table of text, a column a set."""
     names = list(next(iter(scores.values())))
     columns = [("", *names), *((label, *_cells(of, names)) for label, of in scores.items())]
-    return aligned(list(zip(*columns, strict=True)))
-
-
-def aligned(rows: list[Sequence[str]]) -> str:
-    """A table of text, the first column to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    return tables.aligned(list(zip(*columns, strict=True)))
 
 
 def _cells(scores, names):

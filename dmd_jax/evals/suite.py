@@ -1,6 +1,7 @@
 """The measurements of a set of generated images against a set of real ones by a protocol, in one pass over each set."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import tqdm
 
-from dmd_jax import checkpoint, distributed, lookup, metrics, sharding, storage
+from dmd_jax import distributed, lookup, metrics, sharding, storage
 from dmd_jax.data import pipeline
 from dmd_jax.evals import clip_score, drift, frechet, kid, precision_recall, protocols, retrieval
 from dmd_jax.evals import diversity as diversity_lib
@@ -69,6 +70,7 @@ class Collected:
       texts: scores of the texts they were made for; {} for none.
       diversity: mean distance of pairs by LPIPS; None where that is not measured.
       floor: scores of one half of the images against the other; {} where that was not asked for.
+      origin: a digest of the images, or of the file of statistics; "" for generated ones.
     """
 
     count: int
@@ -79,6 +81,7 @@ class Collected:
     texts: dict[str, float] = dataclasses.field(default_factory=dict)
     diversity: float | None = None
     floor: dict[str, float] = dataclasses.field(default_factory=dict)
+    origin: str = ""
 
 
 def make(protocol: protocols.Protocol, parallel: sharding.Parallel, *, features: dict, clip: str, lpips: str, batch_size: int) -> Suite:
@@ -194,13 +197,16 @@ def reference(suite: Suite, source, statistics: str, directory: str | os.PathLik
     protocol = suite.protocol
     if source is None and not statistics:
         raise ValueError(f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics.")
+    given = read(files.find(statistics), suite.features) if statistics else None
+    if given:
+        given = dataclasses.replace(given, origin=files.sha256(statistics))
     if source is None:
-        return read(files.find(statistics), suite.features)
+        return given
     if protocol.reference_count not in (0, len(source)):
         expected = f"that of the protocol {protocol.name} has {protocol.reference_count}"
         raise ValueError(f"the reference has {len(source)} images, {expected}; give it all of them.")
     real = collect_source(suite, source, directory, with_floor=not protocol.floor)
-    return dataclasses.replace(real, moments=read(files.find(statistics), suite.features).moments, floor={}) if statistics else real
+    return dataclasses.replace(real, moments=given.moments, floor={}, origin=f"{given.origin} {real.origin}") if given else real
 
 
 def collect_source(suite: Suite, source, directory: str | os.PathLike, *, name: str = "reference", with_floor: bool = False) -> Collected:
@@ -209,8 +215,8 @@ def collect_source(suite: Suite, source, directory: str | os.PathLike, *, name: 
     Raises:
       ValueError: an image cannot be read.
     """
-    wanted = f"{suite.protocol.quantisation == 'none'} {suite.protocol.neighbours} {with_floor}"
-    key = checkpoint.digest({"features": np.frombuffer(f"{suite.features.digest} {wanted} {content(source)}".encode(), np.uint8)})
+    wanted, origin = f"{suite.protocol.quantisation == 'none'} {suite.protocol.neighbours} {with_floor}", content(source)
+    key = hashlib.sha256(f"{suite.features.digest} {wanted} {origin}".encode()).hexdigest()[:16]
     path = storage.path(directory) / f"reference-{key}.npz"
     if not distributed.gather(path.exists()).all():
         real = collect(suite, batches(suite.protocol, source, range(len(source))), len(source), name=name, with_floor=with_floor)
@@ -218,7 +224,7 @@ def collect_source(suite: Suite, source, directory: str | os.PathLike, *, name: 
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, suite, real)
         distributed.barrier(f"{path} is there")
-    return read(path, suite.features)
+    return dataclasses.replace(read(path, suite.features), origin=origin)
 
 
 def content(source) -> str:
@@ -234,11 +240,6 @@ def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[Ba
             images = np.stack([row["image"] for row in rows])
             labels = np.stack([row["cond"] for row in rows]) if "cond" in rows[0] else None
             yield Batch(images if protocol.quantisation == "none" else metrics.to_uint8(images), labels)
-
-
-def digest(collected: Collected) -> str:
-    """Of the moments of a set of images."""
-    return checkpoint.digest({"mu": collected.moments.mean, "sigma": collected.moments.covariance})
 
 
 def over_ranges(scores: Sequence[dict[str, float]]) -> dict[str, float]:
