@@ -18,7 +18,7 @@ SETTINGS = {
 
 def environment(devices=1):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
     return os.environ | SETTINGS | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": cache}
 
 

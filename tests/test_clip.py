@@ -1,5 +1,6 @@
 """Parity with transformers and with OpenCLIP, the mistakes that would break it, and the CLIP score."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import sharding
-from dmd_jax.evals import clip_score, retrieval
+from dmd_jax import evaluate_files, sharding
+from dmd_jax.evals import clip_score, precision_recall, protocols, retrieval
 from dmd_jax.models import clip, clip_text
 from dmd_jax.text import tokenizer
 from dmd_jax.weights import clip as weights
@@ -434,3 +435,36 @@ def test_the_score_is_the_mean_cosine(scorer, laion, pixels):
 def test_the_digest_tells_settings_apart(scorer, laion, parallel):
     again, other = (clip_score.make(parallel, batch_size=16, checkpoint=laion[0], crop_to=size) for size in (48, 40))
     assert again.digest == scorer.digest != other.digest
+
+
+def test_the_command_measures_it(laion, scorer, pixels, tmp_path, monkeypatch):
+    protocol = dataclasses.replace(
+        protocols.COCO_2014,
+        name="small",
+        count=5,
+        features={"name": "efficientnet", "size": 32},
+        reference={"source": "folder.cropped", "size": 48},
+        reference_count=0,
+        crop_to=48,
+        clip=scorer.name,
+    )
+    monkeypatch.setitem(protocols.PROTOCOLS, "small", protocol)
+    monkeypatch.setitem(protocols.PROTOCOLS, "other", dataclasses.replace(protocol, name="other", clip="ViT-g-14"))
+    monkeypatch.setenv("DMD_CACHE", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
+    captions = ["a cat", "two dogs", "a red kite", "three men", "a car"]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    monkeypatch.setattr(precision_recall, "K_DENSITY", 3)
+
+    def run(protocol):
+        paths = dict(images=tmp_path / "images", reference=tmp_path / "images", captions=tmp_path / "captions.txt", clip=laion[0])
+        arguments = [f"--{name}={value}" for name, value in paths.items()]
+        return evaluate_files.run(evaluate_files.parse([*arguments, f"--protocol={protocol}", "--batch_size=8"]))["scores"]["images"]
+
+    scores, vectors = run("small"), (scorer.images(pixels), scorer.texts(captions))
+    assert scores[f"CLIP-{scorer.name}"] == pytest.approx(float((vectors[0] * vectors[1]).sum(axis=1).mean()), abs=1e-6)
+    assert scores["R@10 of captions"] == 1 and 0 <= scores["R@1 of captions"] <= 1
+    with pytest.raises(ValueError, match=rf"holds CLIP's {scorer.name}, but the protocol other has ViT-g-14; name that one"):
+        run("other")

@@ -164,7 +164,9 @@ def test_refusals(real, fake, settings, message):
 def test_fid_wants_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "images", 6, size=(32, 32))
-    with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d\.pth does not exist.*published at https://github\.com/mseitzer"):
+    with pytest.raises(
+        ValueError, match=r"pt_inception-2015-12-05-6726825d\.pth does not exist.*published at https://github\.com/mseitzer"
+    ):
         run(images="images", reference="images", protocol="edm50k", count="2", batch_size="8")
 
 

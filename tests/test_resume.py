@@ -30,7 +30,7 @@ def command(workdir, *arguments):
 
 
 def environment():
-    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "PYTHONPATH": str(ROOT)}
 
 
 def run(*arguments, workdir):

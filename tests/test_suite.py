@@ -213,6 +213,16 @@ def test_edms_protocol(workdir, monkeypatch):
     assert evaluate.done(config, "evaluate", workdir)
 
 
+def test_the_scores_of_training_are_an_evaluation(workdir):
+    """By the same protocol, of as many images of the same checkpoint."""
+    row = next(row for row in metrics.read(workdir / "dmd") if "FD-mlp@8-64" in row and row["step"] == 20)
+    config = smoke()
+    config.evaluate.protocol = "digits:train"
+    evaluate.run(config, "evaluate", workdir)
+    scores = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-5)
+
+
 def test_statistics_as_a_reference(workdir):
     config = smoke()
     measuring = measure.make_suite(config, "digits", workdir, sharding.Parallel(sharding.make_mesh()))

@@ -24,9 +24,6 @@ class Sums(NamedTuple):
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NOTHING = Sums(0, 0.0, 0.0, 0.0)
-
-
 def sums(images: np.ndarray) -> Sums:
     """Of a set of images.
 
@@ -38,7 +35,7 @@ def sums(images: np.ndarray) -> Sums:
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"expected images as uint8 [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}.")
-    return sum((_of_one(image) for image in images), start=NOTHING)  # one after another, to save memory
+    return sum((_of_one(image) for image in images), start=Sums(0, 0.0, 0.0, 0.0))  # one after another, to save memory
 
 
 def _of_one(image):

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 PRECISION = 22  # bits after the point
 DIGIT = 8  # bits; three of them hold a weight, and every device multiplies two such numbers without rounding
@@ -61,21 +60,6 @@ def center_crop(images: jax.Array) -> jax.Array:
     """[B, H, W, C] to the square of the shorter side in their middle, where torchvision sees it: an odd half is rounded to even."""
     top, left, short = _middle(*images.shape[1:3])
     return images[:, top : top + short, left : left + short]
-
-
-def crop_and_resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """One image on the host, for files of mixed sizes: `center_crop` and `bytes_resize(..., "lanczos")`, by Pillow itself.
-
-    Args:
-      pixels: bytes [H, W, C], C = 1 or 3.
-      size: height and width, pixels.
-
-    Returns:
-      Bytes [size, size, C].
-    """
-    (crop,) = center_crop(pixels[None])
-    channels = [Image.fromarray(np.ascontiguousarray(crop[..., c])) for c in range(crop.shape[-1])]
-    return np.stack([np.asarray(channel.resize((size, size), Image.Resampling.LANCZOS)) for channel in channels], axis=-1)
 
 
 def _middle(height, width):

@@ -129,46 +129,67 @@ def collect(suite: Suite, batches: Iterable[Batch], count: int, *, name: str = "
     Raises:
       ValueError: there are too few images for what is measured.
     """
-    protocol, features = suite.protocol, suite.features
-    kept_of = _evenly(count, protocol.neighbours)
-    shown = set(range(min(count, protocol.diversity[0]))) if suite.diversity else ()
-    halves, colours, kept, agreeing, pictures = [None, None], [drift.NOTHING] * 2, [], None, []
-    vectors, texts, start = ([], []), [], 0
+    diversity, total, start = suite.protocol.diversity, None, 0
     with tqdm.tqdm(desc=name, total=count, unit="image", disable=None if name else True) as bar:
         for batch in batches:
-            places = np.arange(start, start + len(batch.images))
-            start += len(places)
-            extracted = features.extract(batch.images)
-            kept.append(extracted[np.isin(places, kept_of)])
-            as_bytes = batch.images if batch.images.dtype == np.uint8 else metrics.to_uint8(batch.images)
-            for half in np.unique(places % 2):
-                rows = places % 2 == half
-                sums, colours[half] = frechet.sums(extracted[rows]), colours[half] + drift.sums(as_bytes[rows])
-                halves[half] = sums if halves[half] is None else halves[half] + sums
-            if features.predict and batch.labels is not None:
-                agreeing = (agreeing or 0) + int((features.predict(batch.images) == batch.labels).sum())
-            if suite.clip and batch.texts is not None:
-                texts += batch.texts
-                vectors[0].append(suite.clip.images(batch.images))
-                vectors[1].append(suite.clip.texts(list(batch.texts)))
-            pictures += [image for image, place in zip(batch.images, places, strict=True) if place in shown]
-            bar.update(len(places))
+            part = _measure(suite, batch, np.arange(start, start + len(batch.images)), count)
+            total = part if total is None else total + part
+            start += len(batch.images)
+            bar.update(len(batch.images))
     if start != count:
         raise ValueError(f"expected {count} images, got {start}.")
-    features_kept = np.concatenate(kept)
+    kept = np.concatenate(total.kept)
     floor = {}
     if with_floor and count > 2 * precision_recall.K_DENSITY + 1:
-        parts = [Collected(halves[i].count, frechet.moments(halves[i]), features_kept[i::2], colours[i]) for i in (0, 1)]
-        floor = compare(suite, *parts)
+        even = Collected(total.even.count, frechet.moments(total.even), kept[::2], total.even_colours)
+        odd = Collected(total.odd.count, frechet.moments(total.odd), kept[1::2], total.odd_colours)
+        floor = compare(suite, even, odd)
     return Collected(
         count=count,
-        moments=frechet.moments(halves[0] if halves[1] is None else halves[0] + halves[1]),
-        features=features_kept,
-        colours=colours[0] + colours[1],
-        agreement=None if agreeing is None else agreeing / count,
-        texts=_of_texts(suite, *map(np.concatenate, vectors), texts) if texts else {},
-        diversity=suite.diversity(np.stack(pictures), protocol.diversity[1], 0) if len(pictures) > 1 else None,
+        moments=frechet.moments(total.even + total.odd),
+        features=kept,
+        colours=total.even_colours + total.odd_colours,
+        agreement=sum(total.agreeing) / count if total.agreeing else None,
+        texts=_of_texts(suite, np.concatenate(total.images), np.concatenate(total.captions), total.texts) if total.texts else {},
+        diversity=suite.diversity(np.stack(total.pictures), diversity[1], 0) if len(total.pictures) > 1 else None,
         floor=floor,
+    )
+
+
+class _Part(NamedTuple):
+    """What is kept of some images; that of others is added to it."""
+
+    even: frechet.Sums  # of the images at even places
+    odd: frechet.Sums
+    even_colours: drift.Sums
+    odd_colours: drift.Sums
+    kept: list[np.ndarray]  # features
+    agreeing: list[int]  # images that show their labels
+    pictures: list[np.ndarray]  # for the diversity
+    images: list[np.ndarray]  # by CLIP
+    captions: list[np.ndarray]  # by CLIP
+    texts: list[str]
+
+    def __add__(self, other):
+        return _Part(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def _measure(suite, batch, places, count):
+    """Of the images at these places of `count`."""
+    protocol, features, images = suite.protocol, suite.features.extract(batch.images), batch.images
+    as_bytes, odd = images if images.dtype == np.uint8 else metrics.to_uint8(images), places % 2 == 1
+    labelled, told = suite.features.predict and batch.labels is not None, suite.clip and batch.texts is not None
+    return _Part(
+        even=frechet.sums(features[~odd]),
+        odd=frechet.sums(features[odd]),
+        even_colours=drift.sums(as_bytes[~odd]),
+        odd_colours=drift.sums(as_bytes[odd]),
+        kept=[features[np.isin(places, _evenly(count, protocol.neighbours))]],
+        agreeing=[int((suite.features.predict(images) == batch.labels).sum())] if labelled else [],
+        pictures=list(images[places < protocol.diversity[0]]) if suite.diversity else [],
+        images=[suite.clip.images(images)] if told else [],
+        captions=[suite.clip.texts(list(batch.texts))] if told else [],
+        texts=list(batch.texts) if told else [],
     )
 
 
