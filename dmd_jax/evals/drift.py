@@ -53,6 +53,8 @@ def _of_one(image):
 def drift(real: Sums, fake: Sums) -> dict[str, float]:
     """Means of generated images less those of real ones, on the scale from 0 to 1: positive where generated images have more of it.
 
+    Grey images have no saturation, nor a drift of it.
+
     Args:
       real: of the real images.
       fake: of the generated images.
@@ -62,5 +64,5 @@ def drift(real: Sums, fake: Sums) -> dict[str, float]:
     """
     if min(real.count, fake.count) < 1:
         raise ValueError(f"a drift needs images of both sets, got {real.count} and {fake.count}.")
-    names = Sums._fields[1:]
+    names = [name for name in Sums._fields[1:] if name != "saturation" or real.saturation or fake.saturation]
     return {f"{name} drift": float(getattr(fake, name) / fake.count - getattr(real, name) / real.count) for name in names}
