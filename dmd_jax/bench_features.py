@@ -19,7 +19,7 @@ from PIL import Image
 
 from dmd_jax import bench_parts, lookup, sharding
 from dmd_jax.evals import features as features_lib
-from dmd_jax.evals import protocols, suite
+from dmd_jax.evals import protocols, references, suite
 from dmd_jax.models import clip, efficientnet_lite, inception, layers
 from dmd_jax.weights import convert
 
@@ -178,7 +178,7 @@ def statistics(count: int) -> Taken:
         source = lookup.open_source({"source": "folder.read", "path": str(path), "size": 32})
         start = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
         measuring = suite.Suite(protocol, network, parallel, None, None, {})
-        seconds, found = bench_parts.timed(lambda: suite.collect_source(measuring, source, directory))
+        seconds, found = bench_parts.timed(lambda: references.collect_source(measuring, source, directory))
     if found.count != count:
         raise ValueError(f"expected statistics of {count} images, got those of {found.count}.")
     return Taken(seconds, start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)

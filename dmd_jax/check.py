@@ -47,7 +47,7 @@ def files(config: ml_collections.ConfigDict, stages: Iterable[str], workdir: sto
     shared = [key for key in ("features", "text", "autoencoder") if key in config and any("recipe" not in config[s] for s in stages)]
     for stage in (*stages, *shared):
         found = [source for _, source in experiment.sources(config[stage].to_dict())]  # those of captions that no stage makes
-        found += measure.references(config) if config.get(stage, {}).get("program") == "evaluate" else []
+        found += measure.real_images(config) if config.get(stage, {}).get("program") == "evaluate" else []
         sources += [s for s in found if s["source"].startswith(("captions.", "folder.")) and "{workdir}" not in json.dumps(s)]
         for key, value in flat(config[stage].to_dict()).items():
             imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()

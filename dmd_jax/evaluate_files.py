@@ -19,7 +19,7 @@ import jax
 
 from dmd_jax import lookup, measure, metrics, programs, sharding, storage
 from dmd_jax.data import folder
-from dmd_jax.evals import protocols, report, suite
+from dmd_jax.evals import protocols, references, report, suite
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -62,17 +62,17 @@ def run(arguments: argparse.Namespace) -> dict:
     suited = _suite(protocol, parallel, arguments)
     reference, statistics = _reference(protocol, arguments.reference, source)
     began, cache = time.perf_counter(), storage.cache("statistics")
-    real = suite.reference(suited, reference, statistics, cache)
+    real = references.reference(suited, reference, statistics, cache)
     ranges = []
     for r in range(protocol.ranges):
         indices = range(r * count, (r + 1) * count)
         fake = suite.collect(suited, _batches(protocol, source, indices, texts), count, name="images")
         ranges.append(protocol.named(suite.compare(suited, real, fake), count))
         if r == 0 and arguments.save_statistics:
-            suite.write(arguments.save_statistics, suited, fake)
+            references.write(arguments.save_statistics, suited, fake)
     result = {
         "protocol": dataclasses.asdict(protocol) | {"count": count},
-        "images": {"path": arguments.images, "digest": suite.content(source), "there": len(source)},
+        "images": {"path": arguments.images, "digest": references.content(source), "there": len(source)},
         "reference": {"path": arguments.reference, "count": real.count, "digest": real.origin},
         "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
         "networks": suited.digests,
@@ -150,7 +150,7 @@ def _reference(protocol, path, images):
 
 def _batches(protocol, source, indices, texts):
     start = indices.start
-    for batch in suite.batches(protocol, source, indices):
+    for batch in references.batches(protocol, source, indices):
         end = start + len(batch.images)
         yield batch._replace(labels=None, texts=texts and texts[start:end])
         start = end

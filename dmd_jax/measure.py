@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from dmd_jax import experiment, sharding, storage
-from dmd_jax.evals import protocols, suite
+from dmd_jax.evals import protocols, references, suite
 
 PACKAGES = ("dmd_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
@@ -23,7 +23,7 @@ def check(config: ml_collections.ConfigDict, name: str):
         raise ValueError(f"evaluate.count is {settings.count}; expected at least 2, or None for the protocol's {protocol.count}.")
 
 
-def references(config: ml_collections.ConfigDict) -> list[dict]:
+def real_images(config: ml_collections.ConfigDict) -> list[dict]:
     """The data sources of real images that the evaluation wants: reference, floor."""
     protocol, settings = protocols.find(config.evaluate.protocol), config.evaluate
     pairs = {key: (getattr(protocol, key), settings[key].to_dict()) for key in ("reference", "floor")}
@@ -40,12 +40,12 @@ def make_suite(config: ml_collections.ConfigDict, name: str, workdir: storage.Pa
 
 
 def reference(config: ml_collections.ConfigDict, measure: suite.Suite, workdir: storage.Path) -> suite.Collected:
-    """The real images of the suite's protocol: see `suite.reference`."""
+    """The real images of the suite's protocol: see `references.reference`."""
     protocol, source = measure.protocol, None
     settings = protocols.fill(protocol.reference, config.evaluate.reference.to_dict(), "evaluate.reference")
     if settings and settings.get("path") != "":
         source = experiment.open_source(settings, workdir) if protocol.crop_to else experiment.make_source(config, settings, workdir)
-    return suite.reference(measure, source, config.evaluate.statistics, workdir)
+    return references.reference(measure, source, config.evaluate.statistics, workdir)
 
 
 def floor(config: ml_collections.ConfigDict, measure: suite.Suite, real: suite.Collected, workdir: storage.Path) -> dict[str, float]:
@@ -53,7 +53,7 @@ def floor(config: ml_collections.ConfigDict, measure: suite.Suite, real: suite.C
     settings = protocols.fill(measure.protocol.floor, config.evaluate.floor.to_dict(), "evaluate.floor")
     if not settings:
         return real.floor
-    held_out = suite.collect_source(measure, experiment.make_source(config, settings, workdir), workdir, name="floor")
+    held_out = references.collect_source(measure, experiment.make_source(config, settings, workdir), workdir, name="floor")
     return suite.compare(measure, real, held_out)
 
 
@@ -78,7 +78,7 @@ def batches(
 def digest_of(source) -> str:
     """Of conditions: of their texts if they have any."""
     texts = getattr(source, "texts", None)
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] if texts else suite.content(source)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] if texts else references.content(source)
 
 
 def packages() -> dict[str, str]:

@@ -5,8 +5,8 @@ import pathlib
 import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"  # the second takes a third off compiling
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # a third less to compile
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # our networks take longer to compile than to run

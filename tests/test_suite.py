@@ -8,7 +8,7 @@ import pytest
 
 from dmd_jax import check, evaluate, main, measure, metrics, sharding
 from dmd_jax.data import images as images_lib
-from dmd_jax.evals import efficientnet, frechet, inception, protocols, suite
+from dmd_jax.evals import efficientnet, frechet, inception, protocols, references, suite
 from dmd_jax.evals import features as features_lib
 from tests.runs import smoke
 
@@ -96,10 +96,10 @@ def test_the_floor_is_one_half_against_the_other():
 
 def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
     measuring = linear()
-    first = suite.collect_source(measuring, source(), tmp_path, with_floor=True)
+    first = references.collect_source(measuring, source(), tmp_path, with_floor=True)
     (path,) = tmp_path.glob("reference-*.npz")
     written = path.stat().st_mtime_ns
-    again = suite.collect_source(measuring, source(BYTES.copy()), tmp_path, with_floor=True)
+    again = references.collect_source(measuring, source(BYTES.copy()), tmp_path, with_floor=True)
     assert path.stat().st_mtime_ns == written
     for real in (first, again):
         np.testing.assert_allclose(real.moments.covariance, collect(measuring, [COUNT]).moments.covariance, rtol=1e-9)
@@ -107,8 +107,8 @@ def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
     assert suite.compare(measuring, first, again)["FD-linear"] == pytest.approx(0, abs=1e-6)
     changed = BYTES.copy()
     changed[1234, 3, 3, 1] ^= 1
-    suite.collect_source(measuring, source(changed), tmp_path)
-    suite.collect_source(linear(protocol=dataclasses.replace(PROTOCOL, neighbours=10)), source(), tmp_path)
+    references.collect_source(measuring, source(changed), tmp_path)
+    references.collect_source(linear(protocol=dataclasses.replace(PROTOCOL, neighbours=10)), source(), tmp_path)
     assert len(list(tmp_path.glob("reference-*.npz"))) == 3
 
 
@@ -117,9 +117,9 @@ def test_foreign_statistics_have_no_single_images(tmp_path):
     measuring = linear()
     fake = collect(measuring, [COUNT])
     np.savez(tmp_path / "ref.npz", mu=fake.moments.mean, sigma=fake.moments.covariance)
-    suite.write(tmp_path / "ours.npz", measuring, fake)
+    references.write(tmp_path / "ours.npz", measuring, fake)
     for name, more in (("ref", set()), ("ours", {"KD-linear", "precision"})):
-        scores = suite.compare(measuring, suite.read(tmp_path / f"{name}.npz", measuring.features), fake)
+        scores = suite.compare(measuring, references.read(tmp_path / f"{name}.npz", measuring.features), fake)
         assert scores["FD-linear"] == pytest.approx(0, abs=1e-6) and more <= scores.keys()
         assert more or len(scores) == 1
         with np.load(tmp_path / f"{name}.npz") as file:
@@ -131,25 +131,25 @@ def test_statistics_that_do_not_fit(tmp_path):
     fake = collect(measuring, [COUNT])
     np.savez(path, mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(ValueError, match=r"reference statistics have 7 dimensions, linear has 5: they are of another feature network"):
-        suite.compare(measuring, suite.read(path, measuring.features), fake)
-    suite.write(path, measuring, fake)
+        suite.compare(measuring, references.read(path, measuring.features), fake)
+    references.write(path, measuring, fake)
     with pytest.raises(ValueError, match=r"was made with the features linear \(\w+\), expected other \(1234\); make it again, or choose"):
-        suite.read(path, measuring.features._replace(name="other", digest="1234"))
+        references.read(path, measuring.features._replace(name="other", digest="1234"))
     np.savez(path, mu=np.zeros(5), sigma=np.eye(4))
     with pytest.raises(ValueError, match=r"holds no statistics \(mu has shape \(5,\) and sigma \(4, 4\)\)"):
-        suite.read(path, measuring.features)
+        references.read(path, measuring.features)
     for content in (b"", b"PK\x03\x04 cut"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"holds no statistics .*expected arrays mu \[D\] and sigma \[D, D\]"):
-            suite.read(path, measuring.features)
+            references.read(path, measuring.features)
 
 
 def test_a_reference_of_another_size_than_the_protocols(tmp_path):
     measuring = linear(protocol=dataclasses.replace(PROTOCOL, reference_count=40_504))
     with pytest.raises(ValueError, match="the reference has 2048 images, that of the protocol test has 40504; give it all of them"):
-        suite.reference(measuring, source(), "", tmp_path)
+        references.reference(measuring, source(), "", tmp_path)
     with pytest.raises(ValueError, match="the protocol test needs a reference; name real images, or a file"):
-        suite.reference(measuring, None, "", tmp_path)
+        references.reference(measuring, None, "", tmp_path)
 
 
 def test_only_the_network_of_2015_makes_a_fid():

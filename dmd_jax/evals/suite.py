@@ -1,25 +1,17 @@
 """The measurements of a set of generated images against a set of real ones by a protocol, in one pass over each set."""
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import tqdm
 
-from dmd_jax import distributed, lookup, metrics, sharding, storage
-from dmd_jax.data import pipeline
+from dmd_jax import lookup, metrics, sharding
 from dmd_jax.evals import clip_score, drift, frechet, kid, precision_recall, protocols, retrieval
 from dmd_jax.evals import diversity as diversity_lib
 from dmd_jax.evals import features as features_lib
-from dmd_jax.weights import files
 
-READ = 500  # real images at a time
 PAIRWISE = "pairwise LPIPS"
 
 
@@ -203,108 +195,10 @@ def _of_texts(suite, images, vectors, texts):
     return {f"CLIP-{suite.clip.name}": clip_score.score(images, vectors)} | {f"{k} of captions": value for k, value in found.items()}
 
 
-def reference(suite: Suite, source, statistics: str, directory: str | os.PathLike) -> Collected:
-    """The real images that a suite compares with.
-
-    Args:
-      suite: what to measure with.
-      source: of them; None for none.
-      statistics: a file of their features' statistics, which take the place of those of `source`; "" for none.
-      directory: where statistics of sources are kept.
-
-    Raises:
-      ValueError: there are none, or another number than the protocol's; see `collect_source` and `read`.
-    """
-    protocol = suite.protocol
-    if source is None and not statistics:
-        raise ValueError(f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics.")
-    given = read(files.find(statistics), suite.features) if statistics else None
-    if given:
-        given = dataclasses.replace(given, origin=files.sha256(statistics))
-    if source is None:
-        return given
-    if protocol.reference_count not in (0, len(source)):
-        expected = f"that of the protocol {protocol.name} has {protocol.reference_count}"
-        raise ValueError(f"the reference has {len(source)} images, {expected}; give it all of them.")
-    real = collect_source(suite, source, directory, with_floor=not protocol.floor)
-    return dataclasses.replace(real, moments=given.moments, floor={}, origin=f"{given.origin} {real.origin}") if given else real
-
-
-def collect_source(suite: Suite, source, directory: str | os.PathLike, *, name: str = "reference", with_floor: bool = False) -> Collected:
-    """As `collect`, for a whole data source; kept in a file of `directory`, by the digests of all that it follows from.
-
-    Raises:
-      ValueError: an image cannot be read.
-    """
-    wanted, origin = f"{suite.protocol.quantisation == 'none'} {suite.protocol.neighbours} {with_floor}", content(source)
-    key = hashlib.sha256(f"{suite.features.digest} {wanted} {origin}".encode()).hexdigest()[:16]
-    path = storage.path(directory) / f"reference-{key}.npz"
-    if not distributed.gather(path.exists()).all():
-        real = collect(suite, batches(suite.protocol, source, range(len(source))), len(source), name=name, with_floor=with_floor)
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, suite, real)
-        distributed.barrier(f"{path} is there")
-    return dataclasses.replace(read(path, suite.features), origin=origin)
-
-
-def content(source) -> str:
-    """A digest of a source: of everything in it if it knows that, else of its length and a sample."""
-    return getattr(source, "digest", None) or pipeline.fingerprint({"": pipeline.Stream(source, 1)}, seed=0)
-
-
-def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[Batch]:
-    """The images of these rows of a data source, whose bytes they are. Threads read them: Pillow decodes without Python's lock."""
-    with futures.ThreadPoolExecutor() as pool:
-        for start in range(0, len(indices), READ):
-            rows = list(pool.map(source.__getitem__, indices[start : start + READ]))
-            images = np.stack([row["image"] for row in rows])
-            labels = np.stack([row["cond"] for row in rows]) if "cond" in rows[0] else None
-            yield Batch(images if protocol.quantisation == "none" else metrics.to_uint8(images), labels)
-
-
 def over_ranges(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Of ranges of seeds, EDM reports the minimum of the Frechet distance; its mean stands beside it, and of the other scores the mean."""
     means, frechet = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}, next(iter(scores[0]))
     return means if len(scores) == 1 else means | {frechet: min(s[frechet] for s in scores), f"{frechet} mean": means[frechet]}
-
-
-def write(path: str | os.PathLike, suite: Suite, collected: Collected):
-    """Writes an `.npz` that pytorch-fid and EDM read as well: "mu" [D] and "sigma" [D, D], and what else was collected."""
-    arrays = dict(mu=collected.moments.mean, sigma=collected.moments.covariance, count=collected.count, kept=collected.features)
-    rest = {"features": suite.features.digest, "name": suite.features.name}
-    rest |= {"colours": collected.colours, "agreement": collected.agreement, "floor": collected.floor}
-    with storage.writing(path) as file:
-        np.savez(file, **arrays, rest=json.dumps(rest))
-
-
-def read(path: str | os.PathLike, features: features_lib.Features) -> Collected:
-    """Statistics from an `.npz` of "mu" [D] and "sigma" [D, D], as EDM and pytorch-fid have them, or one of our own.
-
-    Raises:
-      ValueError: the file is damaged, or of another feature network.
-    """
-    try:
-        with np.load(storage.local(path)) as file:
-            arrays = dict(file)
-        mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
-        if covariance.shape != 2 * mean.shape:
-            raise ValueError(f"mu has shape {mean.shape} and sigma {covariance.shape}")
-        if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
-            raise ValueError("not all are finite")
-        rest = json.loads(str(arrays.get("rest", "{}")))
-        sums = drift.Sums(*rest["colours"]) if rest else None
-    except Exception as error:  # numpy, zipfile and zlib raise all kinds for damaged files
-        raise ValueError(
-            f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. Delete it, or get it again."
-        ) from error
-    if rest.get("features", features.digest) != features.digest:
-        raise ValueError(
-            f"{path} was made with the features {rest['name']} ({rest['features']}), expected {features.name} ({features.digest}); make it "
-            "again, or choose the protocol that it is of."
-        )
-    moments, kept = frechet.Moments(mean, covariance), arrays.get("kept")
-    return Collected(int(arrays.get("count", 0)), moments, kept, sums, rest.get("agreement"), floor=rest.get("floor", {}))
 
 
 def names(suite: Suite, real: Collected) -> dict[str, None]:
