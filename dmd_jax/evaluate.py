@@ -50,9 +50,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     settings, asked = config[stage], _asked(config, stage, workdir)
     parallel = experiment.make_parallel(config, stage)
     measuring = measure.make_suite(config, settings.protocol, workdir, parallel)
-    protocol, count = measuring.protocol, asked["protocol"]["count"]
-    real = measure.reference(config, measuring, workdir)
-    conditions = measure.conditions(config, workdir)
+    real, conditions, count = measure.reference(config, measuring, workdir), measure.conditions(config, workdir), asked["protocol"]["count"]
     decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.batch_size)
     retrieve = _retrieval(config, settings, measuring.features, workdir) if settings.get("retrieval") else None
 
@@ -66,11 +64,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
         draw = lambda inputs, sample=sample: decode(sample(inputs))
         images[name] = draw(first)[:SHOWN]
         seconds[name] = bench_parts.median_seconds(functools.partial(draw, first), settings.timing_repeats) / settings.batch_size
-        scores[name] = []
-        for r in range(protocol.ranges):
-            batches = measure.batches(config, protocol, range(r * count, (r + 1) * count), draw, conditions)
-            fake = suite.collect(measuring, batches, count, name=name)
-            scores[name].append(protocol.named(suite.compare(measuring, real, fake), count))
+        ranges = [range(r * count, (r + 1) * count) for r in range(measuring.protocol.ranges)]
+        scores[name] = [measure.score(config, measuring, real, draw, indices, conditions, name) for indices in ranges]
         if retrieve:
             retrieved, captioned[name] = retrieve(draw)
             scores[name] = [score | retrieved for score in scores[name]]
@@ -93,14 +88,19 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     if floor := measure.floor(config, measuring, real, workdir):
         result["scores"]["real"] = floor
     if jax.process_index() == 0:
-        curves = {name: metrics.read(workdir / name) for name in (settings.teacher, settings.student)}
-        if captioned:
-            with storage.writing(workdir / "captions.png") as file:
-                report.draw_captions(file, captioned, settings.retrieval.credit)
-        with storage.writing(workdir / "report.png") as file:
-            report.draw(file, result, images, curves, teacher=settings.teacher, student=settings.student)
-        metrics.write_json(workdir / "evaluation.json", result)
-        print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
+        _write(workdir, settings, result, images, captioned)
+
+
+def _write(workdir, settings, result, images, captioned):
+    """The files, and the table."""
+    curves = {name: metrics.read(workdir / name) for name in (settings.teacher, settings.student)}
+    if captioned:
+        with storage.writing(workdir / "captions.png") as file:
+            report.draw_captions(file, captioned, settings.retrieval.credit)
+    with storage.writing(workdir / "report.png") as file:
+        report.draw(file, result, images, curves, teacher=settings.teacher, student=settings.student)
+    metrics.write_json(workdir / "evaluation.json", result)
+    print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
 
 
 def _models(config, settings):

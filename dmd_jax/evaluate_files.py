@@ -60,9 +60,14 @@ def run(arguments: argparse.Namespace) -> dict:
     texts = _captions(arguments, len(source))
     parallel = sharding.Parallel(sharding.make_mesh())
     suited = _suite(protocol, parallel, arguments)
-    reference, statistics = _reference(protocol, arguments.reference, source)
     began, cache = time.perf_counter(), storage.cache("statistics")
+    statistics = arguments.reference if arguments.reference.endswith(".npz") else ""
+    reference = None if statistics else _real(protocol.name, protocol.reference, arguments.reference, source)
     real = references.reference(suited, reference, statistics, cache)
+    floor = real.floor
+    if protocol.floor:
+        held_out = _real(protocol.name, protocol.floor, arguments.reference, source)
+        floor = suite.compare(suited, real, references.collect_source(suited, held_out, cache, name="floor"))
     ranges = []
     for r in range(protocol.ranges):
         indices = range(r * count, (r + 1) * count)
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "reference": {"path": arguments.reference, "count": real.count, "digest": real.origin},
         "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
         "networks": suited.digests,
-        "scores": {"images": suite.over_ranges(ranges)} | ({"real": real.floor} if real.floor else {}),
+        "scores": {"images": suite.over_ranges(ranges)} | ({"real": floor} if floor else {}),
         "seed_ranges": ranges,
         "packages": measure.packages(),
         "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
@@ -129,23 +134,20 @@ def _suite(protocol, parallel, arguments):
     return suite.make(protocol, parallel, features=features, clip=arguments.clip, lpips=arguments.lpips, batch_size=arguments.batch_size)
 
 
-def _reference(protocol, path, images):
-    """(the source of real images, or None; the file of their statistics, or "")"""
-    if path.endswith(".npz"):
-        return None, path
-    settings = dict(protocol.reference)
+def _real(protocol, settings, path, images):
+    """The source of real images that a protocol has settings of, or that lie in `path`."""
     if not settings:
         if not path:
-            raise ValueError(f"the protocol {protocol.name} needs a reference; give --reference.")
-        return folder.read(path=path, size=images[0]["image"].shape[0]), ""
-    parameters = inspect.signature(lookup.find("data", settings["source"])).parameters
+            raise ValueError(f"the protocol {protocol} needs a reference; give --reference.")
+        return folder.read(path=path, size=images[0]["image"].shape[0])
+    settings, parameters = dict(settings), inspect.signature(lookup.find("data", settings["source"])).parameters
     if path and "path" not in parameters:
-        raise ValueError(f"the protocol {protocol.name} has real images of its own, expected no --reference, got {path}; leave it out.")
+        raise ValueError(f"the protocol {protocol} has real images of its own, expected no --reference, got {path}; leave it out.")
     if path:
         settings["path"] = path
-    if "size" in parameters and "size" not in settings:
-        settings["size"] = images[0]["image"].shape[0]
-    return lookup.open_source(settings), ""
+    if "size" in parameters:
+        settings.setdefault("size", images[0]["image"].shape[0])
+    return lookup.open_source(settings)
 
 
 def _batches(protocol, source, indices, texts):

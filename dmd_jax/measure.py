@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ml_collections
 import numpy as np
@@ -63,10 +63,22 @@ def conditions(config: ml_collections.ConfigDict, workdir: storage.Path):
     return experiment.make_source(config, protocols.fill(pinned, config.evaluate.conditions.to_dict(), "evaluate.conditions"), workdir)
 
 
-def batches(
-    config: ml_collections.ConfigDict, protocol: protocols.Protocol, indices: range, draw: Callable, conditions
-) -> Iterator[suite.Batch]:
-    """The generated images of these indices, by `draw(inputs)`, as the protocol sees them."""
+def score(
+    config: ml_collections.ConfigDict,
+    measure: suite.Suite,
+    real: suite.Collected,
+    draw: Callable,
+    indices: range,
+    conditions,
+    name: str = "",
+) -> dict[str, float]:
+    """Scores of the generated images of these indices, by `draw(inputs)`; `name` stands on the progress bar."""
+    fake = suite.collect(measure, _batches(config, measure.protocol, indices, draw, conditions), len(indices), name=name)
+    return measure.protocol.named(suite.compare(measure, real, fake), len(indices))
+
+
+def _batches(config, protocol, indices, draw, conditions):
+    """The images as the protocol sees them."""
     texts = getattr(conditions, "texts", None)
     for start in range(0, len(indices), config.evaluate.batch_size):
         chosen = indices[start : start + config.evaluate.batch_size]

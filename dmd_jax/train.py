@@ -213,12 +213,7 @@ def _scorer(config, stage, workdir, parallel):
         raise ValueError(f"no metric {best!r} for best_metric{lookup.nearest(best, list(names))}; there are: {', '.join(names)}.")
     draw = _make_draw(config, stage, workdir, parallel, config.evaluate.batch_size)
 
-    def scores(params):
-        batches = measure.batches(config, measuring.protocol, range(settings.count), functools.partial(draw, params), conditions)
-        found = suite.compare(measuring, real, suite.collect(measuring, batches, settings.count))
-        return measuring.protocol.named(found, settings.count)
-
-    return scores
+    return lambda params: measure.score(config, measuring, real, functools.partial(draw, params), range(settings.count), conditions)
 
 
 class _Watch:
