@@ -17,11 +17,15 @@ from dmd_jax import distributed, state, storage
 
 def open_manager(directory: str | os.PathLike, *, keep: int = 2, best: str = "") -> ocp.CheckpointManager:
     """A manager of `directory`/checkpoints that keeps the last `keep` checkpoints and the one with the lowest metric `best`, if named."""
-    policies = [preservation_policy.LatestN(keep)]
+    policies, measure = [preservation_policy.LatestN(keep)], None
     if best:
-        policies.append(preservation_policy.BestN(get_metric_fn=lambda metrics: metrics.get(best, np.inf), reverse=True, n=1))
+        measure = lambda metrics: metrics.get(best, np.inf)
+        best_one = dict(get_metric_fn=measure, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        policies.append(preservation_policy.BestN(**best_one))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        best_fn=measure,  # without it metrics are not written, and forgotten at the end
+        best_mode="min",
         cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(storage.absolute(directory) / "checkpoints", options=options)
@@ -45,7 +49,7 @@ def save(manager: ocp.CheckpointManager, train_state: state.TrainState, step: in
     meta = {"fingerprint": fingerprint, "weights": "params" if train_state.generator.ema is None else "ema"}
     arguments = ocp.args.Composite(state=ocp.args.StandardSave(train_state), meta=ocp.args.JsonSave(meta))
     with _told_clearly(manager):
-        saved = manager.save(step, args=arguments, metrics=metrics, force=True)
+        saved = manager.save(step, args=arguments, metrics=metrics or None, force=True)
     if not saved:
         raise ValueError(f"{manager.directory} already holds step {step} or a later one; use another workdir.")
 

@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 
 from dmd_jax import experiment, measure, metrics, sample, sampling, storage, tables
+from dmd_jax.evals import report
 
 WILD = "*?["  # in a pattern
 PROTOCOL = ("name", "count", "ranges", "quantisation", "crop_to", "neighbours", "clip", "prefix", "diversity")
@@ -144,7 +145,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys(name for found in scored for name in found))
     lines = [("mean (standard deviation)" if several else "", *names, "NFE", "ms an image", "s of training")]
     if any(real):
-        lines.append(("real images", *(_mean([found.get(name) for found in real], 3) for name in names), "", "", ""))
+        lines.append(("real images", *(_mean([report.value_of(found, name) for found in real], 3) for name in names), "", "", ""))
     for row in rows:
         name = f"{row.name}, {len(row.runs)} runs" if len(row.runs) > 1 else row.name
         ms = [1e3 * seconds for seconds in row.values("seconds_per_image")]

@@ -37,7 +37,7 @@ class Measured(NamedTuple):
 def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
     """Whether evaluation.json is about the checkpoints that are there now, by the same protocol."""
     path = workdir / "evaluation.json"
-    found = metrics.read_json(path) if path.exists() else {}
+    found = metrics.read_json(path) if path.exists() and (workdir / "report.png").exists() else {}
     return all(found.get(key) == value for key, value in _asked(config, stage, workdir).items())
 
 
@@ -47,9 +47,9 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     Raises:
       ValueError: a checkpoint or a file is missing, or the batch does not fit the devices.
     """
-    settings, asked = config[stage], _asked(config, stage, workdir)
-    parallel = experiment.make_parallel(config, stage)
+    settings, parallel = config[stage], experiment.make_parallel(config, stage)
     measuring = measure.make_suite(config, settings.protocol, workdir, parallel)
+    asked = _asked(config, stage, workdir)
     real, conditions, count = measure.reference(config, measuring, workdir), measure.conditions(config, workdir), asked["protocol"]["count"]
     decode = latents.make_decode(experiment.autoencoder(config), parallel, settings.batch_size)
     retrieve = _retrieval(config, settings, measuring.features, workdir) if settings.get("retrieval") else None
@@ -176,7 +176,7 @@ def _asked(config, stage, workdir):
         "features": config.features.to_dict(),
         "conditions": measure.digest_of(measure.conditions(config, workdir)),
         "reference": _content(protocols.fill(protocol.reference, settings.reference.to_dict(), "evaluate.reference"), workdir),
-        "statistics": files.sha256(files.find(settings.statistics)) if settings.statistics else None,
+        "files": _hashes(config, settings, workdir),
         "extras": {key: settings.get(key) for key in ("clip", "lpips", "retrieval", "straightness")},
         "autoencoder": checkpoint.digest(latents.load(autoencoder)[1]) if autoencoder else None,
         "seed": experiment.EVALUATION_SEED,
@@ -188,10 +188,17 @@ def _asked(config, stage, workdir):
 
 
 def _content(settings, workdir):
-    """Captions by what they are, wherever they lie; other sources by their settings."""
-    if not settings.get("source", "").startswith("captions."):
-        return settings
-    return {"source": settings["source"], "digest": experiment.open_source(settings, workdir).digest}
+    """Sources that know their content by that, wherever they lie; others by their settings."""
+    source = experiment.open_source(settings, workdir) if settings and settings.get("path") != "" else None
+    return {"source": settings["source"], "digest": source.digest} if getattr(source, "digest", None) else settings
+
+
+def _hashes(config, settings, workdir):
+    """Of the files that are named, as far as they are there."""
+    features = experiment.located(config.features.to_dict(), workdir)
+    named = {"statistics": settings.statistics, "lpips": settings.lpips, "weights": features.get("weights"), "path": features.get("path")}
+    paths = {key: storage.local(value) for key, value in named.items() if value}
+    return {key: files.sha256(path) for key, path in paths.items() if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def _images(protocol, path, count):
             f"{path}: the images have {height}x{height} pixels, expected {' or '.join(map(str, protocol.sizes))} for the protocol "
             f"{protocol.name}; choose another one."
         )
+    if count < 2:
+        raise ValueError(f"--count is {count}; expected at least 2.")
     needed = count * protocol.ranges
-    if count < 2 or len(source) < needed:
+    if len(source) < needed:
         ranges = f" of each of {protocol.ranges} ranges of seeds" * (protocol.ranges > 1)
         raise ValueError(
             f"{path} has {len(source)} images, but {protocol.name} measures {needed}: {count}{ranges}; make more of them, or give --count, "

@@ -208,9 +208,12 @@ def _scorer(config, stage, workdir, parallel):
         return None
     measuring = measure.make_suite(config, settings.protocol, workdir, sharding.Parallel(parallel.mesh))
     real, conditions = measure.reference(config, measuring, workdir), measure.conditions(config, workdir)
-    names, best = measuring.protocol.named(suite.names(measuring, real), settings.count), config[stage].best_metric
+    names, best = measuring.protocol.named(suite.distances(measuring, real), settings.count), config[stage].best_metric
     if best not in ("", *names):
-        raise ValueError(f"no metric {best!r} for best_metric{lookup.nearest(best, list(names))}; there are: {', '.join(names)}.")
+        raise ValueError(
+            f"no distance {best!r} for best_metric, which keeps the lowest{lookup.nearest(best, list(names))}; there are: "
+            f"{', '.join(names)}."
+        )
     draw = _make_draw(config, stage, workdir, parallel, config.evaluate.batch_size)
 
     return lambda params: measure.score(config, measuring, real, functools.partial(draw, params), range(settings.count), conditions)

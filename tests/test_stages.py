@@ -278,7 +278,8 @@ def test_a_best_metric_that_is_not_measured(finished):
     config = smoke()
     config.dmd.update(best_metric="FD-mlp@8", num_steps=30)
     with pytest.raises(
-        ValueError, match=r"^no metric 'FD-mlp@8' for best_metric \(did you mean 'FD-mlp@8-64'\?\); there are: FD-mlp@8-64, "
+        ValueError,
+        match=r"^no distance 'FD-mlp@8' for best_metric, which keeps the lowest \(did you mean 'FD-mlp@8-64'\?\); there are",
     ):
         train.run(config, "dmd", finished)
 

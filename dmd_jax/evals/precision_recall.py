@@ -18,7 +18,6 @@ from dmd_jax.evals import pairwise
 
 K_MANIFOLD = 3  # Kynkaanniemi et al., section 3
 K_DENSITY = 5  # Naeem et al., section 5
-NAMES = ("precision", "recall", "density", "coverage")
 TIE = 1e-10  # of the images' mean squared norm: squared distances that differ by less are equal, or rounding would decide for copies
 
 
@@ -45,8 +44,12 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, parallel: sharding.Para
     real, fake = (s | pairwise.by_rows(_radii, s["x"], s["x"], parallel) for s in sets)
     of_fake = pairwise.by_rows(_balls, real | {"tie": tie}, fake, parallel)
     of_real = pairwise.by_rows(_balls, fake | {"tie": tie}, real, parallel)
-    means = of_fake["within"].mean(), of_real["within"].mean(), of_fake["count"].mean() / K_DENSITY, of_real["reached"].mean()
-    return {name: float(mean) for name, mean in zip(NAMES, means, strict=True)}
+    return {
+        "precision": float(of_fake["within"].mean()),
+        "recall": float(of_real["within"].mean()),
+        "density": float(of_fake["count"].mean() / K_DENSITY),
+        "coverage": float(of_real["reached"].mean()),
+    }
 
 
 def _balls(whole, rows):

@@ -35,13 +35,14 @@ def reference(measuring: suite.Suite, source, statistics: str, directory: str | 
     if source is None and not statistics:
         raise ValueError(f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics.")
     given = read(files.find(statistics), measuring.features) if statistics else None
+    count = given.count if source is None else len(source)  # 0 if the file does not say
+    if protocol.reference_count and count not in (0, protocol.reference_count):
+        expected = f"that of the protocol {protocol.name} has {protocol.reference_count}"
+        raise ValueError(f"the reference has {count} images, {expected}; give it all of them.")
     if given:
         given = dataclasses.replace(given, origin=files.sha256(statistics))
     if source is None:
         return given
-    if protocol.reference_count not in (0, len(source)):
-        expected = f"that of the protocol {protocol.name} has {protocol.reference_count}"
-        raise ValueError(f"the reference has {len(source)} images, {expected}; give it all of them.")
     real = collect_source(measuring, source, directory, with_floor=not protocol.floor)
     return dataclasses.replace(real, moments=given.moments, floor={}, origin=f"{given.origin} {real.origin}") if given else real
 

@@ -33,10 +33,13 @@ def scores_table(scores: dict[str, dict[str, float]]) -> str:
     return tables.aligned(list(zip(*columns, strict=True)))
 
 
+def value_of(scores: dict[str, float], name: str) -> float | None:
+    """The score of that name; those of real images have no number of images in their names."""
+    return scores.get(name, scores.get(re.sub(r"-\d+$", "", name)))
+
+
 def _cells(scores, names):
-    """Those of real images have no number of images in their names."""
-    found = (scores.get(name, scores.get(re.sub(r"-\d+$", "", name))) for name in names)
-    return ["" if value is None else f"{value:.3f}" for value in found]
+    return ["" if (value := value_of(scores, name)) is None else f"{value:.3f}" for name in names]
 
 
 def draw(path: str | os.PathLike, result: dict, images: dict, curves: dict, *, teacher: str, student: str):

@@ -12,8 +12,6 @@ from dmd_jax.evals import clip_score, drift, frechet, kid, precision_recall, pro
 from dmd_jax.evals import diversity as diversity_lib
 from dmd_jax.evals import features as features_lib
 
-PAIRWISE = "pairwise LPIPS"
-
 
 class Suite(NamedTuple):
     """What a protocol measures with.
@@ -201,18 +199,9 @@ def over_ranges(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     return means if len(scores) == 1 else means | {frechet: min(s[frechet] for s in scores), f"{frechet} mean": means[frechet]}
 
 
-def names(suite: Suite, real: Collected) -> dict[str, None]:
-    """Those of what `compare` has for images that are made for labels, or for texts."""
-    found = [suite.features.frechet]
-    if real.features is not None:
-        found += [suite.features.kernel, *precision_recall.NAMES]
-    if real.colours is not None:
-        found += drift.drift(real.colours, real.colours)
-    if suite.features.predict:
-        found.append("agreement")
-    if suite.clip:
-        found += _of_texts(suite, *2 * [np.eye(2)], ["a", "b"])
-    return dict.fromkeys([*found, PAIRWISE] if suite.diversity else found)
+def distances(suite: Suite, real: Collected) -> dict[str, None]:
+    """Names of what `compare` has that is the lower the better."""
+    return dict.fromkeys([suite.features.frechet] + [suite.features.kernel] * (real.features is not None))
 
 
 def compare(suite: Suite, real: Collected, fake: Collected) -> dict[str, float]:
@@ -239,4 +228,4 @@ def compare(suite: Suite, real: Collected, fake: Collected) -> dict[str, float]:
     if fake.agreement is not None:
         result["agreement"] = fake.agreement
     result |= fake.texts
-    return result if fake.diversity is None else result | {PAIRWISE: fake.diversity}
+    return result if fake.diversity is None else result | {"pairwise LPIPS": fake.diversity}
