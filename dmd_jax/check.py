@@ -53,7 +53,7 @@ def files(config: ml_collections.ConfigDict, stages: Iterable[str], workdir: sto
             imported = key == "checkpoint" and (workdir / stage / experiment.SOURCE).exists()
             if FILES.search(key) and value and "{workdir}" not in value and not imported:
                 try:
-                    find = files_lib.find if key == "clip" else experiment.find_files
+                    find = files_lib.find if key in ("clip", "lpips") else experiment.find_files
                     find(value)
                 except ValueError as error:
                     missing.append(str(error))
@@ -102,7 +102,7 @@ def _names(config: ml_collections.ConfigDict):
             if role in settings:
                 _check_sampled(config, settings[role], f"{stage}.{role}")
         if settings.program == "evaluate":
-            measure.check(config, settings.protocol)
+            measure.check(config, settings.protocol, settings.count, stage)
             _check_rows(config, stage, denoisers)
 
 
@@ -142,7 +142,7 @@ def _check_scores(config, stage):
         return
     if set(scores.keys()) != {"every", "protocol", "count"}:
         raise ValueError(f"{stage}.scores is {scores.to_dict()}, expected every, protocol and count, or nothing at all.")
-    measure.check(config, scores.protocol)
+    measure.check(config, scores.protocol, scores.count, f"{stage}.scores")
     if best and config[stage].checkpoint_every % scores.every:
         raise ValueError(
             f"{stage}.best_metric {best!r} needs scores at every checkpoint, but checkpoint_every "

@@ -76,8 +76,11 @@ def open_run(path: storage.Path) -> Run:
     file = path / "evaluation.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist; let the run come to its evaluation first.")
-    run, expected = Run(path, config, metrics.read_json(file)), {"scores", "nfe", "seconds_per_image", "training_seconds", "versions"}
-    if missing := expected - run.result.keys():
+    run, of_rows = Run(path, config, metrics.read_json(file)), ("scores", "nfe", "seconds_per_image")
+    stages = {config.evaluate.teacher, config.evaluate.student}
+    missing = {"training_seconds", "versions", "speedup"} - run.result.keys()
+    missing |= {key for key in of_rows if not isinstance(run.result.get(key), dict) or stages - run.result[key].keys()}
+    if missing:
         raise ValueError(f"{file} has no {', '.join(sorted(missing))}: an older version wrote it; evaluate the run again.")
     return run
 
@@ -110,6 +113,8 @@ def open_rows(arguments: Sequence[str]) -> list[Row]:
         name, equals, pattern = argument.partition("=")
         if not equals or "/" in name:
             name, pattern = storage.absolute(argument).name, argument
+        if not name:
+            raise ValueError(f"{argument} has no name before its =; expected NAME=DIRECTORY.")
         if name in groups:
             raise ValueError(f"two rows are named {name}; name them, such as other={pattern}.")
         groups[name] = [open_run(path) for path in matching(pattern)]

@@ -20,8 +20,7 @@ import jax
 from dmd_jax import lookup, measure, metrics, programs, sharding, storage
 from dmd_jax.data import folder
 from dmd_jax.evals import protocols, references, report, suite
-
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+from dmd_jax.weights import files
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -35,10 +34,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--captions", default="", help="a text file: the caption of each image, one a line, in the order of the images' names")
     add("--clip", default="", help="the directory of the CLIP model, for the CLIP score of --captions")
     add("--lpips", default="", help="the file of LPIPS' weights, for the mean distance of pairs")
-    add("--weights", default="", help=f"the file of the feature network; {INCEPTION} for FID, if not given")
+    add("--weights", default="", help=f"the file of the feature network; {files.INCEPTION} for FID, if not given")
     add("--batch_size", type=int, default=64, help="images at once, over all devices")
     add("--out", default="", help="the result, a .json")
-    add("--save_statistics", default="", help="statistics of --images, an .npz for --reference, pytorch-fid and EDM")
+    add("--save_statistics", default="", help="an .npz of --images (the first range of seeds) for --reference, pytorch-fid and EDM")
     return parser.parse_args(argv)
 
 
@@ -53,7 +52,8 @@ def run(arguments: argparse.Namespace) -> dict:
     """
     protocol = protocols.find(arguments.protocol)
     for name, suffix in (("out", ".json"), ("save_statistics", ".npz")):
-        if (path := getattr(arguments, name)) and not (path.endswith(suffix) and storage.has_parent(path)):
+        path = getattr(arguments, name)
+        if path and (not path.endswith(suffix) or not storage.has_parent(path) or storage.path(path).is_dir()):
             raise ValueError(f"--{name} is {path}; expected a {suffix} in a directory that exists.")
     count = protocol.count if arguments.count is None else arguments.count
     source = _images(protocol, arguments.images, count)
@@ -103,13 +103,13 @@ def _images(protocol, path, count):
             f"{path}: the images have {height}x{height} pixels, expected {' or '.join(map(str, protocol.sizes))} for the protocol "
             f"{protocol.name}; choose another one."
         )
-    if count < 2:
-        raise ValueError(f"--count is {count}; expected at least 2.")
+    if count < suite.LEAST:
+        raise ValueError(f"--count is {count}; expected at least {suite.LEAST}.")
     needed = count * protocol.ranges
     if len(source) < needed:
-        ranges = f" of each of {protocol.ranges} ranges of seeds" * (protocol.ranges > 1)
+        ranges = f", {count} of each of {protocol.ranges} ranges of seeds" * (protocol.ranges > 1)
         raise ValueError(
-            f"{path} has {len(source)} images, but {protocol.name} measures {needed}: {count}{ranges}; make more of them, or give --count, "
+            f"{path} has {len(source)} images, but {protocol.name} measures {needed}{ranges}; make more of them, or give another --count, "
             "which then stands in the names of the scores."
         )
     return source
@@ -120,7 +120,10 @@ def _captions(arguments, count):
         raise ValueError("--captions and --clip belong together; give both, or none.")
     if not arguments.captions:
         return None
-    lines = storage.local(arguments.captions).read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = storage.local(arguments.captions).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--captions={arguments.captions} is no text file in UTF-8 ({error}); give one with a caption a line.") from error
     texts = [line.strip() for line in lines if line.strip()]
     if len(texts) != count:
         raise ValueError(f"{arguments.captions} has {len(texts)} captions, but there are {count} images; give one line for each image.")
@@ -130,8 +133,10 @@ def _captions(arguments, count):
 def _suite(protocol, parallel, arguments):
     features = {"batch_size": arguments.batch_size, "weights": arguments.weights}
     if protocol.features["name"] == "inception":
-        features["weights"] = arguments.weights or INCEPTION
+        features["weights"] = arguments.weights or files.INCEPTION
     if protocol.features["name"] == "classifier":
+        if arguments.weights:
+            raise ValueError(f"the protocol {protocol.name} trains its features itself, expected no --weights; leave them out.")
         features = {"path": str(storage.cache("statistics") / f"{protocol.name.partition(':')[0]}.npz")}
     return suite.make(protocol, parallel, features=features, clip=arguments.clip, lpips=arguments.lpips, batch_size=arguments.batch_size)
 

@@ -34,6 +34,14 @@ def nearest(name: str, names: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_arguments(make: Callable, arguments: dict, where: str, *first):
+    """Raises ValueError, which names `where` they are from, unless `make` takes these arguments after the `first` ones."""
+    try:
+        inspect.signature(make).bind(*first, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{where} does not fit: {error}.") from error
+
+
 def open_source(settings: dict):
     """The data source `settings["source"]`; the rest of them are its arguments.
 
@@ -41,9 +49,7 @@ def open_source(settings: dict):
       ValueError: there is none of that name, or the arguments are not its own.
     """
     settings = dict(settings)
-    make = find("data", settings.pop("source"))
-    try:
-        inspect.signature(make).bind(**settings)
-    except TypeError as error:
-        raise ValueError(f"a data source does not fit: {error}.") from error
+    name = settings.pop("source")
+    make = find("data", name)
+    check_arguments(make, settings, f"the source {name}")
     return make(**settings)

@@ -44,7 +44,7 @@ LOCK = "lock"  # in the workdir
 CHANGEABLE = re.compile(
     r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|preview_images|checkpoint_every|keep_checkpoints"
     r"|max_skipped_updates|timing_repeats|checkpoint)$"
-    r"|^\w+\.(others|straightness)\b"
+    r"|^(evaluate|features)\."
     r"|^(checkpoint|coco|taesd|prompts_file|profile)$|\bnetwork\.remat$"
     r"|(^|\.)(captions|reference|text|autoencoder|distance|decoder)\.(checkpoint|weights|annotations|images|path|data_dir)$"
 )
@@ -238,6 +238,8 @@ def parse(argv):
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0]) if error.args else str(error)
         line = " ".join(text.split()) if isinstance(error, AttributeError | KeyError) else text.strip().splitlines()[-1].strip()
+        if isinstance(error, KeyError) and " " not in text:
+            line = f"the config has no key {text!r} there"
         sys.exit(f"error: {line}")
 
 

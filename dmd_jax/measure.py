@@ -7,20 +7,36 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from dmd_jax import experiment, sharding, storage
+from dmd_jax import experiment, lookup, sharding, storage
 from dmd_jax.evals import protocols, references, suite
 
 PACKAGES = ("dmd_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
-def check(config: ml_collections.ConfigDict, name: str):
-    """Raises ValueError if there is no protocol of that name, or `config.evaluate` asks for something else than it does."""
-    protocol, settings = protocols.find(name), config.evaluate
-    protocols.fill(protocol.features, config.features.to_dict(), "features")
+def check(config: ml_collections.ConfigDict, name: str, count: int | None, where: str):
+    """Raises ValueError if there is no protocol of that name, it is not for such images, or `config.evaluate` asks for something else.
+
+    Args:
+      config: of the run.
+      name: of the protocol.
+      count: images to be measured; None for the protocol's number.
+      where: they stand in the config.
+    """
+    protocol, settings, size = protocols.find(name), config.evaluate, config.network.size
+    features = protocols.fill(protocol.features, config.features.to_dict(), "features")
+    lookup.check_arguments(lookup.find("evals", features.pop("name")), features, f"features of the protocol {name}", None)
     for key in ("reference", "floor", "conditions"):
-        protocols.fill(getattr(protocol, key), settings[key].to_dict(), f"evaluate.{key}")
-    if settings.count is not None and settings.count < 2:
-        raise ValueError(f"evaluate.count is {settings.count}; expected at least 2, or None for the protocol's {protocol.count}.")
+        source = protocols.fill(getattr(protocol, key), settings[key].to_dict(), f"evaluate.{key}")
+        if source or key == "conditions":
+            make = lookup.find("data", source.pop("source", ""))
+            lookup.check_arguments(make, source, f"evaluate.{key} with what the protocol {name} has")
+    if count is not None and count < suite.LEAST:
+        raise ValueError(f"{where}.count is {count}; expected at least {suite.LEAST}, or in an evaluation None for {protocol.count}.")
+    if "autoencoder" not in config and protocol.sizes and size not in protocol.sizes:
+        expected = " or ".join(map(str, protocol.sizes))
+        raise ValueError(f"{where}.protocol is {name}, expected one for {size} pixels, as network.size is; this one is for {expected}.")
+    if settings.clip and not protocol.clip:
+        raise ValueError(f"evaluate.clip is {settings.clip!r}, but the protocol {name} has no CLIP score; leave it out.")
 
 
 def real_images(config: ml_collections.ConfigDict) -> list[dict]:

@@ -113,7 +113,9 @@ def test_directories_that_are_no_runs(tmp_path):
     with pytest.raises(ValueError, match="two rows are named a; name them, such as other="):
         cells(run, f"a={run}")
     metrics.write_json(run / "evaluation.json", {"protocol": {}, "nfe": {}})
-    with pytest.raises(ValueError, match="has no scores, seconds_per_image, training_seconds, versions: an older version wrote it"):
+    with pytest.raises(
+        ValueError, match="has no nfe, scores, seconds_per_image, speedup, training_seconds, versions: an older version wrote it"
+    ):
         cells(run)
     (run / "evaluation.json").unlink()
     with pytest.raises(ValueError, match=r"evaluation\.json does not exist; let the run come to its evaluation first"):

@@ -9,6 +9,7 @@ from PIL import Image
 from dmd_jax import sharding
 from dmd_jax.evals import frechet, inception, kid, pairwise, precision_recall
 from dmd_jax.models import inception as network
+from dmd_jax.weights import files
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((600, 24)).astype(np.float32) + 3
@@ -173,7 +174,10 @@ def pixels(tmp_path, monkeypatch):
     return tmp_path / "inception.pth"
 
 
-def test_fids_digest_is_of_the_whole_chain(pixels):
+def test_fids_digest_is_of_the_whole_chain(pixels, monkeypatch):
+    """And FID is what is in the one network's features."""
+    assert inception.make(devices(8), batch_size=8, weights=pixels).frechet.startswith("FD-inception-")
+    monkeypatch.setitem(files.SHA256, files.INCEPTION, files.sha256(pixels))
     settings = [{}, {"resize": "pytorch_fid"}, {"resize": "clean"}, {"resize": "clean", "crop_to": 256}, {"crop_to": 256}]
     made = [inception.make(devices(8), batch_size=8, weights=pixels, **chain) for chain in settings]
     assert len({features.digest for features in made}) == 5 and {features.frechet for features in made} == {"FID"}

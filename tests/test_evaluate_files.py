@@ -144,8 +144,12 @@ def test_one_bad_image_in_the_middle(real, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(count="41"), r"has 40 images, but small measures 41: 41; make more of them, or give --count, which then stands in the names"),
+        (
+            dict(count="41"),
+            r"has 40 images, but small measures 41; make more of them, or give another --count, which then stands",
+        ),
         (dict(protocol="edm50k"), r"the images have 16x16 pixels, expected 32 or 64 for the protocol edm50k; choose another one"),
+        (dict(count="5"), r"--count is 5; expected at least 6"),
         (dict(protocol="fid"), r"no protocol 'fid'; there are: edm50k, edm50k:dmd2"),
         (dict(reference=""), r"the protocol small needs a reference; give --reference"),
         (dict(reference="nowhere"), r"nowhere: expected a directory or a \.zip of images, got nothing there"),
@@ -164,11 +168,11 @@ def test_refusals(real, fake, settings, message):
 
 def test_fid_wants_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "images", 6, size=(32, 32))
+    write(tmp_path / "images", 18, size=(32, 32))
     with pytest.raises(
         ValueError, match=r"pt_inception-2015-12-05-6726825d\.pth does not exist.*published at https://github\.com/mseitzer"
     ):
-        run(images="images", reference="images", protocol="edm50k", count="2", batch_size="8")
+        run(images="images", reference="images", protocol="edm50k", count="6", batch_size="8")
 
 
 def test_statistics_of_another_network(real, fake, tmp_path):

@@ -181,7 +181,10 @@ def test_efficientnet_from_its_package():
         ("protocol", "edm50", r"^no protocol 'edm50' \(did you mean 'edm50k'\?\); there are: edm50k, edm50k:dmd2, "),
         ("reference", {"split": "train"}, "^evaluate.reference.split is 'train', but the protocol has 'held_out'; leave it out, or choose"),
         ("conditions", {"num_classes": 5}, "^evaluate.conditions.num_classes is 5, but the protocol has 10"),
-        ("count", 1, "^evaluate.count is 1; expected at least 2, or None for the protocol's 2000"),
+        ("count", 5, "^evaluate.count is 5; expected at least 6, or in an evaluation None for 2000"),
+        ("clip", "model", "^evaluate.clip is 'model', but the protocol digits:train has no CLIP score; leave it out"),
+        ("protocol", "edm50k", "features of the protocol edm50k does not fit: missing a required argument: 'batch_size'"),
+        ("protocol", "fashion_mnist", "features of the protocol fashion_mnist does not fit"),
     ],
 )
 def test_a_config_does_not_change_a_protocol(key, value, message):
@@ -223,9 +226,11 @@ def test_the_scores_of_training_are_an_evaluation(workdir):
     assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-5)
 
 
-def test_statistics_as_a_reference(workdir):
-    config = smoke()
-    measuring = measure.make_suite(config, "digits", workdir, sharding.Parallel(sharding.make_mesh()))
+def test_statistics_as_a_reference(workdir, monkeypatch):
+    config, pinned = smoke(), protocols.DIGITS.reference
+    monkeypatch.setitem(protocols.PROTOCOLS, "open", dataclasses.replace(protocols.DIGITS, name="open", reference={}))
+    config.evaluate.update(protocol="open", reference=pinned)
+    measuring = measure.make_suite(config, "open", workdir, sharding.Parallel(sharding.make_mesh()))
     real = measure.reference(config, measuring, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
     before = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
@@ -233,6 +238,9 @@ def test_statistics_as_a_reference(workdir):
     evaluate.run(config, "evaluate", workdir)
     scores = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
     assert scores == pytest.approx(before)  # single images from the reference, too
+    config.evaluate.protocol, config.evaluate.reference = "digits", {}
+    with pytest.raises(ValueError, match=r"the protocol digits has real images of its own, expected none, got .*ref\.npz; leave it out"):
+        evaluate.run(config, "evaluate", workdir)
     config.evaluate.statistics = str(workdir / "absent.npz")
     with pytest.raises(ValueError, match=r"absent\.npz does not exist"):
         main.run(config, workdir)

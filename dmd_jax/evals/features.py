@@ -51,7 +51,11 @@ def read_params(path: str | os.PathLike, abstract: dict, *, without: str) -> dic
       ValueError: the file is missing, damaged or of another network.
     """
     tensors = pickles.read(files.find(path))
-    return convert.from_torch({k: a for k, a in tensors.items() if not re.search(rf"{without}|num_batches_tracked$", k)}, abstract)
+    kept = {k: a for k, a in tensors.items() if not re.search(rf"{without}|num_batches_tracked$", k)}
+    try:
+        return convert.from_torch(kept, abstract)
+    except ValueError as error:
+        raise ValueError(f"{path} holds another network: {str(error)[:300]} ...; name the right file.") from error
 
 
 def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Parallel, batch_size: int, *settings) -> Features:

@@ -5,6 +5,7 @@ import jax
 from dmd_jax.evals import features as features_lib
 from dmd_jax.evals import resize as resize_lib
 from dmd_jax.models import inception
+from dmd_jax.weights import files
 
 
 def clean_input(images: jax.Array) -> jax.Array:
@@ -40,4 +41,6 @@ def make(parallel, *, batch_size: int, weights: str, resize: str = "edm", crop_t
             images = resize_lib.bytes_resize(resize_lib.center_crop(images), crop_to, "lanczos")
         return network.apply(params, INPUTS[resize](images))
 
-    return features_lib.of_network("inception", apply, params, parallel, batch_size, resize, crop_to)
+    found = files.sha256(weights)
+    name = "inception" if found == files.SHA256[files.INCEPTION] else f"inception-{found[:8]}"  # FID has but one network
+    return features_lib.of_network(name, apply, params, parallel, batch_size, resize, crop_to)

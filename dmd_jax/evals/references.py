@@ -32,6 +32,8 @@ def reference(measuring: suite.Suite, source, statistics: str, directory: str | 
       ValueError: there are none, or another number than the protocol's; see `collect_source` and `read`.
     """
     protocol = measuring.protocol
+    if statistics and protocol.reference and not protocol.crop_to:
+        raise ValueError(f"the protocol {protocol.name} has real images of its own, expected none, got {statistics}; leave it out.")
     if source is None and not statistics:
         raise ValueError(f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics.")
     given = read(files.find(statistics), measuring.features) if statistics else None
@@ -100,12 +102,16 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
     try:
         with np.load(storage.local(path)) as file:
             arrays = dict(file)
+        if any(np.iscomplexobj(arrays[key]) for key in ("mu", "sigma")):
+            raise ValueError("they are complex")
         mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
-        if covariance.shape != 2 * mean.shape:
-            raise ValueError(f"mu has shape {mean.shape} and sigma {covariance.shape}")
-        if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
-            raise ValueError("not all are finite")
-        rest = json.loads(str(arrays.get("rest", "{}")))
+        if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
+            raise ValueError(f"mu has shape {np.shape(mean)} and sigma {np.shape(covariance)}")
+        if not np.isfinite(mean).all() or not np.isfinite(covariance).all() or np.diag(covariance).min() < 0:
+            raise ValueError("not all are finite, or variances below 0")
+        kept, count, rest = arrays.get("kept"), int(arrays.get("count", 0)), json.loads(str(arrays.get("rest", "{}")))
+        if kept is not None and kept.shape[1:] != mean.shape:
+            raise ValueError(f"kept has shape {kept.shape}")
         sums = drift.Sums(*rest["colours"]) if rest else None
     except Exception as error:  # numpy, zipfile and zlib raise all kinds for damaged files
         raise ValueError(
@@ -116,5 +122,4 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
             f"{path} was made with the features {rest['name']} ({rest['features']}), expected {features.name} ({features.digest}); make it "
             "again, or choose the protocol that it is of."
         )
-    moments, kept = frechet.Moments(mean, covariance), arrays.get("kept")
-    return suite.Collected(int(arrays.get("count", 0)), moments, kept, sums, rest.get("agreement"), floor=rest.get("floor", {}))
+    return suite.Collected(count, frechet.Moments(mean, covariance), kept, sums, rest.get("agreement"), floor=rest.get("floor", {}))

@@ -12,6 +12,8 @@ from dmd_jax.evals import clip_score, drift, frechet, kid, precision_recall, pro
 from dmd_jax.evals import diversity as diversity_lib
 from dmd_jax.evals import features as features_lib
 
+LEAST = precision_recall.K_DENSITY + 1  # images of a set
+
 
 class Suite(NamedTuple):
     """What a protocol measures with.

@@ -9,6 +9,7 @@ from dmd_jax import storage
 
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
 HUB = "https://huggingface.co"
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"  # the network of FID
 PUBLISHED = (  # (regex of the name of a file or a directory, where it comes from)
     (r"^edm-.*\.pkl$", f"{EDM}/pretrained/"),
     (r"^(cifar10-32x32|ffhq-64x64|afhqv2-64x64|imagenet-64x64)\.npz$", f"{EDM}/fid-refs/"),
@@ -24,7 +25,7 @@ PUBLISHED = (  # (regex of the name of a file or a directory, where it comes fro
     (r"^CLIP-ViT-B-32-laion2B-s34B-b79K$", f"{HUB}/laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
 )
 SHA256 = {  # of files by their names, or with those of their directories
-    "pt_inception-2015-12-05-6726825d.pth": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    INCEPTION: "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     "clip-vit-base-patch32/pytorch_model.bin": "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f",
     "clip-vit-large-patch14/model.safetensors": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
     "CLIP-ViT-g-14-laion2B-s12B-b42K/open_clip_pytorch_model.bin": "6aac683f899159946bc4ca15228bb7016f3cbb1a2c51f365cba0b23923f344da",
