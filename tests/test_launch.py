@@ -290,7 +290,8 @@ def test_local_goes_by_the_first_that_failed(bench, first, later, runs):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_on_a_signal_and_ends(bench, sent):
     bench.answer("python", "|wait", "|0")
-    process = subprocess.Popen(bench.command("gpu_local", "--", *PROGRAM), cwd=ROOT, env=bench.environment, start_new_session=True)
+    heard = dict(start_new_session=True, preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))  # also where a shell's & had it ignored
+    process = subprocess.Popen(bench.command("gpu_local", "--", *PROGRAM), cwd=ROOT, env=bench.environment, **heard)
     wait_for(bench.path / "waiting")
     process.send_signal(sent)
     assert process.wait(30) == 75 and len(bench.calls()) == 1
