@@ -103,7 +103,7 @@ def make(protocol: protocols.Protocol, parallel: sharding.Parallel, *, features:
             raise ValueError(f"{clip} holds CLIP's {scorer.name}, but the protocol {protocol.name} has {protocol.clip}; name that one.")
         digests[f"CLIP {scorer.name}"] = scorer.digest
     if lpips:
-        distance = diversity_lib.make(parallel, batch_size=batch_size, weights=lpips)
+        distance = diversity_lib.make(parallel, batch_size=batch_size, weights=lpips, size=protocol.diversity[2] or None)
         digests["LPIPS"] = distance.digest
     return Suite(protocol, network, parallel, scorer, distance, digests)
 
