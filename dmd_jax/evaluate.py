@@ -175,7 +175,7 @@ def _asked(config, stage, workdir):
         "protocol": dataclasses.asdict(protocol) | {"count": settings.count or protocol.count},
         "features": config.features.to_dict(),
         "conditions": measure.digest_of(measure.conditions(config, workdir)),
-        "reference": _content(protocols.fill(protocol.reference, settings.reference.to_dict(), "evaluate.reference"), workdir),
+        "reference": _content(measure.filled(config, protocol, "reference"), workdir),
         "files": _hashes(config, settings, workdir),
         "extras": {key: settings.get(key) for key in ("clip", "lpips", "retrieval", "straightness")},
         "autoencoder": checkpoint.digest(latents.load(autoencoder)[1]) if autoencoder else None,

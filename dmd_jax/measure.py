@@ -26,7 +26,7 @@ def check(config: ml_collections.ConfigDict, name: str, count: int | None, where
     features = protocols.fill(protocol.features, config.features.to_dict(), "features")
     lookup.check_arguments(lookup.find("evals", features.pop("name")), features, f"features of the protocol {name}", None)
     for key in ("reference", "floor", "conditions"):
-        source = protocols.fill(getattr(protocol, key), settings[key].to_dict(), f"evaluate.{key}")
+        source = filled(config, protocol, key)
         if source or key == "conditions":
             make = lookup.find("data", source.pop("source", ""))
             lookup.check_arguments(make, source, f"evaluate.{key} with what the protocol {name} has")
@@ -41,10 +41,14 @@ def check(config: ml_collections.ConfigDict, name: str, count: int | None, where
 
 def real_images(config: ml_collections.ConfigDict) -> list[dict]:
     """The data sources of real images that the evaluation wants: reference, floor."""
-    protocol, settings = protocols.find(config.evaluate.protocol), config.evaluate
-    pairs = {key: (getattr(protocol, key), settings[key].to_dict()) for key in ("reference", "floor")}
-    filled = [protocols.fill(*pair, f"evaluate.{key}") for key, pair in pairs.items()]
-    return [found for found in filled if found and found.get("path") != ""]
+    protocol = protocols.find(config.evaluate.protocol)
+    sources = [filled(config, protocol, key) for key in ("reference", "floor")]
+    return [found for found in sources if found and found.get("path") != ""]
+
+
+def filled(config: ml_collections.ConfigDict, protocol: protocols.Protocol, key: str) -> dict:
+    """A data source of the protocol, its "reference", "floor" or "conditions", with what it leaves open to the evaluation's config."""
+    return protocols.fill(getattr(protocol, key), config.evaluate[key].to_dict(), f"evaluate.{key}")
 
 
 def make_suite(config: ml_collections.ConfigDict, name: str, workdir: storage.Path, parallel: sharding.Parallel) -> suite.Suite:
@@ -58,7 +62,7 @@ def make_suite(config: ml_collections.ConfigDict, name: str, workdir: storage.Pa
 def reference(config: ml_collections.ConfigDict, measure: suite.Suite, workdir: storage.Path) -> suite.Collected:
     """The real images of the suite's protocol: see `references.reference`."""
     protocol, source = measure.protocol, None
-    settings = protocols.fill(protocol.reference, config.evaluate.reference.to_dict(), "evaluate.reference")
+    settings = filled(config, protocol, "reference")
     if settings and settings.get("path") != "":
         source = experiment.open_source(settings, workdir) if protocol.crop_to else experiment.make_source(config, settings, workdir)
     return references.reference(measure, source, config.evaluate.statistics, workdir)
@@ -66,7 +70,7 @@ def reference(config: ml_collections.ConfigDict, measure: suite.Suite, workdir: 
 
 def floor(config: ml_collections.ConfigDict, measure: suite.Suite, real: suite.Collected, workdir: storage.Path) -> dict[str, float]:
     """Scores of real images, as low as can be expected of generated ones: see `Protocol.floor`; {} where there are no single ones."""
-    settings = protocols.fill(measure.protocol.floor, config.evaluate.floor.to_dict(), "evaluate.floor")
+    settings = filled(config, measure.protocol, "floor")
     if not settings:
         return real.floor
     held_out = references.collect_source(measure, experiment.make_source(config, settings, workdir), workdir, name="floor")
@@ -75,8 +79,8 @@ def floor(config: ml_collections.ConfigDict, measure: suite.Suite, real: suite.C
 
 def conditions(config: ml_collections.ConfigDict, workdir: storage.Path):
     """The data source of what generated images are to show, those of the evaluation's protocol."""
-    pinned = protocols.find(config.evaluate.protocol).conditions
-    return experiment.make_source(config, protocols.fill(pinned, config.evaluate.conditions.to_dict(), "evaluate.conditions"), workdir)
+    settings = filled(config, protocols.find(config.evaluate.protocol), "conditions")
+    return experiment.make_source(config, settings, workdir)
 
 
 def score(

@@ -119,7 +119,9 @@ def write_json(path: storage.Path, content: dict):
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128)."""
+    """[-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128); bytes stay as they are."""
+    if images.dtype == np.uint8:
+        return images
     return np.clip(127.5 * np.asarray(images, np.float32) + 128, 0, 255).astype(np.uint8)
 
 

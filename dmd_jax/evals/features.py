@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from dmd_jax import checkpoint, metrics, sharding
 from dmd_jax.weights import convert, files, pickles
@@ -71,6 +70,6 @@ def of_network(name: str, apply: Callable, params: dict, parallel: sharding.Para
     run, params = parallel.in_batches("features batch_size", extract, batch_size), sharding.place(params, parallel.replicated)
 
     def of_bytes(images):
-        return run(params, images if images.dtype == np.uint8 else metrics.to_uint8(images))
+        return run(params, metrics.to_uint8(images))
 
     return Features(name, digest(params, name, *settings), of_bytes)

@@ -122,9 +122,10 @@ def collect(suite: Suite, batches: Iterable[Batch], count: int, *, name: str = "
       ValueError: there are too few images for what is measured.
     """
     diversity, total, start = suite.protocol.diversity, None, 0
+    kept_of = _evenly(count, suite.protocol.neighbours)
     with tqdm.tqdm(desc=name, total=count, unit="image", disable=None if name else True) as bar:
         for batch in batches:
-            part = _measure(suite, batch, np.arange(start, start + len(batch.images)), count)
+            part = _measure(suite, batch, np.arange(start, start + len(batch.images)), kept_of)
             total = part if total is None else total + part
             start += len(batch.images)
             bar.update(len(batch.images))
@@ -166,17 +167,17 @@ class _Part(NamedTuple):
         return _Part(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def _measure(suite, batch, places, count):
-    """Of the images at these places of `count`."""
+def _measure(suite, batch, places, kept_of):
+    """Of the images at these places; features of those at `kept_of` are kept."""
     protocol, features, images = suite.protocol, suite.features.extract(batch.images), batch.images
-    as_bytes, odd = images if images.dtype == np.uint8 else metrics.to_uint8(images), places % 2 == 1
+    as_bytes, odd = metrics.to_uint8(images), places % 2 == 1
     labelled, told = suite.features.predict and batch.labels is not None, suite.clip and batch.texts is not None
     return _Part(
         even=frechet.sums(features[~odd]),
         odd=frechet.sums(features[odd]),
         even_colours=drift.sums(as_bytes[~odd]),
         odd_colours=drift.sums(as_bytes[odd]),
-        kept=[features[np.isin(places, _evenly(count, protocol.neighbours))]],
+        kept=[features[np.isin(places, kept_of)]],
         agreeing=[int((suite.features.predict(images) == batch.labels).sum())] if labelled else [],
         pictures=list(images[places < protocol.diversity[0]]) if suite.diversity else [],
         images=[suite.clip.images(images)] if told else [],
