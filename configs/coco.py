@@ -54,9 +54,13 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     config.null_cond = "{workdir}/prompts/null.npy"  # the embedding of "", padded to 77 tokens
     config.process = dict(name="VP", beta_min=0.00085, beta_max=0.012)  # Stable Diffusion's
     config.prediction = "eps"
-    config.text = dict(name="clip", checkpoint=checkpoint, batch_size=288)  # CLIP ViT-L/14, all 77 positions of its last layer
+    config.text = dict(
+        name="clip", checkpoint=checkpoint, batch_size=288
+    )  # CLIP ViT-L/14, all 77 positions of its last layer
     config.autoencoder = dict(checkpoint=checkpoint, dtype="float32")
-    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.features = dict(
+        weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504
+    )  # FID's own
     config.network = dict(  # UNet2DConditionModel: 859.5 M parameters
         name="unet_sd.unet",
         size=64,  # of the latents; images have 8 times as many pixels
@@ -74,9 +78,11 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     )
 
     config.teacher = dict(
-        program="convert",
+        program="import_weights",
         checkpoint=checkpoint,
-        sampler=dict(name="pndm", num_steps=50, guidance_scale=3.0),  # Appendix B.3: that of the pairs
+        sampler=dict(
+            name="pndm", num_steps=50, guidance_scale=3.0
+        ),  # Appendix B.3: that of the pairs
     )
 
     config.prompts = dict(  # embeddings of the prompts to train on
@@ -111,7 +117,9 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         batch_size=72,
     )
 
-    optimizer = dict(learning_rate=1e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0)  # Table 4
+    optimizer = dict(
+        learning_rate=1e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0
+    )  # Table 4
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -166,7 +174,9 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         timing_repeats=5,
     )
     if variant not in VARIANTS:
-        raise ValueError(f"configs/coco.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}.")
+        raise ValueError(
+            f"configs/coco.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}."
+        )
     return VARIANTS[variant](config)
 
 
@@ -182,9 +192,17 @@ def _guidance8(config, devices=80):
     for i, (last, millions, weight, level, decoder, images, paired) in enumerate(SCHEDULE, 1):
         stage = config[f"dmd_{i}"] = dmd.copy_and_resolve_references()
         stage.recipe.update(regression_weight=weight, matching_levels=(20, level))
-        stage.recipe.distance.decoder.checkpoint = config.get_ref("taesd" if decoder == "taesd" else "checkpoint")
-        stage.update(batch_size=devices * (images - paired), num_steps=last, continues=f"dmd_{i - 1}" if i > 1 else "")
-        stage.data.pairs = dict(stage.data.pairs.to_dict(), limit=int(1e6 * millions), batch_size=devices * paired)
+        stage.recipe.distance.decoder.checkpoint = config.get_ref(
+            "taesd" if decoder == "taesd" else "checkpoint"
+        )
+        stage.update(
+            batch_size=devices * (images - paired),
+            num_steps=last,
+            continues=f"dmd_{i - 1}" if i > 1 else "",
+        )
+        stage.data.pairs = dict(
+            stage.data.pairs.to_dict(), limit=int(1e6 * millions), batch_size=devices * paired
+        )
         stages.append(f"dmd_{i}")
     config.stages = ("teacher", "prompts", "captions", "pairs", *stages, "evaluate")
     config.evaluate.student = stages[-1]
@@ -199,26 +217,42 @@ DISTILLATION_1_7B = ((64, 110_000, "squared_error"), (320, 112_500, "lpips"))
 
 def _instaflow(config, distillation=DISTILLATION, units=1):
     """Pairs of the teacher, reflow in two phases, pairs of that flow, distillation in two phases: L2, then LPIPS."""
-    base = {key: value for key, value in config.dmd.items() if key != "recipe"} | dict(
-        process=dict(name="RectifiedFlow"),
-        prediction="flow_to_data",  # SD's weights as they are, as the authors do, and their sign; "rectified" converts exactly
-        preview_images=64,
+    base = (
+        {key: value for key, value in config.dmd.items() if key != "recipe"}
+        | dict(
+            process=dict(name="RectifiedFlow"),
+            prediction="flow_to_data",  # SD's weights as they are, as the authors do, and their sign; "rectified" converts exactly
+            preview_images=64,
+        )
     )
     recipe = dict(
-        optimizer=dict(learning_rate=1e-6, warmup_steps=1000, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=1.0),  # decay: not published
+        optimizer=dict(
+            learning_rate=1e-6,
+            warmup_steps=1000,
+            weight_decay=0.01,
+            beta1=0.9,
+            beta2=0.999,
+            clip=1.0,
+        ),  # decay: not published
         ema_decay=0.9999,
     )
-    lpips = dict(config.dmd.recipe.distance.to_dict(), decoder=dict(checkpoint=config.get_ref("checkpoint")))  # the full decoder, or TAESD
+    lpips = dict(
+        config.dmd.recipe.distance.to_dict(), decoder=dict(checkpoint=config.get_ref("checkpoint"))
+    )  # the full decoder, or TAESD
     del config.dmd
 
-    config.teacher.sampler = dict(name="dpm_solver_pp", num_steps=25, guidance_scale=5.0, last="sigma_min")  # as diffusers 0.19
+    config.teacher.sampler = dict(
+        name="dpm_solver_pp", num_steps=25, guidance_scale=5.0, last="sigma_min"
+    )  # as diffusers 0.19
     config.pairs.update(count=1_600_000, batch_size=64)
     config.text.batch_size = config.features.batch_size = 512
     start, before = "teacher", ""
     for i, (batch_size, last) in enumerate(REFLOW, 1):
         config[f"reflow_{i}"] = base | dict(
             recipe=dict(name="reflow", cond_dropout=0.0, **recipe),
-            sampler=dict(name="euler", num_steps=25, guidance_scale=1.5),  # that of the pairs for the distillation
+            sampler=dict(
+                name="euler", num_steps=25, guidance_scale=1.5
+            ),  # that of the pairs for the distillation
             data=dict(pairs=dict(source="records.read", directory="{workdir}/pairs")),
             init_from="{workdir}/" + start,
             continues=before,
@@ -232,7 +266,11 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
     for i, (batch_size, last, distance) in enumerate(distillation, 1):
         config[f"distil_{i}"] = base | dict(
             network=dict(config.network, stack=units),
-            recipe=dict(name="distil", distance=lpips if distance == "lpips" else dict(name=distance), **recipe),
+            recipe=dict(
+                name="distil",
+                distance=lpips if distance == "lpips" else dict(name=distance),
+                **recipe,
+            ),
             data=dict(pairs=dict(source="records.read", directory="{workdir}/flow_pairs")),
             init_from="{workdir}/" + flow,
             continues=before,
@@ -241,16 +279,30 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
         )
         before = f"distil_{i}"
     reflows, distils = ([f"{name}_{i}" for i in (1, 2)] for name in ("reflow", "distil"))
-    config.stages = ("teacher", "prompts", "captions", "pairs", *reflows, "flow_pairs", *distils, "evaluate")
+    config.stages = (
+        "teacher",
+        "prompts",
+        "captions",
+        "pairs",
+        *reflows,
+        "flow_pairs",
+        *distils,
+        "evaluate",
+    )
     euler = {n: dict(name="euler", num_steps=n, guidance_scale=1.5) for n in (1, 2, 4, 8, 25)}
     coco = config.get_ref("coco")
     annotations = coco + "/annotations/captions_val2017.json"
     config.captions.captions = dict(config.captions.captions, annotations=annotations, limit=5000)
-    config.evaluate.protocol, config.evaluate.reference = "coco2017_5k", dict(path=coco + "/val2017")
+    config.evaluate.protocol, config.evaluate.reference = (
+        "coco2017_5k",
+        dict(path=coco + "/val2017"),
+    )
     config.evaluate.update(
         student=before,
         batch_size=64,
-        others={f"{flow}_euler_{n}": dict(stage=flow, sampler=sampler) for n, sampler in euler.items()},
+        others={
+            f"{flow}_euler_{n}": dict(stage=flow, sampler=sampler) for n, sampler in euler.items()
+        },
         straightness=dict(stages=("teacher", flow), num_steps=100, count=576),
     )
     return config
@@ -262,7 +314,13 @@ def _instaflow_1_7b(config):
 
 def _tiny(config):
     """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
-    tiny = dict(size=8, block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=4)
+    tiny = dict(
+        size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        attention=(True, False),
+        num_heads=4,
+    )
     tiny |= dict(cross_attention_dim=32, norm_num_groups=8, dtype="float32", remat=False)
     config.text.batch_size = 8
     config.teacher.sampler.num_steps = 4
@@ -276,7 +334,9 @@ def _tiny(config):
         if settings.program == "pairs":
             settings.update(count=16, shard_size=8, batch_size=8)
         if settings.program == "train":
-            settings.update(batch_size=2, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2)
+            settings.update(
+                batch_size=2, num_steps=4, log_every=1, preview_every=0, checkpoint_every=2
+            )
         if settings.get("recipe", {}).get("distance", {}).get("name") == "lpips":
             settings.recipe.distance.update(size=None, dtype="float32")
     return config

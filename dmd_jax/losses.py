@@ -36,7 +36,9 @@ def squared_error(params, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="distance")
-def regression_loss(x: jax.Array, y: jax.Array, params=None, *, distance: Callable = squared_error) -> jax.Array:
+def regression_loss(
+    x: jax.Array, y: jax.Array, params=None, *, distance: Callable = squared_error
+) -> jax.Array:
     """The mean distance between generated images `x` and the images `y` that the teacher's ODE made of the same noise (equation 9).
 
     Args:

@@ -6,14 +6,8 @@ Several processes, each with its own devices, run it together: started by srun, 
 elsewhere give each --coordinator_address=host:port --num_processes=2 --process_id=0, or 1. They share the workdir.
 """
 
-import contextlib
-import fcntl
-import importlib
 import json
-import os
 import pathlib
-import re
-import socket
 import sys
 import time
 import traceback
@@ -24,35 +18,63 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import check, distributed, lookup, metrics, plan, preemption, programs, sharding, storage, targets
+from dmd_jax import lookup, sharding
+from dmd_jax.experiment import check
+from dmd_jax.plan import machines, step
+from dmd_jax.runtime import compilation_cache, distributed, preemption, storage
+from dmd_jax.stages import embed, evaluate, import_weights, pairs, train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; everything it makes lies there.")
+PROGRAMS = {  # each has done(config, stage, workdir) and run(config, stage, workdir)
+    "import_weights": import_weights,
+    "embed": embed,
+    "pairs": pairs,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; everything it makes lies there."
+)
 STAGE = flags.DEFINE_string("stage", None, "The one stage to run; all of them if not given.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config and what would run, and stop.")
-PLAN = flags.DEFINE_string("plan", None, "A machine, such as v5e-64: print what the training steps would take of it, and stop.")
-PROFILE = flags.DEFINE_string("profile", None, "The first and the last step to trace for XProf, counted from the start, such as 10:20.")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where there are several and nobody says.")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, with --coordinator_address.", lower_bound=1)
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the resolved config and what would run, and stop."
+)
+PLAN = flags.DEFINE_string(
+    "plan",
+    None,
+    "A machine, such as v5e-64: print what the training steps would take of it, and stop.",
+)
+PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "The first and the last step to trace for XProf, counted from the start, such as 10:20.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where there are several and nobody says."
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many there are, with --coordinator_address.", lower_bound=1
+)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
-HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds after which a silent process ends the others.", lower_bound=3)
-MEETING = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1)
-
-LOCK = "lock"  # in the workdir
-# What may change between two runs in one workdir: lengths, intervals, where it runs, further rows of an evaluation, and where files of
-# others lie, whose content is compared by digests.
-CHANGEABLE = re.compile(
-    r"^mesh\.|^\w+\.(accumulation|remat|num_steps|log_every|preview_every|preview_images|checkpoint_every|keep_checkpoints"
-    r"|max_skipped_updates|timing_repeats|checkpoint)$"
-    r"|^(evaluate|features)\."
-    r"|^(checkpoint|coco|taesd|prompts_file|profile)$|\bnetwork\.remat$"
-    r"|(^|\.)(captions|reference|text|autoencoder|distance|decoder)\.(checkpoint|weights|annotations|images|path|data_dir)$"
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 30, "Seconds after which a silent process ends the others.", lower_bound=3
+)
+MEETING = flags.DEFINE_integer(
+    "initialization_timeout",
+    300,
+    "Seconds to wait for the other processes at the start.",
+    lower_bound=1,
 )
 
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py.")
+        raise app.UsageError(
+            f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py."
+        )
     if PLAN.value is not None:
         return _plan()
     if not WORKDIR.value:
@@ -61,11 +83,13 @@ def main(argv):
         with CONFIG.value.unlocked():
             CONFIG.value.profile = PROFILE.value
     preemption.watch()
-    programs.keep()
+    compilation_cache.keep()
     code = 0
     try:
         address = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-        with distributed.started(*address, heartbeat_timeout=HEARTBEAT.value, initialization_timeout=MEETING.value):
+        with distributed.started(
+            *address, heartbeat_timeout=HEARTBEAT.value, initialization_timeout=MEETING.value
+        ):
             try:
                 run(CONFIG.value, storage.absolute(WORKDIR.value), STAGE.value, DRY_RUN.value)
             except preemption.Preempted as notice:  # in all processes
@@ -78,11 +102,13 @@ def main(argv):
 
 
 def _plan():
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for devices that are not there cannot be read back
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # programs for devices that are not there cannot be read back
     try:
-        machine = targets.find(PLAN.value)  # before jax starts
+        machine = machines.find(PLAN.value)  # before jax starts
         check.config(CONFIG.value)
-        plan.run(CONFIG.value, machine, STAGE.value)
+        step.run(CONFIG.value, machine, STAGE.value)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -120,15 +146,19 @@ def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = 
     if jax.process_index() == 0:
         print(json.dumps(config.to_dict(), indent=2))
         if dry_run:
-            print(f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}")
+            print(
+                f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}"
+            )
     if dry_run:
         return
     check.files(config, stages, workdir)
     if len(set(distributed.gather(np.uint32(zlib.crc32(repr(tuple(stages)).encode()))))) > 1:
-        raise ValueError("the stages are not the same in all processes; give all of them the same flags.")
-    with claimed(config, workdir):
+        raise ValueError(
+            "the stages are not the same in all processes; give all of them the same flags."
+        )
+    with workdir.claimed(config, workdir):
         for stage in stages:
-            program = importlib.import_module(f"dmd_jax.{config[stage].program}")
+            program = PROGRAMS[config[stage].program]
             if distributed.gather(program.done(config, stage, workdir)).all():
                 if jax.process_index() == 0:
                     print(f"{stage}: done already")
@@ -140,86 +170,9 @@ def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = 
 def _check_mesh(config):
     size, count = sharding.make_mesh(**config.mesh).size, jax.device_count()
     if jax.process_count() > 1 and size != count:
-        raise ValueError(f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} processes; set mesh.data=-1.")
-
-
-@contextlib.contextmanager
-def claimed(config, workdir: storage.Path):
-    """Within, `workdir` is this run's alone, by a lock of process 0; see `claim`.
-
-    Raises:
-      ValueError: another run has it, the workdir belongs to another config, or the processes do not share it, or their config.
-    """
-    with contextlib.ExitStack() as stack:
-        holder = 0
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            holder = zlib.crc32(stack.enter_context(_lock(workdir)))
-            claim(config, workdir)
-        holder = distributed.gather(np.uint32(holder))[0]
-        if jax.process_index() > 0:
-            _check_shared(config, workdir, holder)
-        yield
-
-
-@contextlib.contextmanager
-def _lock(workdir):
-    """Who holds it, in bytes. A bucket has no locks: who comes last holds it, and nobody is refused."""
-    holder = f"process {os.getpid()} of {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode()
-    if storage.is_remote(workdir):
-        (workdir / LOCK).write_bytes(holder)
-        yield holder
-        return
-    with (workdir / LOCK).open("ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(f"{workdir} is in use by another run, {file.read().decode()}; wait for its end, or stop it.") from error
-        file.truncate(0)
-        file.write(holder)
-        file.flush()
-        yield holder
-
-
-def _check_shared(config, workdir, holder):
-    deadline = time.monotonic() + 10  # a network's file system may be late
-    while not (path := workdir / LOCK).exists() or zlib.crc32(path.read_bytes()) != holder:
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"{workdir} is not the one of process 0, whose files are not there; give all processes one --workdir, on a file system "
-                "that they share."
-            )
-        time.sleep(0.2)
-    if metrics.read_json(workdir / "config.json") != json.loads(config.to_json()):
-        raise ValueError("the config is not that of process 0; give all processes the same flags.")
-
-
-def claim(config, workdir: storage.Path):
-    """Writes the config into `workdir`, or checks that it is the one found there.
-
-    Raises:
-      ValueError: the workdir belongs to a config that differs in more than lengths and intervals.
-    """
-    path = workdir / "config.json"
-    ours = json.loads(config.to_json())
-    found = metrics.read_json(path) if path.exists() else {}
-    if any((workdir / stage).exists() for stage in {*config.stages, *found.get("stages", ())}) and found:
-        theirs, mine = check.flat(found), check.flat(ours)
-        keys = [k for k in sorted(theirs.keys() | mine.keys()) if theirs.get(k) != mine.get(k) and not _changeable(config, k)]
-        if keys:
-            differing = "; ".join(f"{k} is {mine.get(k)!r}, there {theirs.get(k)!r}" for k in keys[:5])
-            raise ValueError(f"{workdir} belongs to another config: {differing}; use another --workdir or the same settings.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(path, ours)
-
-
-def _changeable(config, key):
-    """Whether a key may change; a batch_size may where it costs memory and nothing else."""
-    stage, _, setting = key.partition(".")
-    if setting == "batch_size":
-        return stage in ("text", "features") or config.get(stage, {}).get("program") in ("embed", "pairs", "evaluate")
-    return bool(CHANGEABLE.search(key))
+        raise ValueError(
+            f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} processes; set mesh.data=-1."
+        )
 
 
 def cli():
@@ -230,14 +183,22 @@ def cli():
 
 def parse(argv):
     """Flags; a config that cannot be read or overridden gives one line instead of a traceback."""
-    for path in (a.removeprefix("--config=").split(":")[0] for a in argv if a.startswith("--config=")):
+    for path in (
+        a.removeprefix("--config=").split(":")[0] for a in argv if a.startswith("--config=")
+    ):
         if not pathlib.Path(path).is_file():
-            sys.exit(f"error: no config {path}; there are: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}.")
+            sys.exit(
+                f"error: no config {path}; there are: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}."
+            )
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0]) if error.args else str(error)
-        line = " ".join(text.split()) if isinstance(error, AttributeError | KeyError) else text.strip().splitlines()[-1].strip()
+        line = (
+            " ".join(text.split())
+            if isinstance(error, AttributeError | KeyError)
+            else text.strip().splitlines()[-1].strip()
+        )
         if isinstance(error, KeyError) and " " not in text:
             line = f"the config has no key {text!r} there"
         sys.exit(f"error: {line}")

@@ -25,12 +25,16 @@ A = (
     np.array([44 / 45, -56 / 15, 32 / 9]),
     np.array([19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729]),
     np.array([9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656]),
-    np.array([35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]),  # b: the last slope is the first of the next step
+    np.array(
+        [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]
+    ),  # b: the last slope is the first of the next step
 )
 E = np.array([-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40])
 
 
-def rk45(f: Callable, y: jax.Array, start: float, end: float, *, rtol: float, atol: float) -> tuple[jax.Array, jax.Array]:
+def rk45(
+    f: Callable, y: jax.Array, start: float, end: float, *, rtol: float, atol: float
+) -> tuple[jax.Array, jax.Array]:
     """The solution at `end`, for each row of `y` with steps of its own.
 
     Args:
@@ -61,17 +65,24 @@ def rk45(f: Callable, y: jax.Array, start: float, end: float, *, rtol: float, at
             slopes.append(f(t + sign * c * h, ahead))
         scale = atol + rtol * jnp.maximum(jnp.abs(y), jnp.abs(ahead))
         error = norm(process_lib.expand(h, y) * _mix(E, slopes) / scale)
-        factor = jnp.where(error < jnp.inf, jnp.clip(0.9 * error**-0.2, 0.2, jnp.where(rejected, 1, 10)), 0.2)  # of a NaN 0.2
+        factor = jnp.where(
+            error < jnp.inf, jnp.clip(0.9 * error**-0.2, 0.2, jnp.where(rejected, 1, 10)), 0.2
+        )  # of a NaN 0.2
         taken, failed = error < 1, ~(error < 1) & ~(h * factor >= shortest)
         t = jnp.where(failed | taken & (h >= left), end, jnp.where(taken, t + sign * h, t))
-        y, slope = (jnp.where(process_lib.expand(taken, y), new, old) for new, old in ((ahead, y), (slopes[-1], slope)))
+        y, slope = (
+            jnp.where(process_lib.expand(taken, y), new, old)
+            for new, old in ((ahead, y), (slopes[-1], slope))
+        )
         y = jnp.where(process_lib.expand(failed, y), jnp.nan, y)
         return t, y, slope, h * factor, ~taken, calls + len(C) * (left > 0)
 
     slope, h = _first_step(f, y, start, sign, abs(end - start), rtol, atol, norm)
     alike = jnp.zeros_like(h)
     state = (alike + start, y, slope, h, alike > 0, (alike + 2).astype(int))
-    _, y, _, _, _, calls = jax.lax.while_loop(lambda state: (sign * (end - state[0]) > 0).any(), step, state)
+    _, y, _, _, _, calls = jax.lax.while_loop(
+        lambda state: (sign * (end - state[0]) > 0).any(), step, state
+    )
     return y, calls
 
 

@@ -33,13 +33,24 @@ def adamw(
       clip: largest global norm of the gradient.
       frozen: regex of the parameters that stay as they are; the default are the random frequencies of NCSN++.
     """
-    rest = optax.cosine_decay_schedule(learning_rate, decay_steps - warmup_steps) if decay_steps else optax.constant_schedule(learning_rate)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), rest], [warmup_steps])
+    rest = (
+        optax.cosine_decay_schedule(learning_rate, decay_steps - warmup_steps)
+        if decay_steps
+        else optax.constant_schedule(learning_rate)
+    )
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0.0, learning_rate, warmup_steps), rest], [warmup_steps]
+    )
     adam = optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay)
     is_frozen = functools.partial(
-        jax.tree_util.tree_map_with_path, lambda path, _: bool(re.search(frozen, jax.tree_util.keystr(path, simple=True, separator=".")))
+        jax.tree_util.tree_map_with_path,
+        lambda path, _: bool(
+            re.search(frozen, jax.tree_util.keystr(path, simple=True, separator="."))
+        ),
     )
-    return optax.chain(optax.clip_by_global_norm(clip), adam, optax.masked(optax.set_to_zero(), is_frozen))
+    return optax.chain(
+        optax.clip_by_global_norm(clip), adam, optax.masked(optax.set_to_zero(), is_frozen)
+    )
 
 
 def warmed_up(ema_decay: float, ema_warmup: float, step: jax.Array) -> jax.Array:
@@ -50,7 +61,9 @@ def warmed_up(ema_decay: float, ema_warmup: float, step: jax.Array) -> jax.Array
     return jnp.minimum(ema_decay, (1 + step) / (ema_warmup + step))
 
 
-def apply_gradients(net: state.Net, grads: dict, tx: optax.GradientTransformation, *, ema_decay: float = 0.0):
+def apply_gradients(
+    net: state.Net, grads: dict, tx: optax.GradientTransformation, *, ema_decay: float = 0.0
+):
     """One update of parameters and running mean; all of it is skipped, and counted, when the gradient is not finite.
 
     Returns:

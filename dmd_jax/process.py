@@ -129,7 +129,9 @@ class VP:
         if spacing == "leading":
             return np.append(np.arange(num_steps)[::-1] * (NUM_LEVELS // num_steps) + 1.0, 0)
         if spacing == "trailing":
-            times = np.arange(NUM_LEVELS, 0, -NUM_LEVELS / num_steps)[:num_steps]  # rounding can make one too many
+            times = np.arange(NUM_LEVELS, 0, -NUM_LEVELS / num_steps)[
+                :num_steps
+            ]  # rounding can make one too many
             return np.append(np.round(times) - 1, 0)
         if spacing == "linspace":
             return np.append(np.round(np.linspace(0, NUM_LEVELS - 1, num_steps + 1))[:0:-1], -1)
@@ -161,7 +163,9 @@ def _scaled_linear(beta_min, beta_max):
 
 def _check_timesteps(num_steps):
     if not 1 <= num_steps < NUM_LEVELS:
-        raise ValueError(f"num_steps is {num_steps}, expected 1 to {NUM_LEVELS - 1}; there are {NUM_LEVELS} timesteps.")
+        raise ValueError(
+            f"num_steps is {num_steps}, expected 1 to {NUM_LEVELS - 1}; there are {NUM_LEVELS} timesteps."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +213,9 @@ def add_noise(process: Process, x: jax.Array, eps: jax.Array, t: jax.Array) -> j
     return expand(process.alpha(t), x) * x + expand(process.sigma(t), x) * eps
 
 
-def sample_levels(process: Process, key: jax.Array, shape: tuple[int, ...], low: int, high: int) -> jax.Array:
+def sample_levels(
+    process: Process, key: jax.Array, shape: tuple[int, ...], low: int, high: int
+) -> jax.Array:
     """Times drawn uniformly over the noise levels `low` to `high`, both included."""
     return process.level(jax.random.randint(key, shape, low, high + 1))
 

@@ -51,7 +51,9 @@ def one_step(denoise: Callable, process: process_lib.Process) -> Sampler:
     """The one-step generator: the denoiser at the highest noise level."""
 
     def sample(params, z, cond, noise=None):
-        return denoise(params, process.prior(z), jnp.full(z.shape[:1], process.t_max, jnp.float32), cond)
+        return denoise(
+            params, process.prior(z), jnp.full(z.shape[:1], process.t_max, jnp.float32), cond
+        )
 
     return Sampler(sample, 1)
 
@@ -62,7 +64,9 @@ def euler(denoise: Callable, process: process_lib.Process, *, num_steps: int) ->
     return _euler(denoise, process, grid, _noisiest(process, grid))
 
 
-def ddim(denoise: Callable, process: process_lib.VP, *, num_steps: int, spacing: str = "leading") -> Sampler:
+def ddim(
+    denoise: Callable, process: process_lib.VP, *, num_steps: int, spacing: str = "leading"
+) -> Sampler:
     """DDIM with eta = 0 (Song et al., arXiv 2010.02502, equation 12) over timesteps.
 
     Args:
@@ -95,10 +99,14 @@ def pndm(denoise: Callable, process: process_lib.VP, *, num_steps: int) -> Sampl
     gain = alpha[1:] * np.diff(sigma / alpha)
     a = np.where(calls == 1, 1, (alpha[1:] / alpha[:-1])[step])
     b = gain[step, None] * PLMS[np.minimum(calls, 5)]
-    return _multistep(denoise, process, lambda x_hat, eps_hat: eps_hat, (np.insert(grid[:-1], 1, grid[1]), a, b))
+    return _multistep(
+        denoise, process, lambda x_hat, eps_hat: eps_hat, (np.insert(grid[:-1], 1, grid[1]), a, b)
+    )
 
 
-def dpm_solver_pp(denoise: Callable, process: process_lib.VP, *, num_steps: int, last: str = "zero") -> Sampler:
+def dpm_solver_pp(
+    denoise: Callable, process: process_lib.VP, *, num_steps: int, last: str = "zero"
+) -> Sampler:
     """DPM-Solver++(2M), midpoint: second order in lambda = ln(alpha / sigma) but for the first step and, mostly, the last.
 
     Args:
@@ -127,10 +135,14 @@ def dpm_solver_pp(denoise: Callable, process: process_lib.VP, *, num_steps: int,
     slope[second] = h[1:] / h[:-1] / 2
     gain = alpha[1:] * (1 - ratio[1:] / ratio[:-1])
     b = gain[:, None] * np.stack([1 + slope, -slope], axis=1)
-    return _multistep(denoise, process, lambda x_hat, eps_hat: x_hat, (grid[:-1], sigma[1:] / sigma[:-1], b))
+    return _multistep(
+        denoise, process, lambda x_hat, eps_hat: x_hat, (grid[:-1], sigma[1:] / sigma[:-1], b)
+    )
 
 
-def rk45(denoise: Callable, process: process_lib.RectifiedFlow, *, rtol: float = 1e-5, atol: float = 1e-5) -> Sampler:
+def rk45(
+    denoise: Callable, process: process_lib.RectifiedFlow, *, rtol: float = 1e-5, atol: float = 1e-5
+) -> Sampler:
     """The adaptive solver that rectified flows are measured with, dx/dt = (x_t - x_hat) / t from t = 1, each image with steps of its own.
 
     In the public code it is the noise end that is left out, by a time of 1e-3. Here that end is regular: x_hat is of the network's own
@@ -155,11 +167,15 @@ def rk45(denoise: Callable, process: process_lib.RectifiedFlow, *, rtol: float =
             x_hat, eps_hat = _predict(denoise, process, params, x, t, cond)
             return eps_hat - x_hat
 
-        return ode.rk45(velocity, process.prior(z.astype(float)), process.t_max, T_MIN, rtol=rtol, atol=atol)
+        return ode.rk45(
+            velocity, process.prior(z.astype(float)), process.t_max, T_MIN, rtol=rtol, atol=atol
+        )
 
     def sample(params, z, cond, noise=None):
         x, _ = solve(params, z, cond)
-        return denoise(params, x.astype(jnp.float32), jnp.full(z.shape[:1], T_MIN, jnp.float32), cond)
+        return denoise(
+            params, x.astype(jnp.float32), jnp.full(z.shape[:1], T_MIN, jnp.float32), cond
+        )
 
     def count(params, z, cond, noise=None):
         return solve(params, z, cond)[1] + 1
@@ -167,7 +183,9 @@ def rk45(denoise: Callable, process: process_lib.RectifiedFlow, *, rtol: float =
     return Sampler(sample, None, count)
 
 
-def straightness(denoise: Callable, process: process_lib.RectifiedFlow, *, num_steps: int = 100) -> Callable:
+def straightness(
+    denoise: Callable, process: process_lib.RectifiedFlow, *, num_steps: int = 100
+) -> Callable:
     """How straight the ways from noise to images are: the mean of ((Z_0 - Z_1) - v_i)^2 over the steps i of Euler's method and over the
     elements of an image, 0 if and only if one step is enough.
 
@@ -189,9 +207,17 @@ def straightness(denoise: Callable, process: process_lib.RectifiedFlow, *, num_s
     """
     _check_flow("straightness", process)
     if num_steps < 2:
-        raise ValueError(f"num_steps of straightness is {num_steps}, expected 2 or more: one step is straight.")
+        raise ValueError(
+            f"num_steps of straightness is {num_steps}, expected 2 or more: one step is straight."
+        )
     grid = process.grid(num_steps)
-    follow = _euler_path(denoise, process, grid, _noisiest(process, grid), see=lambda x_hat, eps_hat: (eps_hat - x_hat).astype(jnp.float32))
+    follow = _euler_path(
+        denoise,
+        process,
+        grid,
+        _noisiest(process, grid),
+        see=lambda x_hat, eps_hat: (eps_hat - x_hat).astype(jnp.float32),
+    )
 
     def measure(params, z, cond, noise=None):
         x, velocities = follow(params, z, cond)
@@ -238,7 +264,9 @@ def stochastic_heun(
       s_noise: S_noise, standard deviation of the noise added.
     """
     grid = process.grid(num_steps)
-    gamma = np.where((s_min <= grid[:-1]) & (grid[:-1] <= s_max), min(churn / num_steps, 2**0.5 - 1), 0)
+    gamma = np.where(
+        (s_min <= grid[:-1]) & (grid[:-1] <= s_max), min(churn / num_steps, 2**0.5 - 1), 0
+    )
     raised = grid[:-1] * (1 + gamma)
     added = s_noise * np.sqrt(raised**2 - grid[:-1] ** 2)
 
@@ -249,7 +277,9 @@ def stochastic_heun(
             t, s, scale, i = times
             return _heun_step(predict, process, x + scale * noise(i), t, s), None
 
-        return _integrate(step, _noisiest(process, grid), z, (raised, grid[1:], added, np.arange(num_steps)))[0]
+        return _integrate(
+            step, _noisiest(process, grid), z, (raised, grid[1:], added, np.arange(num_steps))
+        )[0]
 
     return Sampler(sample, _heun_calls(process, grid))
 
@@ -285,7 +315,9 @@ def _multistep(denoise, process, choose, calls):
 
         def start(z):
             x = process.prior(z)
-            return x, jnp.broadcast_to(x, (calls[2].shape[1], *x.shape))  # anything finite: what is not there yet has the weight 0
+            return x, jnp.broadcast_to(
+                x, (calls[2].shape[1], *x.shape)
+            )  # anything finite: what is not there yet has the weight 0
 
         return _integrate(step, start, z, calls)[0][0]
 
@@ -294,13 +326,17 @@ def _multistep(denoise, process, choose, calls):
 
 def _timesteps(name, process, num_steps, spacing):
     if not isinstance(process, process_lib.VP):
-        raise ValueError(f"{name} needs the process VP, got {type(process).__name__}; use euler or heun.")
+        raise ValueError(
+            f"{name} needs the process VP, got {type(process).__name__}; use euler or heun."
+        )
     return process.timesteps(num_steps, spacing)
 
 
 def _check_flow(name, process):
     if not isinstance(process, process_lib.RectifiedFlow):
-        raise ValueError(f"{name} needs the process RectifiedFlow, got {type(process).__name__}; rectify the denoiser first.")
+        raise ValueError(
+            f"{name} needs the process RectifiedFlow, got {type(process).__name__}; rectify the denoiser first."
+        )
 
 
 def _noisiest(process, grid):
@@ -336,4 +372,8 @@ def _predict(denoise, process, params, x_t, t, cond):
 
 def _advance(process, x_t, prediction, t, s):
     x_hat, eps_hat = prediction
-    return x_t + (process.alpha(s) - process.alpha(t)) * x_hat + (process.sigma(s) - process.sigma(t)) * eps_hat
+    return (
+        x_t
+        + (process.alpha(s) - process.alpha(t)) * x_hat
+        + (process.sigma(s) - process.sigma(t)) * eps_hat
+    )

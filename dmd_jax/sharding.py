@@ -28,18 +28,27 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
     Raises:
       ValueError: the devices are not that many.
     """
-    devices = sorted(devices or jax.devices(), key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
+    devices = sorted(
+        devices or jax.devices(),
+        key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id),
+    )
     data = max(len(devices) // fsdp, 1) if data == -1 else data
     if data * fsdp > len(devices):
-        raise ValueError(f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, but there are {len(devices)}.")
-    return Mesh(np.array(devices[: data * fsdp]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+        raise ValueError(
+            f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, but there are {len(devices)}."
+        )
+    return Mesh(
+        np.array(devices[: data * fsdp]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2
+    )
 
 
 def place(tree, shardings):
     """Arrays of the host, the same in every process, as arrays on the devices; `shardings` is one, or a tree of them."""
 
     def put(a, sharding):
-        return jax.make_array_from_callback(np.shape(a), sharding, lambda index: np.asarray(a)[index])
+        return jax.make_array_from_callback(
+            np.shape(a), sharding, lambda index: np.asarray(a)[index]
+        )
 
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda a: put(a, shardings), tree)
@@ -64,7 +73,9 @@ class Parallel:
         if batch_size % n or batch_size < 1:
             below = batch_size // n * n
             choices = f"{below} or {below + n}" if below > 0 else f"{n}"
-            parts = f"{self.mesh.size} devices" + f" x {self.accumulation} accumulation steps" * (self.accumulation > 1)
+            parts = f"{self.mesh.size} devices" + f" x {self.accumulation} accumulation steps" * (
+                self.accumulation > 1
+            )
             raise ValueError(f"{name} {batch_size} is not divisible by {parts}; use {choices}.")
 
     def split(self, tree):
@@ -84,13 +95,19 @@ class Parallel:
 
     def state_shardings(self, tree):
         """One sharding per leaf: the largest axis that `fsdp` divides is split, small arrays are replicated."""
-        return jax.tree.map(lambda leaf: NamedSharding(self.mesh, _spec(self._split_axis(leaf))), tree)
+        return jax.tree.map(
+            lambda leaf: NamedSharding(self.mesh, _spec(self._split_axis(leaf))), tree
+        )
 
     def _split_axis(self, leaf):
         """WHOLE if none is."""
         fsdp = self.mesh.shape["fsdp"]
         axes = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
-        return max(axes, key=lambda i: leaf.shape[i]) if fsdp > 1 and leaf.size >= MIN_SPLIT and axes else WHOLE
+        return (
+            max(axes, key=lambda i: leaf.shape[i])
+            if fsdp > 1 and leaf.size >= MIN_SPLIT and axes
+            else WHOLE
+        )
 
     def map(self, function: Callable) -> Callable:
         """`function(params, batch) -> batch`, each device working on its share of the batch."""
@@ -106,12 +123,19 @@ class Parallel:
           ValueError: the devices cannot share such a batch, which the message calls `name`.
         """
         self.check_batch(name, batch_size)
-        program = jax.jit(self.map(function), out_shardings=self.replicated)  # every process gets all of it
+        program = jax.jit(
+            self.map(function), out_shardings=self.replicated
+        )  # every process gets all of it
 
         def run(params, arrays):
             count = len(jax.tree.leaves(arrays)[0])
-            rows = [np.arange(start, start + batch_size) % count for start in range(0, count, batch_size)]
-            batches = (place(jax.tree.map(lambda a, r=r: a[r], arrays), self.batch_sharding) for r in rows)
+            rows = [
+                np.arange(start, start + batch_size) % count
+                for start in range(0, count, batch_size)
+            ]
+            batches = (
+                place(jax.tree.map(lambda a, r=r: a[r], arrays), self.batch_sharding) for r in rows
+            )
             done = [jax.device_get(program(params, batch)) for batch in batches]
             return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *done)
 
@@ -129,7 +153,9 @@ class Parallel:
             axes = jax.tree.map(self._split_axis, (trained, frozen))
             specs = jax.tree.map(_spec, axes)
 
-            @functools.partial(jax.shard_map, mesh=self.mesh, in_specs=(*specs, P(AXES)), out_specs=(specs[0], P()))
+            @functools.partial(
+                jax.shard_map, mesh=self.mesh, in_specs=(*specs, P(AXES)), out_specs=(specs[0], P())
+            )
             def mean_of(trained, frozen, batch):
                 whole = jax.tree.map(_gather, (trained, frozen), axes)
 
@@ -138,7 +164,9 @@ class Parallel:
                     return jax.tree.map(_scatter, grads, axes[0]), metrics
 
                 grads, metrics = self._mean_of_pieces(piece, batch)
-                return jax.tree.map(self._mean_of_devices, grads, axes[0]), jax.lax.pmean(metrics, AXES)
+                return jax.tree.map(self._mean_of_devices, grads, axes[0]), jax.lax.pmean(
+                    metrics, AXES
+                )
 
             return mean_of(trained, frozen, batch)
 
@@ -149,12 +177,22 @@ class Parallel:
             return function(batch)
         pieces = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
         shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], pieces))
-        total = jax.tree.map(lambda a: jax.lax.pcast(jnp.zeros(a.shape, a.dtype), AXES, to="varying"), shapes)
-        total, _ = jax.lax.scan(lambda total, piece: (jax.tree.map(jnp.add, total, function(piece)), None), total, pieces)
+        total = jax.tree.map(
+            lambda a: jax.lax.pcast(jnp.zeros(a.shape, a.dtype), AXES, to="varying"), shapes
+        )
+        total, _ = jax.lax.scan(
+            lambda total, piece: (jax.tree.map(jnp.add, total, function(piece)), None),
+            total,
+            pieces,
+        )
         return jax.tree.map(lambda a: a / self.accumulation, total)
 
     def _mean_of_devices(self, grad, axis):
-        return jax.lax.pmean(grad, AXES) if axis == WHOLE else jax.lax.pmean(grad, "data") / self.mesh.shape["fsdp"]
+        return (
+            jax.lax.pmean(grad, AXES)
+            if axis == WHOLE
+            else jax.lax.pmean(grad, "data") / self.mesh.shape["fsdp"]
+        )
 
 
 def _spec(axis):
@@ -171,4 +209,8 @@ def _gather(a, axis):
 def _scatter(grad, axis):
     """The sum over the devices that share a parameter, each keeping its part."""
     grad = grad.astype(jnp.float32)
-    return grad if axis == WHOLE else jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+    return (
+        grad
+        if axis == WHOLE
+        else jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+    )

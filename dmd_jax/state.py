@@ -49,4 +49,9 @@ class TrainState:
 def create(params: dict, tx, *, ema: bool) -> Net:
     """A network about to be trained, in buffers of its own: `params` may be used elsewhere, and states are donated."""
     params = jax.tree.map(jnp.array, params)
-    return Net(params, tx.init(params), jax.tree.map(jnp.array, params) if ema else None, jnp.zeros((), jnp.int32))
+    return Net(
+        params,
+        tx.init(params),
+        jax.tree.map(jnp.array, params) if ema else None,
+        jnp.zeros((), jnp.int32),
+    )

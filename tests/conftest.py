@@ -5,11 +5,15 @@ import pathlib
 import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # a third less to compile
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # our networks take longer to compile than to run
+os.environ.setdefault(
+    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
+)  # our networks take longer to compile than to run
 
 import jax
 import pytest
@@ -17,7 +21,7 @@ from absl import flags
 
 from dmd_jax import main
 from dmd_jax.models import unet_edm
-from tests import gcs, runs
+from tests.helpers import gcs, runs
 
 flags.FLAGS.mark_as_parsed()  # chex.variants asks it
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -41,7 +45,15 @@ def optimisations():
 @pytest.fixture(scope="session")
 def tiny():
     """Settings of a network that has one of everything."""
-    return dict(size=8, channels=1, num_classes=10, width=8, multipliers=(1, 2), num_blocks=1, attention=(4,))
+    return dict(
+        size=8,
+        channels=1,
+        num_classes=10,
+        width=8,
+        multipliers=(1, 2),
+        num_blocks=1,
+        attention=(4,),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import bench, bench_features, bench_sd, experiment, sharding, stand_ins
-from dmd_jax.models import clip_text, vae, vgg
-from dmd_jax.weights import convert
+from dmd_jax import sharding
+from dmd_jax.bench import __main__ as bench
+from dmd_jax.bench import features, stable_diffusion
+from dmd_jax.experiment import build, configs
+from dmd_jax.models import clip_text, lpips, vae
+from dmd_jax.plan import random_inputs
+from dmd_jax.weights import state_dict
 from tests import test_features
-from tests.runs import smoke
+from tests.helpers.runs import smoke
 
 torch = pytest.importorskip("torch")
 
@@ -20,7 +24,9 @@ NETWORKS = {
     "unet_edm.adm": dict(width=64, multipliers=(1, 1), attention=(4,)),
 }
 
-TEXT_ENCODER = clip_text.clip(vocab_size=1000, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=1)
+TEXT_ENCODER = clip_text.clip(
+    vocab_size=1000, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=1
+)
 
 
 def make_config(name, distance):
@@ -35,33 +41,47 @@ def make_config(name, distance):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
-    from dmd_jax import bench_torch
+    from dmd_jax.bench import torch_step
 
     distance = dict(name="squared_error")
     if name == "unet_edm.ddpmpp":
-        np.savez(tmp_path / "lpips.npz", **convert.to_torch(vgg.make().init(0)))
+        np.savez(tmp_path / "lpips.npz", **state_dict.to_torch(lpips.make().init(0)))
         distance = dict(name="lpips", weights=str(tmp_path / "lpips.npz"), size=16)
     config = make_config(name, distance)
-    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path)
-    params, batch = random_weights(experiment.make_network(config).abstract), stand_ins.random_batch(config, "dmd", 4)
+    recipe = build.make_recipe(
+        config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path
+    )
+    params, batch = (
+        random_weights(build.make_network(config).abstract),
+        random_inputs.random_batch(config, "dmd", 4),
+    )
     state = recipe.init(params)
     drawn = []
     right = sharding.Parallel.split
-    monkeypatch.setattr(sharding.Parallel, "split", lambda self, tree: drawn.append(tree) or right(self, tree))
-    step = jax.jit(lambda state, batch: (recipe.train_step(state, batch), drawn[-1]["fresh"] | drawn[-1]["noised"]["fresh"]))
+    monkeypatch.setattr(
+        sharding.Parallel, "split", lambda self, tree: drawn.append(tree) or right(self, tree)
+    )
+    step = jax.jit(
+        lambda state, batch: (
+            recipe.train_step(state, batch),
+            drawn[-1]["fresh"] | drawn[-1]["noised"]["fresh"],
+        )
+    )
     (after, metrics), fresh = step(state, batch)
 
-    other = bench_torch.Step(config, jax.device_get(state.frozen), batch)
+    other = torch_step.Step(config, jax.device_get(state.frozen), batch)
     fresh = {k: torch.tensor(np.asarray(v)) for k, v in fresh.items() if k != "cond"}
     fresh = {k: v.permute(0, 3, 1, 2) if v.ndim == 4 else v for k, v in fresh.items()}
     for key, value in other.update(fresh).items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-4, err_msg=key)
     for ours, theirs in ((after.generator, other.generator), (after.fake_score, other.fake_score)):
-        moved = convert.to_torch(jax.device_get(jax.tree.map(jnp.subtract, ours.params, params)))
-        start = convert.to_torch(params)
+        moved = state_dict.to_torch(jax.device_get(jax.tree.map(jnp.subtract, ours.params, params)))
+        start = state_dict.to_torch(params)
         difference = [np.abs(moved[k] - (theirs[k].detach().numpy() - start[k])) for k in moved]
         size = np.concatenate([np.abs(m).ravel() for m in moved.values()])
-        assert np.quantile(np.concatenate([d.ravel() for d in difference]), 0.99) < 0.01 * np.median(size)
+        assert np.quantile(
+            np.concatenate([d.ravel() for d in difference]), 0.99
+        ) < 0.01 * np.median(size)
 
 
 def random_weights(abstract):
@@ -71,15 +91,16 @@ def random_weights(abstract):
 
 def test_a_config_that_does_not_exist():
     with pytest.raises(
-        ValueError, match=r"no config .*cifar11\.py; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\."
+        ValueError,
+        match=r"no config .*cifar11\.py; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\.",
     ):
-        bench.load_config("cifar11")
+        configs.load("cifar11")
 
 
 @pytest.fixture
 def toy():
     """configs/coco.py at a thousandth of its size."""
-    config = bench.load_config("coco:tiny")
+    config = configs.load("coco:tiny")
     config.mesh.data = 1
     config.network.update(block_out_channels=(16,), attention=(False,), norm_num_groups=8)
     return config
@@ -91,67 +112,96 @@ def test_the_unet_is_diffusers(toy):
     toy.network.update(block_out_channels=(16, 32), attention=(True, False))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = bench_sd.forward(toy, batch_size=2, repeats=2, against="torch")
+    found = stable_diffusion.forward(toy, batch_size=2, repeats=2, against="torch")
     torch.set_num_threads(threads)
     assert found.difference < 1e-5
-    assert found.parameters == sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.make_network(toy).abstract))
+    assert found.parameters == sum(
+        math.prod(a.shape) for a in jax.tree.leaves(build.make_network(toy).abstract)
+    )
     assert len(found.seconds) == len(found.other[1]) == 2
 
 
 def test_weights_at_random_are_nowhere_zero():
-    params = stand_ins.random_params(TEXT_ENCODER.abstract)
+    params = random_inputs.random_params(TEXT_ENCODER.abstract)
     assert all(np.all(a != 0) and a.dtype == np.float32 for a in jax.tree.leaves(params))
 
 
 def test_one_step_and_the_teacher_are_timed(toy):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
-    found = bench_sd.sample(toy, TEXT_ENCODER, decoder, batch_size=1, teacher_steps=2, repeats=2)
+    found = stable_diffusion.sample(
+        toy, TEXT_ENCODER, decoder, batch_size=1, teacher_steps=2, repeats=2
+    )
     assert (found.calls, found.nfe) == (3, 5)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
 
 
 def test_one_unet_and_two_are_timed(toy, monkeypatch, capsys):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
-    found = bench_sd.stack(toy, TEXT_ENCODER, decoder, batch_size=1, repeats=2)
-    count = sum(math.prod(a.shape) for a in jax.tree.leaves(experiment.make_network(toy).abstract))
+    found = stable_diffusion.stack(toy, TEXT_ENCODER, decoder, batch_size=1, repeats=2)
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(build.make_network(toy).abstract))
     lacking = 4 * 16 * 9 + 16 + 2 * 16 + 16 * 4 * 9 + 4  # conv_in, conv_norm_out, conv_out
     assert found.parameters == (count, 2 * count - lacking)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
 
-    monkeypatch.setattr(bench_sd, "stack", lambda *_, **__: bench_sd.Stacked([1.0], [2.0], [5.0], [3.0], parameters=(7, 13)))
+    monkeypatch.setattr(
+        stable_diffusion,
+        "stack",
+        lambda *_, **__: stable_diffusion.Stacked([1.0], [2.0], [5.0], [3.0], parameters=(7, 13)),
+    )
     bench.stack(bench.parse(["stack", "--network=coco:tiny"]))
     printed = capsys.readouterr().out
-    assert "1.500 (1.500 to 1.500) times as long from text to image; the network alone 2.500" in printed
+    assert (
+        "1.500 (1.500 to 1.500) times as long from text to image; the network alone 2.500"
+        in printed
+    )
     assert "two in series, 13 parameters: 5.000" in printed
 
 
-@pytest.mark.parametrize(("nfe", "images", "networks"), [(51, "34.667", "102.000"), (3, "2.667", "6.000")])
+@pytest.mark.parametrize(
+    ("nfe", "images", "networks"), [(51, "34.667", "102.000"), (3, "2.667", "6.000")]
+)
 def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, capsys):
-    monkeypatch.setattr(bench_sd, "sample", lambda *_, **__: bench_sd.Sampled([1.0], [2.0], [12.0], [3.0], calls=3, nfe=nfe))
+    monkeypatch.setattr(
+        stable_diffusion,
+        "sample",
+        lambda *_, **__: stable_diffusion.Sampled([1.0], [2.0], [12.0], [3.0], calls=3, nfe=nfe),
+    )
     bench.sample(bench.parse(["sample", "--network=coco:tiny", "--teacher_steps=2"]))
     printed = capsys.readouterr().out
     assert ("the teacher's 51 calls are extrapolated from 3" in printed) == (nfe == 51)
     assert all(f"{value} ({value} to {value})" in printed for value in (images, networks))
 
 
-@pytest.mark.parametrize(("name", "module", "count"), [("inception", "pytorch_fid", 1), ("clip", "transformers", 2)])
+@pytest.mark.parametrize(
+    ("name", "module", "count"), [("inception", "pytorch_fid", 1), ("clip", "transformers", 2)]
+)
 def test_feature_networks_are_pytorchs(name, module, count, monkeypatch):
     """At their real size, with the same weights."""
     test_features.import_torchvision()
     pytest.importorskip(module)
-    monkeypatch.setitem(bench_features.VISION, "num_layers", 2)
+    monkeypatch.setitem(features.VISION, "num_layers", 2)
     parallel = sharding.Parallel(sharding.make_mesh(data=1))
-    monkeypatch.setattr(bench_features.sharding, "Parallel", lambda _: parallel)
-    found = bench_features.features(name, count=count, size=0, batch_size=1, repeats=1, against="torch")
+    monkeypatch.setattr(features.sharding, "Parallel", lambda _: parallel)
+    found = features.features(name, count=count, size=0, batch_size=1, repeats=1, against="torch")
     assert found.difference < 1e-5 and len(found.seconds) == len(found.other) == 1
 
 
 def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
-    monkeypatch.setattr(bench_features, "features", lambda *_, **__: bench_features.Found([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7))
+    monkeypatch.setattr(
+        features,
+        "features",
+        lambda *_, **__: features.Found([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
+    )
     bench.features(bench.parse(["features", "--images=16", "--against=torch"]))
     printed = capsys.readouterr().out
-    assert "jax: 4.000 (2.000 to 8.000) images/s" in printed and "torch: 4.000 (2.000 to 8.000) images/s" in printed
-    assert "jax is 1.000 (0.250 to 4.000) times as fast" in printed and "1.0e-07 of the largest feature" in printed
+    assert (
+        "jax: 4.000 (2.000 to 8.000) images/s" in printed
+        and "torch: 4.000 (2.000 to 8.000) images/s" in printed
+    )
+    assert (
+        "jax is 1.000 (0.250 to 4.000) times as fast" in printed
+        and "1.0e-07 of the largest feature" in printed
+    )
 
 
 def test_the_memory_of_statistics_is_told(capsys):
@@ -162,14 +212,32 @@ def test_the_memory_of_statistics_is_told(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("forward --network=cifar10", "the network of cifar10 is unet_edm.ddpmpp, expected unet_sd.unet; use --network=coco."),
+        (
+            "forward --network=cifar10",
+            "the network of cifar10 is unet_edm.ddpmpp, expected unet_sd.unet; use --network=coco.",
+        ),
         ("forward --repeats=0", "repeats is 0 and batch_size 1; expected at least 1."),
-        ("sample --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
-        ("stack --network=twemoji", "twemoji takes its texts from wordllama, expected clip; use --network=coco."),
-        ("features --features=efficientnet --against=torch", "efficientnet has no counterpart in PyTorch here; leave --against out."),
-        ("features --images=0", "expected --images, --batch_size and --repeats of at least 1, and --size of at least 0."),
+        (
+            "sample --network=twemoji",
+            "twemoji takes its texts from wordllama, expected clip; use --network=coco.",
+        ),
+        (
+            "stack --network=twemoji",
+            "twemoji takes its texts from wordllama, expected clip; use --network=coco.",
+        ),
+        (
+            "features --features=efficientnet --against=torch",
+            "efficientnet has no counterpart in PyTorch here; leave --against out.",
+        ),
+        (
+            "features --images=0",
+            "expected --images, --batch_size and --repeats of at least 1, and --size of at least 0.",
+        ),
         ("memory --images=1", "images is 1; expected at least 2."),
-        ("step --network=coco:tiny --against=torch", "--against=torch knows the networks of unet_edm alone"),
+        (
+            "step --network=coco:tiny --against=torch",
+            "--against=torch knows the networks of unet_edm alone",
+        ),
     ],
 )
 def test_what_cannot_be_measured(arguments, message):

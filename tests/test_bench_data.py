@@ -5,23 +5,28 @@ import re
 import numpy as np
 import pytest
 
-from dmd_jax import bench_data
+from dmd_jax.bench import data
 from dmd_jax.data import captions, records
 
 
 def run(*argv):
-    arguments = bench_data.parse(list(argv))
+    arguments = data.parse(list(argv))
     arguments.run(arguments)
 
 
 def test_records(capsys, monkeypatch):
-    monkeypatch.setattr(bench_data, "SHARD", 5)
+    monkeypatch.setattr(data, "SHARD", 5)
     run("records", "--count=16", "--batch_size=8", "--repeats=2", "--need=2000")
     rows, need = capsys.readouterr().out.splitlines()
     size = 2 * 64 * 64 * 4 * 4 + 77 * 768 * 2  # bytes
-    found = re.fullmatch(rf"batches of records: ([\d.]+) \(.*\) rows a second, (\d+) MB/s; {size / 1e3:.0f} kB each", rows)
+    found = re.fullmatch(
+        rf"batches of records: ([\d.]+) \(.*\) rows a second, (\d+) MB/s; {size / 1e3:.0f} kB each",
+        rows,
+    )
     assert float(found[2]) == pytest.approx(float(found[1]) * size / 1e6, abs=0.6)
-    assert float(re.search(r"need 2000 rows a second.*gives ([\d.]+) times", need)[1]) == pytest.approx(float(found[1]) / 2000, abs=0.006)
+    assert float(
+        re.search(r"need 2000 rows a second.*gives ([\d.]+) times", need)[1]
+    ) == pytest.approx(float(found[1]) / 2000, abs=0.006)
 
 
 def test_captions(capsys):
@@ -31,17 +36,25 @@ def test_captions(capsys):
 
 
 def test_what_is_read_is_what_train_and_embed_read(tmp_path):
-    bench_data.write_records(tmp_path / "pairs", 7)
+    data.write_records(tmp_path / "pairs", 7)
     source = records.read(directory=tmp_path / "pairs")
-    assert len(source) == 7 and {name: (a.shape, str(a.dtype)) for name, a in source[3].items()} == bench_data.PAIR
-    rows, bad = captions.readable(captions.coco(**bench_data.write_captions(tmp_path, 4), size=0), range(4))
-    assert not bad and {row["image"].shape for row in rows.values()} == {(480, 640, 3), (640, 480, 3)}
+    assert (
+        len(source) == 7
+        and {name: (a.shape, str(a.dtype)) for name, a in source[3].items()} == data.PAIR
+    )
+    rows, bad = captions.readable(
+        captions.coco(**data.write_captions(tmp_path, 4), size=0), range(4)
+    )
+    assert not bad and {row["image"].shape for row in rows.values()} == {
+        (480, 640, 3),
+        (640, 480, 3),
+    }
     size = np.mean([path.stat().st_size for path in (tmp_path / "images").iterdir()])
     assert 120e3 < size < 200e3  # COCO's train2017: 160 kB
 
 
 @pytest.mark.parametrize("argument", ["--count=0", "--repeats=0", "--batch_size=0"])
 def test_nothing_to_time(monkeypatch, argument):
-    monkeypatch.setattr("sys.argv", ["bench_data", "records", argument])
+    monkeypatch.setattr("sys.argv", ["bench.data", "records", argument])
     with pytest.raises(SystemExit, match=r"^error: \w+ is 0; expected at least 1\.$"):
-        bench_data.main()
+        data.main()

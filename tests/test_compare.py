@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import bench, compare, convert, embed, experiment, metrics, sample, storage, tables
-from tests.runs import smoke
+from dmd_jax.commands import compare
+from dmd_jax.evals import report
+from dmd_jax.experiment import build, configs
+from dmd_jax.experiment import model as model_lib
+from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.runtime import storage
+from dmd_jax.stages import embed, import_weights
+from tests.helpers.runs import smoke
 
 RESULT = {
-    "protocol": {"name": "digits", "count": 64, "ranges": 1, "quantisation": "none", "source": "here"},
+    "protocol": {
+        "name": "digits",
+        "count": 64,
+        "ranges": 1,
+        "quantisation": "none",
+        "source": "here",
+    },
     "networks": {"mlp@8": "abc"},
     "reference_count": 500,
     "reference_digest": "def",
@@ -33,7 +45,11 @@ def write_run(path, *, seed=0, scores=1.0, config=(), **changes):
     settings.update(dict(config))
     path.mkdir(parents=True)
     (path / "config.json").write_text(settings.to_json_best_effort())
-    found = {"real": {"FD": 0.5, "recall": 1.0}, "teacher": {"FD": scores, "recall": 0.5}, "dmd": {"FD": 2 * scores, "recall": 0.25}}
+    found = {
+        "real": {"FD": 0.5, "recall": 1.0},
+        "teacher": {"FD": scores, "recall": 0.5},
+        "dmd": {"FD": 2 * scores, "recall": 0.25},
+    }
     (path / "evaluation.json").write_text(json.dumps(RESULT | {"scores": found} | changes))
     return path
 
@@ -58,8 +74,14 @@ def test_means_and_standard_deviations_of_seeds(tmp_path):
     (tmp_path / "full-0.log").write_text("no run")
     first, _, teacher, student = cells(f"both losses={tmp_path}/full-*")
     assert first[0] == "mean (standard deviation)"
-    assert teacher[:2] == ("teacher, 3 runs", f"{statistics.mean(values):.3f} ({statistics.stdev(values):.3f})")
-    assert student[:2] == ("both losses, 3 runs", f"{2 * statistics.mean(values):.3f} ({2 * statistics.stdev(values):.3f})")
+    assert teacher[:2] == (
+        "teacher, 3 runs",
+        f"{statistics.mean(values):.3f} ({statistics.stdev(values):.3f})",
+    )
+    assert student[:2] == (
+        "both losses, 3 runs",
+        f"{2 * statistics.mean(values):.3f} ({2 * statistics.stdev(values):.3f})",
+    )
     assert student[3:] == ("1", "1.000 (0.000)", "")
 
 
@@ -70,12 +92,22 @@ def test_a_teacher_stands_there_once(tmp_path):
     names = [row[0] for row in cells(f"full={tmp_path}/full-*", f"less={tmp_path}/less-*")]
     assert names[1:] == ["real images", "teacher, 2 runs", "full, 2 runs", "less, 2 runs"]
     names = [row[0] for row in cells(tmp_path / "full-0", tmp_path / "less-0", tmp_path / "less-1")]
-    assert names[1:] == ["real images", "teacher of full-0", "teacher of less-1", "full-0", "less-0", "less-1"]
+    assert names[1:] == [
+        "real images",
+        "teacher of full-0",
+        "teacher of less-1",
+        "full-0",
+        "less-0",
+        "less-1",
+    ]
 
 
 @pytest.mark.parametrize(("version", "rows"), [(30, 2), ("sha", 1)])
 def test_an_imported_teacher_is_the_same_whatever_the_seed(tmp_path, version, rows):
-    runs = [write_run(tmp_path / name, seed=i, versions={"teacher": version, "dmd": 20}) for i, name in enumerate("ab")]
+    runs = [
+        write_run(tmp_path / name, seed=i, versions={"teacher": version, "dmd": 20})
+        for i, name in enumerate("ab")
+    ]
     assert sum(row.role == "teacher" for row in compare.open_rows(list(map(str, runs)))) == rows
 
 
@@ -85,9 +117,18 @@ def test_an_imported_teacher_is_the_same_whatever_the_seed(tmp_path, version, ro
         ({"networks": {"mlp@8": "xyz"}}, r'networks \({"mlp@8": "abc"}, {"mlp@8": "xyz"}\)'),
         ({"reference_digest": "other"}, r'reference_digest \("def", "other"\)'),
         ({"conditions": "456"}, r'conditions \("123", "456"\)'),
-        ({"protocol": RESULT["protocol"] | {"count": 32, "ranges": 3}}, r"protocol count \(64, 32\), protocol ranges \(1, 3\)"),
-        ({"protocol": RESULT["protocol"] | {"name": "digits:train"}}, r'protocol name \("digits", "digits:train"\)'),
-        ({"protocol": RESULT["protocol"] | {"quantisation": "round"}}, r'protocol quantisation \("none", "round"\)'),
+        (
+            {"protocol": RESULT["protocol"] | {"count": 32, "ranges": 3}},
+            r"protocol count \(64, 32\), protocol ranges \(1, 3\)",
+        ),
+        (
+            {"protocol": RESULT["protocol"] | {"name": "digits:train"}},
+            r'protocol name \("digits", "digits:train"\)',
+        ),
+        (
+            {"protocol": RESULT["protocol"] | {"quantisation": "round"}},
+            r'protocol quantisation \("none", "round"\)',
+        ),
     ],
 )
 def test_scores_that_mean_something_else_are_refused(tmp_path, changes, told):
@@ -100,7 +141,12 @@ def test_scores_that_mean_something_else_are_refused(tmp_path, changes, told):
 
 def test_what_does_not_change_the_meaning_is_not_asked(tmp_path):
     write_run(tmp_path / "a")
-    write_run(tmp_path / "b", protocol=RESULT["protocol"] | {"source": "elsewhere"}, device="8 x TPU", packages={"jax": "9"})
+    write_run(
+        tmp_path / "b",
+        protocol=RESULT["protocol"] | {"source": "elsewhere"},
+        device="8 x TPU",
+        packages={"jax": "9"},
+    )
     assert len(cells(tmp_path / "a", tmp_path / "b")) == 5
 
 
@@ -108,17 +154,23 @@ def test_directories_that_are_no_runs(tmp_path):
     run = write_run(tmp_path / "a")
     with pytest.raises(ValueError, match="absent is no run's directory"):
         cells(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"no run's directory matches .*/z-\*; quote the pattern, and check it"):
+    with pytest.raises(
+        ValueError, match=r"no run's directory matches .*/z-\*; quote the pattern, and check it"
+    ):
         cells(f"z={tmp_path}/z-*")
     with pytest.raises(ValueError, match="two rows are named a; name them, such as other="):
         cells(run, f"a={run}")
-    metrics.write_json(run / "evaluation.json", {"protocol": {}, "nfe": {}})
+    storage.write_json(run / "evaluation.json", {"protocol": {}, "nfe": {}})
     with pytest.raises(
-        ValueError, match="has no nfe, scores, seconds_per_image, speedup, training_seconds, versions: an older version wrote it"
+        ValueError,
+        match="has no nfe, scores, seconds_per_image, speedup, training_seconds, versions: an older version wrote it",
     ):
         cells(run)
     (run / "evaluation.json").unlink()
-    with pytest.raises(ValueError, match=r"evaluation\.json does not exist; let the run come to its evaluation first"):
+    with pytest.raises(
+        ValueError,
+        match=r"evaluation\.json does not exist; let the run come to its evaluation first",
+    ):
         cells(run)
 
 
@@ -126,7 +178,11 @@ def test_patterns(tmp_path, monkeypatch):
     for name in ("x/run-1", "x/run-2", "y/run-1"):
         write_run(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    for pattern, expected in (("*/run-1", ["x/run-1", "y/run-1"]), ("x/run-[12]", ["x/run-1", "x/run-2"]), ("x/run-1", ["x/run-1"])):
+    for pattern, expected in (
+        ("*/run-1", ["x/run-1", "y/run-1"]),
+        ("x/run-[12]", ["x/run-1", "x/run-2"]),
+        ("x/run-1", ["x/run-1"]),
+    ):
         for start in ("", f"{tmp_path}/"):
             assert compare.matching(start + pattern) == [tmp_path / name for name in expected]
 
@@ -135,15 +191,22 @@ def test_runs_in_a_bucket(bucket, tmp_path, capsys):
     for seed in (0, 1):
         with storage.writing(f"gs://bucket/runs/full-{seed}") as new:
             shutil.copytree(write_run(tmp_path / f"full-{seed}", seed=seed), new)
-    compare.run(compare.parse(["full=gs://bucket/runs/full-*", "one=gs://bucket/runs/full-1", "--out="]))
+    compare.run(
+        compare.parse(["full=gs://bucket/runs/full-*", "one=gs://bucket/runs/full-1", "--out="])
+    )
     printed = capsys.readouterr().out
     assert "full, 2 runs" in printed and "\none " in printed
 
 
 def test_tables():
     rows = [("", "FD", "NFE"), ("a long name", "1.0", "35"), ("b", "12.0", "")]
-    assert tables.aligned(rows) == "               FD  NFE\na long name   1.0   35\nb            12.0"
-    assert tables.markdown(rows) == "|  | FD | NFE |\n| --- | --- | --- |\n| a long name | 1.0 | 35 |\n| b | 12.0 |  |"
+    assert (
+        report.aligned(rows) == "               FD  NFE\na long name   1.0   35\nb            12.0"
+    )
+    assert (
+        report.markdown(rows)
+        == "|  | FD | NFE |\n| --- | --- | --- |\n| a long name | 1.0 | 35 |\n| b | 12.0 |  |"
+    )
 
 
 def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
@@ -151,17 +214,25 @@ def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
     other = shutil.copytree(finished, tmp_path / "other")
     rows = compare.open_rows([str(finished), f"other={other}"])
     conditions, images = compare.sampled(rows, 3, 2)
-    assert [row.name for row in rows] == ["teacher", finished.name, "other"] and conditions == [0, 1, 2]
+    assert [row.name for row in rows] == ["teacher", finished.name, "other"] and conditions == [
+        0,
+        1,
+        2,
+    ]
     np.testing.assert_array_equal(images[1], images[2])
     config = smoke()
-    inputs = experiment.inputs(config, range(3), [{"cond": np.int32(i)} for i in range(3)])
+    inputs = build.inputs(config, range(3), [{"cond": np.int32(i)} for i in range(3)])
     for image, stage in zip(images, ("teacher", "dmd"), strict=False):
-        model = sample.load(str(finished), stage=stage)
+        model = model_lib.load(str(finished), stage=stage)
         np.testing.assert_allclose(image, model([0, 1, 2], noise=inputs["z"]), atol=1e-5)
     assert abs(images[0] - images[1]).max() > 0.01
 
     shown = []
-    monkeypatch.setattr(compare, "draw", lambda *arguments, draw=compare.draw: shown.append(arguments[2]) or draw(*arguments))
+    monkeypatch.setattr(
+        compare,
+        "draw",
+        lambda *arguments, draw=compare.draw: shown.append(arguments[2]) or draw(*arguments),
+    )
     compare.run(compare.parse([str(finished), "--count=2", f"--out={tmp_path / 'picture.png'}"]))
     assert shown == [[0, 1]] and Image.open(tmp_path / "picture.png").width > 2 * 96
     printed = capsys.readouterr().out
@@ -170,9 +241,14 @@ def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
 
 
 def test_weights_that_are_not_those_of_the_scores(workdir):
-    result = metrics.read_json(workdir / "evaluation.json")
-    metrics.write_json(workdir / "evaluation.json", result | {"versions": result["versions"] | {"dmd": 10}})
-    with pytest.raises(ValueError, match=r"evaluation\.json is of dmd at 10, which is now at 20; evaluate the run again"):
+    result = storage.read_json(workdir / "evaluation.json")
+    storage.write_json(
+        workdir / "evaluation.json", result | {"versions": result["versions"] | {"dmd": 10}}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"evaluation\.json is of dmd at 10, which is now at 20; evaluate the run again",
+    ):
         compare.sampled(compare.open_rows([str(workdir)]), 1, 1)
 
 
@@ -190,28 +266,37 @@ def test_the_prompts_of_a_run_stand_above(tmp_path):
     pytest.importorskip("diffusers")
     from tests import sd
 
-    config, workdir = bench.load_config("coco:tiny"), tmp_path / "run"
+    config, workdir = configs.load("coco:tiny"), tmp_path / "run"
     sd.build(tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a red flower\nblue sky\n")
     config.update(checkpoint=str(tmp_path / "sd"), prompts_file=str(tmp_path / "prompts.txt"))
     config.mesh.data = 1
     stages = {stage: config[stage].program for stage in config.stages}
-    convert.run(config, "teacher", workdir)
-    embed.run(config, next(stage for stage, program in stages.items() if program == "embed"), workdir)
+    import_weights.run(config, "teacher", workdir)
+    embed.run(
+        config, next(stage for stage, program in stages.items() if program == "embed"), workdir
+    )
     shutil.copytree(workdir / "teacher", workdir / "dmd")  # a student with the teacher's weights
     config.evaluate.conditions = dict(source="records.read", directory="{workdir}/prompts")
     (workdir / "config.json").write_text(config.to_json_best_effort())
-    versions = {stage: experiment.version(workdir / stage) for stage in ("teacher", "dmd")}
+    versions = {stage: workdir_lib.version(workdir / stage) for stage in ("teacher", "dmd")}
     scores = {"teacher": {"FD": 1.0}, "dmd": {"FD": 2.0}}
-    metrics.write_json(workdir / "evaluation.json", RESULT | {"scores": scores, "versions": versions})
+    storage.write_json(
+        workdir / "evaluation.json", RESULT | {"scores": scores, "versions": versions}
+    )
     rows = compare.open_rows([str(workdir)])
     conditions, images = compare.sampled(rows, 3, 1)
-    assert conditions == ["a red flower", "blue sky", "a red flower"] and [i.shape for i in images] == [(3, 16, 16, 3)] * 2
+    assert (
+        conditions == ["a red flower", "blue sky", "a red flower"]
+        and [i.shape for i in images] == [(3, 16, 16, 3)] * 2
+    )
     compare.draw(pathlib.Path(tmp_path / "picture.png"), rows, conditions, images)
     assert Image.open(tmp_path / "picture.png").width > 3 * 96
 
 
-@pytest.mark.parametrize("argument", ["--count=0", "--batch_size=0", "--out=absent/a.png", "--out=a.txt"])
+@pytest.mark.parametrize(
+    "argument", ["--count=0", "--batch_size=0", "--out=absent/a.png", "--out=a.txt"]
+)
 def test_bad_arguments(tmp_path, argument):
     with pytest.raises(ValueError, match="expected"):
         compare.run(compare.parse([str(write_run(tmp_path / "a")), argument]))

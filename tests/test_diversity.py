@@ -6,8 +6,8 @@ import pytest
 
 from dmd_jax import sharding
 from dmd_jax.evals import diversity
-from dmd_jax.models import vgg
-from dmd_jax.weights import convert
+from dmd_jax.models import lpips
+from dmd_jax.weights import state_dict
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
 
@@ -22,7 +22,7 @@ def weights(tmp_path_factory):
         array = (scale * rng.standard_normal(a.shape)).astype(np.float32)
         return np.abs(array) if path[0].key.startswith("lin") else array
 
-    tensors = convert.to_torch(jax.tree_util.tree_map_with_path(draw, vgg.make().abstract))
+    tensors = state_dict.to_torch(jax.tree_util.tree_map_with_path(draw, lpips.make().abstract))
     path = tmp_path_factory.mktemp("lpips") / "lpips.npz"
     np.savez(path, **tensors)
     return path, tensors
@@ -46,10 +46,17 @@ def distances(weights):
             if isinstance(layer, torch.nn.MaxPool2d):
                 setattr(stage, name, torch.nn.AvgPool2d(2, 2))
     for name, parameter in oracle.named_parameters():
-        parameter.data = torch.from_numpy(np.array(weights[1][name if name.startswith("lin") else f"features.{name.split('.', 2)[2]}"]))
+        parameter.data = torch.from_numpy(
+            np.array(
+                weights[1][name if name.startswith("lin") else f"features.{name.split('.', 2)[2]}"]
+            )
+        )
     x = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        return {(i, j): oracle(x[i : i + 1], x[j : j + 1]).item() for i, j in itertools.combinations(range(len(x)), 2)}
+        return {
+            (i, j): oracle(x[i : i + 1], x[j : j + 1]).item()
+            for i, j in itertools.combinations(range(len(x)), 2)
+        }
 
 
 def test_all_pairs(measure, distances):
@@ -57,7 +64,9 @@ def test_all_pairs(measure, distances):
 
 
 def test_some_pairs_on_one_device_in_other_batches(weights, measure, distances):
-    alone = diversity.make(sharding.Parallel(sharding.make_mesh(data=1)), batch_size=3, weights=weights[0])
+    alone = diversity.make(
+        sharding.Parallel(sharding.make_mesh(data=1)), batch_size=3, weights=weights[0]
+    )
     assert alone.digest == measure.digest
     chosen = [tuple(pair) for pair in diversity.draw_pairs(4, 4, 3).tolist()]
     expected = pytest.approx(np.mean([distances[pair] for pair in chosen]), rel=1e-5)
@@ -66,7 +75,9 @@ def test_some_pairs_on_one_device_in_other_batches(weights, measure, distances):
 
 def test_bytes_and_copies(measure):
     images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
-    assert measure(images, 3, 0) == pytest.approx(measure((images / 127.5 - 1).astype(np.float32), 3, 0), rel=1e-6)
+    assert measure(images, 3, 0) == pytest.approx(
+        measure((images / 127.5 - 1).astype(np.float32), 3, 0), rel=1e-6
+    )
     assert measure(np.repeat(images[:1], 3, axis=0), 3, 0) == pytest.approx(0, abs=1e-12)
 
 
@@ -75,7 +86,10 @@ def test_the_digest_is_of_weights_and_size(weights, tmp_path, measure):
     other = tmp_path / "other.npz"
     np.savez(other, **tensors | {"lin0.model.1.weight": 2 * tensors["lin0.model.1.weight"]})
     parallel = sharding.Parallel(sharding.make_mesh())
-    resized, others = (diversity.make(parallel, batch_size=8, weights=file, size=size).digest for file, size in ((path, 64), (other, None)))
+    resized, others = (
+        diversity.make(parallel, batch_size=8, weights=file, size=size).digest
+        for file, size in ((path, 64), (other, None))
+    )
     assert len({measure.digest, resized, others}) == 3
 
 

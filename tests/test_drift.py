@@ -20,8 +20,12 @@ def test_sums():
 
 
 def test_saturation_is_pillows():
-    expected = sum(np.asarray(Image.fromarray(image).convert("HSV"))[..., 1].mean() / 255 for image in IMAGES)
-    assert drift.sums(IMAGES).saturation == pytest.approx(expected, abs=6 / 255)  # Pillow cuts to bytes
+    expected = sum(
+        np.asarray(Image.fromarray(image).convert("HSV"))[..., 1].mean() / 255 for image in IMAGES
+    )
+    assert drift.sums(IMAGES).saturation == pytest.approx(
+        expected, abs=6 / 255
+    )  # Pillow cuts to bytes
 
 
 def test_sums_add_up():
@@ -35,14 +39,23 @@ def test_drift():
     found = drift.drift(drift.sums(IMAGES), drift.sums(half[:3]))
     real, fake = drift.sums(IMAGES), drift.sums(half[:3])
     assert found.keys() == {"brightness drift", "saturation drift", "contrast drift"}
-    assert found["brightness drift"] == pytest.approx(fake.brightness / 3 - real.brightness / 6) and found["brightness drift"] < 0
+    assert (
+        found["brightness drift"] == pytest.approx(fake.brightness / 3 - real.brightness / 6)
+        and found["brightness drift"] < 0
+    )
     assert found["contrast drift"] < 0
-    assert drift.drift(real, real) == {"brightness drift": 0, "saturation drift": 0, "contrast drift": 0}
+    assert drift.drift(real, real) == {
+        "brightness drift": 0,
+        "saturation drift": 0,
+        "contrast drift": 0,
+    }
 
 
 def test_each_drift_is_of_its_own():
     grey = np.full((1, 4, 4, 3), 100, np.uint8)
-    board = grey + np.where(np.indices((4, 4)).sum(0) % 2, 50, -50).astype(np.int8)[None, ..., None].view(np.uint8)
+    board = grey + np.where(np.indices((4, 4)).sum(0) % 2, 50, -50).astype(np.int8)[
+        None, ..., None
+    ].view(np.uint8)
     found = drift.drift(drift.sums(grey), drift.sums(board))
     assert found == pytest.approx({"brightness drift": 0, "contrast drift": 50 / 255}, abs=1e-6)
     found = drift.drift(drift.sums(grey), drift.sums(grey + np.uint8(51)))
@@ -58,7 +71,10 @@ def test_grey_images_of_one_channel():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"expected images as uint8 \[N, H, W, 1 or 3\], got float32 \[6, 5, 7, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected images as uint8 \[N, H, W, 1 or 3\], got float32 \[6, 5, 7, 3\]",
+    ):
         drift.sums(IMAGES.astype(np.float32))
     with pytest.raises(ValueError, match="needs images of both sets, got 6 and 0"):
         drift.drift(drift.sums(IMAGES), drift.sums(IMAGES[:0]))

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from dmd_jax import sharding
-from dmd_jax.evals import frechet, inception, kid, pairwise, precision_recall
+from dmd_jax.evals import frechet, kid, pairwise, precision_recall
+from dmd_jax.features import inception
 from dmd_jax.models import inception as network
-from dmd_jax.weights import files
+from dmd_jax.weights import published
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((600, 24)).astype(np.float32) + 3
@@ -28,7 +29,9 @@ def moments(features):
 def few_of_many(seed, count=60, dimensions=200):
     """Features of fewer images than there are dimensions, on very different scales."""
     rng = np.random.default_rng(seed)
-    return (0.5 + rng.standard_normal((count, dimensions)) * np.logspace(0, -4, dimensions)).astype(np.float32)
+    return (0.5 + rng.standard_normal((count, dimensions)) * np.logspace(0, -4, dimensions)).astype(
+        np.float32
+    )
 
 
 def test_frechet_distance():
@@ -43,16 +46,23 @@ def test_frechet_distance_of_scaled_features():
     """Covariances that commute have a root by hand: |mu|^2 + tr((C^(1/2) - (4 C)^(1/2))^2)."""
     a = moments(few_of_many(0))
     b = frechet.Moments(a.mean + 0.1, 4 * a.covariance)
-    assert frechet.frechet_distance(a, b) == pytest.approx(0.01 * 200 + np.trace(a.covariance), rel=1e-12)
+    assert frechet.frechet_distance(a, b) == pytest.approx(
+        0.01 * 200 + np.trace(a.covariance), rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("features", [A, few_of_many(0), few_of_many(0, 2), np.ones((9, 24), np.float32)])
+@pytest.mark.parametrize(
+    "features", [A, few_of_many(0), few_of_many(0, 2), np.ones((9, 24), np.float32)]
+)
 def test_frechet_distance_to_itself_is_zero(features):
     whole = moments(features)
     assert frechet.frechet_distance(whole, whole) == pytest.approx(0, abs=1e-10)
 
 
-@pytest.mark.parametrize("features", [(A, B), (few_of_many(0), few_of_many(1)), (A[:20], B), (A, np.ones((9, 24), np.float32))])
+@pytest.mark.parametrize(
+    "features",
+    [(A, B), (few_of_many(0), few_of_many(1)), (A[:20], B), (A, np.ones((9, 24), np.float32))],
+)
 def test_frechet_distance_is_that_of_any_batches(features):
     """Also where rounding makes eigenvalues of 1e-16 of those that are 0, whose roots are not small."""
     first, second = features
@@ -80,7 +90,9 @@ def test_kernel_distance():
     a, b = np.float64(A), np.float64(B)
     kernel = lambda x, y: (x @ y.T / 24 + 1) ** 3
     mean_off_diagonal = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-    expected = mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()
+    expected = (
+        mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()
+    )
     assert kid.kernel_distance(A, B, devices(8)) == pytest.approx(expected, rel=1e-9)
 
 
@@ -88,7 +100,12 @@ def test_kernel_distance_is_unbiased():
     """As the mean over subsets is that clean-fid and torch-fidelity give."""
     whole = kid.kernel_distance(A, B, devices(1))
     rng = np.random.default_rng(0)
-    parts = [kid.kernel_distance(A[rng.permutation(600)[:100]], B[rng.permutation(520)[:100]], devices(1)) for _ in range(40)]
+    parts = [
+        kid.kernel_distance(
+            A[rng.permutation(600)[:100]], B[rng.permutation(520)[:100]], devices(1)
+        )
+        for _ in range(40)
+    ]
     assert abs(np.mean(parts) - whole) < 4 * np.std(parts) / np.sqrt(40) < whole
 
 
@@ -109,12 +126,16 @@ def brute_force(real, fake):
 def test_precision_recall():
     expected = brute_force(A, B)
     assert precision_recall.precision_recall(A, B, devices(8)) == pytest.approx(expected, rel=1e-12)
-    assert all(0.02 < value < 0.98 for value in expected.values()) and len(set(expected.values())) == 4
+    assert (
+        all(0.02 < value < 0.98 for value in expected.values()) and len(set(expected.values())) == 4
+    )
 
 
 def test_precision_recall_against_itself_and_against_something_far():
     names = ("precision", "recall", "density", "coverage")
-    assert precision_recall.precision_recall(A, A, devices(8)) == pytest.approx(dict.fromkeys(names, 1))
+    assert precision_recall.precision_recall(A, A, devices(8)) == pytest.approx(
+        dict.fromkeys(names, 1)
+    )
     assert precision_recall.precision_recall(A, A + 100, devices(8)) == dict.fromkeys(names, 0)
 
 
@@ -147,7 +168,9 @@ def test_fid_is_pytorch_fids(tmp_path, monkeypatch):
     from tests import test_features
 
     test_features.import_torchvision()
-    package, score = (pytest.importorskip(f"pytorch_fid.{name}") for name in ("inception", "fid_score"))
+    package, score = (
+        pytest.importorskip(f"pytorch_fid.{name}") for name in ("inception", "fid_score")
+    )
     state = test_features.to_torch(test_features.random_params(network.make().abstract))
     state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     monkeypatch.setattr(package, "load_state_dict_from_url", lambda *_, **__: state)
@@ -156,19 +179,27 @@ def test_fid_is_pytorch_fids(tmp_path, monkeypatch):
     files = [tmp_path / f"{i}.png" for i in range(8)]
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file)
-    expected = score.get_activations(files, package.InceptionV3(), batch_size=8, dims=2048, num_workers=0)
-    found = inception.make(devices(8), batch_size=8, weights=tmp_path / "inception.pth", resize="pytorch_fid").extract(images)
+    expected = score.get_activations(
+        files, package.InceptionV3(), batch_size=8, dims=2048, num_workers=0
+    )
+    found = inception.make(
+        devices(8), batch_size=8, weights=tmp_path / "inception.pth", resize="pytorch_fid"
+    ).extract(images)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     statistics = [(features.mean(axis=0), np.cov(features, rowvar=False)) for features in (A, B)]
     expected = score.calculate_frechet_distance(*statistics[0], *statistics[1])
-    assert frechet.frechet_distance(moments(A), moments(B)) == pytest.approx(expected, rel=1e-6)  # float32 means
+    assert frechet.frechet_distance(moments(A), moments(B)) == pytest.approx(
+        expected, rel=1e-6
+    )  # float32 means
 
 
 @pytest.fixture
 def pixels(tmp_path, monkeypatch):
     """File of the weights of a network that gives back pixels; `inception.make` makes it."""
     torch = pytest.importorskip("torch")
-    made = network.make()._replace(apply=lambda params, x: x.mean(axis=-1)[:, 140:143, 8:40], abstract={})
+    made = network.make()._replace(
+        apply=lambda params, x: x.mean(axis=-1)[:, 140:143, 8:40], abstract={}
+    )
     monkeypatch.setattr(network, "make", lambda: made)
     torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / "inception.pth")
     return tmp_path / "inception.pth"
@@ -176,22 +207,48 @@ def pixels(tmp_path, monkeypatch):
 
 def test_fids_digest_is_of_the_whole_chain(pixels, monkeypatch):
     """And FID is what is in the one network's features."""
-    assert inception.make(devices(8), batch_size=8, weights=pixels).frechet.startswith("FD-inception-")
-    monkeypatch.setitem(files.SHA256, files.INCEPTION, files.sha256(pixels))
-    settings = [{}, {"resize": "pytorch_fid"}, {"resize": "clean"}, {"resize": "clean", "crop_to": 256}, {"crop_to": 256}]
+    assert inception.make(devices(8), batch_size=8, weights=pixels).frechet.startswith(
+        "FD-inception-"
+    )
+    monkeypatch.setitem(published.SHA256, published.INCEPTION, published.sha256(pixels))
+    settings = [
+        {},
+        {"resize": "pytorch_fid"},
+        {"resize": "clean"},
+        {"resize": "clean", "crop_to": 256},
+        {"crop_to": 256},
+    ]
     made = [inception.make(devices(8), batch_size=8, weights=pixels, **chain) for chain in settings]
-    assert len({features.digest for features in made}) == 5 and {features.frechet for features in made} == {"FID"}
-    with pytest.raises(ValueError, match="no resize 'cubic' for inception; there are: edm, pytorch_fid, clean"):
+    assert len({features.digest for features in made}) == 5 and {
+        features.frechet for features in made
+    } == {"FID"}
+    with pytest.raises(
+        ValueError, match="no resize 'cubic' for inception; there are: edm, pytorch_fid, clean"
+    ):
         inception.make(devices(8), batch_size=8, weights=pixels, resize="cubic")
 
 
 def test_coco_images_are_cropped_and_resized_twice(pixels):
     """To 256 by Lanczos in bytes, then to 299 in floats, whatever size they had."""
     images = RNG.integers(0, 256, (8, 320, 400, 3)).astype(np.uint8)
-    small = [Image.fromarray(image).crop((40, 0, 360, 320)).resize((256, 256), Image.Resampling.LANCZOS) for image in images]
-    planes = [
-        [Image.fromarray(np.float32(image)[..., c]).resize((299, 299), Image.Resampling.BICUBIC) for c in range(3)] for image in small
+    small = [
+        Image.fromarray(image).crop((40, 0, 360, 320)).resize((256, 256), Image.Resampling.LANCZOS)
+        for image in images
     ]
-    expected = (np.float32([[np.asarray(plane) for plane in image] for image in planes]).clip(0, 255).mean(axis=1) - 128) / 128
-    found = inception.make(devices(8), batch_size=8, weights=pixels, resize="clean", crop_to=256).extract(images)
+    planes = [
+        [
+            Image.fromarray(np.float32(image)[..., c]).resize((299, 299), Image.Resampling.BICUBIC)
+            for c in range(3)
+        ]
+        for image in small
+    ]
+    expected = (
+        np.float32([[np.asarray(plane) for plane in image] for image in planes])
+        .clip(0, 255)
+        .mean(axis=1)
+        - 128
+    ) / 128
+    found = inception.make(
+        devices(8), batch_size=8, weights=pixels, resize="clean", crop_to=256
+    ).extract(images)
     np.testing.assert_allclose(found, expected[:, 140:143, 8:40], atol=2e-6)

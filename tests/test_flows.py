@@ -6,12 +6,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dmd_jax import bench, check, experiment
-from tests.runs import smoke
+from dmd_jax.experiment import build, check, configs
+from tests.helpers.runs import smoke
 
 
 def flat(changes):
-    config = bench.load_config("digits:smoke_instaflow")
+    config = configs.load("digits:smoke_instaflow")
     config.update_from_flattened_dict(changes)
     return config
 
@@ -19,9 +19,15 @@ def flat(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reflow_1.prediction": "flow"}, "reflow_2.prediction is 'rectified', but it starts from reflow_1, whose is 'flow'; give both"),
+        (
+            {"reflow_1.prediction": "flow"},
+            "reflow_2.prediction is 'rectified', but it starts from reflow_1, whose is 'flow'; give both",
+        ),
         ({"reflow_1.recipe.name": "reflw"}, "dmd_jax/recipes has no file 'reflw'"),
-        ({"reflow_1.prediction": "rectifed"}, "no prediction for RectifiedFlow 'rectifed' .did you mean 'rectified'"),
+        (
+            {"reflow_1.prediction": "rectifed"},
+            "no prediction for RectifiedFlow 'rectifed' .did you mean 'rectified'",
+        ),
         ({"evaluate.straightness.num_steps": 0}, "num_steps is 0; expected at least 1"),
     ],
 )
@@ -32,40 +38,67 @@ def test_flows_that_cannot_work(changes, message):
 
 def test_more_that_cannot_work():
     for key, value, message in (
-        ("distil", dict(network=dict(smoke().network, channels=3)), "distil.network.channels is 3, expected 1, as config.network has it"),
+        (
+            "distil",
+            dict(network=dict(smoke().network, channels=3)),
+            "distil.network.channels is 3, expected 1, as config.network has it",
+        ),
         (
             "evaluate",
             dict(others=dict(real=dict(stage="distil", sampler=dict(name="one_step")))),
             "others.real has a name that is taken",
         ),
-        ("evaluate", dict(others=dict(row=dict(stage="distil"))), "others.row is .*expected stage, sampler"),
-        ("evaluate", dict(straightness=dict(stages=("distil",))), "straightness is .*, expected stages, num_steps and count"),
-        ("reflow_1", dict(recipe=dict(name="reflow", foo=3)), "reflow_1.recipe does not fit: .*optimizer"),
+        (
+            "evaluate",
+            dict(others=dict(row=dict(stage="distil"))),
+            "others.row is .*expected stage, sampler",
+        ),
+        (
+            "evaluate",
+            dict(straightness=dict(stages=("distil",))),
+            "straightness is .*, expected stages, num_steps and count",
+        ),
+        (
+            "reflow_1",
+            dict(recipe=dict(name="reflow", foo=3)),
+            "reflow_1.recipe does not fit: .*optimizer",
+        ),
     ):
-        config = bench.load_config("digits:smoke_instaflow").to_dict()
+        config = configs.load("digits:smoke_instaflow").to_dict()
         config[key].update(value)
         with pytest.raises(ValueError, match=message):
             check.config(ml_collections.ConfigDict(config))
 
 
 def test_a_stage_that_continues_needs_more_steps():
-    config = bench.load_config("coco:instaflow")
+    config = configs.load("coco:instaflow")
     config.reflow_2.num_steps = config.reflow_1.num_steps
-    with pytest.raises(ValueError, match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, has 70000; give it more"):
+    with pytest.raises(
+        ValueError,
+        match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, has 70000; give it more",
+    ):
         check.config(config)
 
 
 def test_a_stage_keeps_its_own_network_process_and_prediction():
-    config = bench.load_config("coco:tiny_instaflow")
-    assert "units" in experiment.make_network(config, "distil_1").abstract and "units" not in experiment.make_network(config).abstract
-    denoisers = {stage: experiment.make_denoiser(config, stage) for stage in ("teacher", "reflow_1")}
-    assert {name: type(d.process).__name__ for name, d in denoisers.items()} == {"teacher": "VP", "reflow_1": "RectifiedFlow"}
+    config = configs.load("coco:tiny_instaflow")
+    assert (
+        "units" in build.make_network(config, "distil_1").abstract
+        and "units" not in build.make_network(config).abstract
+    )
+    denoisers = {stage: build.make_denoiser(config, stage) for stage in ("teacher", "reflow_1")}
+    assert {name: type(d.process).__name__ for name, d in denoisers.items()} == {
+        "teacher": "VP",
+        "reflow_1": "RectifiedFlow",
+    }
     assert [d.prediction.__name__ for d in denoisers.values()] == ["eps", "flow_to_data"]
-    flow = experiment.make_flow(config, "teacher")
-    assert type(flow.process).__name__ == "RectifiedFlow" and np.isfinite(flow.process.grid(3)).all()
+    flow = build.make_flow(config, "teacher")
+    assert (
+        type(flow.process).__name__ == "RectifiedFlow" and np.isfinite(flow.process.grid(3)).all()
+    )
 
 
 def test_eight_bits_are_missed_at_the_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ValueError, match="eight bits need the package qwix"):
-        check.config(bench.load_config("digits:smoke_instaflow"))
+        check.config(configs.load("digits:smoke_instaflow"))

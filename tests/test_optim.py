@@ -7,20 +7,29 @@ import pytest
 
 from dmd_jax import optim, state
 
-PARAMS = {"conv": {"kernel": np.float32([[3.0, -2.0]]), "bias": np.float32([5.0])}, "norm": {"scale": np.float32([1.0])}}
+PARAMS = {
+    "conv": {"kernel": np.float32([[3.0, -2.0]]), "bias": np.float32([5.0])},
+    "norm": {"scale": np.float32([1.0])},
+}
 GRADS = jax.tree.map(lambda p: 0.1 * p, PARAMS)
 
 
 def test_weight_decay_shrinks_biases_and_norms_too():
     tx = optim.adamw(learning_rate=0.1, warmup_steps=0)
-    net, _ = optim.apply_gradients(state.create(PARAMS, tx, ema=False), jax.tree.map(jnp.zeros_like, PARAMS), tx)
-    chex.assert_trees_all_close(net.params, jax.tree.map(lambda p: p * (1 - 0.1 * 0.01), PARAMS), rtol=1e-6)
+    net, _ = optim.apply_gradients(
+        state.create(PARAMS, tx, ema=False), jax.tree.map(jnp.zeros_like, PARAMS), tx
+    )
+    chex.assert_trees_all_close(
+        net.params, jax.tree.map(lambda p: p * (1 - 0.1 * 0.01), PARAMS), rtol=1e-6
+    )
 
 
 def test_first_step_is_adams():
     tx = optim.adamw(learning_rate=0.1, warmup_steps=0, weight_decay=0)
     net, _ = optim.apply_gradients(state.create(PARAMS, tx, ema=False), GRADS, tx)
-    chex.assert_trees_all_close(net.params, jax.tree.map(lambda p, g: p - 0.1 * np.sign(g), PARAMS, GRADS), rtol=1e-5)
+    chex.assert_trees_all_close(
+        net.params, jax.tree.map(lambda p, g: p - 0.1 * np.sign(g), PARAMS, GRADS), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("size", "clipped"), [(5.0, 5.0), (10.0, 10.0), (1000.0, 10.0)])
@@ -52,18 +61,24 @@ def test_no_warmup(decay):
 
 
 def test_warmup_then_constant():
-    np.testing.assert_allclose(learning_rates(8, warmup_steps=4), [0, 0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5], rtol=1e-4)
+    np.testing.assert_allclose(
+        learning_rates(8, warmup_steps=4), [0, 0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5], rtol=1e-4
+    )
 
 
 def test_warmup_then_cosine():
     expected = [0, 0.25, *(0.25 * (1 + np.cos(np.pi * np.arange(9) / 8)))]
-    np.testing.assert_allclose(learning_rates(11, warmup_steps=2, decay_steps=10), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        learning_rates(11, warmup_steps=2, decay_steps=10), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_running_mean():
     tx = optim.adamw(learning_rate=0.1, warmup_steps=0)
     net, _ = optim.apply_gradients(state.create(PARAMS, tx, ema=True), GRADS, tx, ema_decay=0.9)
-    chex.assert_trees_all_close(net.ema, jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, PARAMS, net.params), rtol=1e-6)
+    chex.assert_trees_all_close(
+        net.ema, jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, PARAMS, net.params), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -10,12 +10,17 @@ import time
 import chex
 import pytest
 
-from dmd_jax import checkpoint, main, metrics, preemption
-from tests import processes, small
-from tests.runs import params_of
+from dmd_jax import main
+from dmd_jax.runtime import checkpoint, log, preemption
+from tests.helpers import processes, small
+from tests.helpers.runs import params_of
 
 ENDLESS = "--config.teacher.num_steps=1000000"
-LONG = ("--config.pairs.count=1000000", "--config.evaluate.count=1000000", "--config.evaluate.student=teacher")
+LONG = (
+    "--config.pairs.count=1000000",
+    "--config.evaluate.count=1000000",
+    "--config.evaluate.student=teacher",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +34,28 @@ def trained(tmp_path_factory):
 
 
 def test_a_stopped_training_goes_on_to_the_same(trained, tmp_path, monkeypatch):
-    advance = metrics.Writer.advance
+    advance = log.Writer.advance
 
     def advance_and_stop(self, step):
         advance(self, step)
         if step == 6:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(metrics.Writer, "advance", advance_and_stop)
-    with pytest.raises(preemption.Preempted, match=r"^teacher was stopped at step 7, which is saved; run the same command again\.$"):
+    monkeypatch.setattr(log.Writer, "advance", advance_and_stop)
+    with pytest.raises(
+        preemption.Preempted,
+        match=r"^teacher was stopped at step 7, which is saved; run the same command again\.$",
+    ):
         main.run(small.get_config(), tmp_path, "teacher")
     assert checkpoint.all_steps(tmp_path / "teacher") == [7]
     monkeypatch.undo()
     main.run(small.get_config(), tmp_path, "teacher")
-    chex.assert_trees_all_equal(*(params_of(small.get_config(), d, "teacher") for d in (tmp_path, trained)))
-    assert [row["loss"] for row in metrics.read(tmp_path / "teacher")] == [row["loss"] for row in metrics.read(trained / "teacher")]
+    chex.assert_trees_all_equal(
+        *(params_of(small.get_config(), d, "teacher") for d in (tmp_path, trained))
+    )
+    assert [row["loss"] for row in log.read(tmp_path / "teacher")] == [
+        row["loss"] for row in log.read(trained / "teacher")
+    ]
 
 
 def test_a_notice_that_comes_too_late_is_not_lost():
@@ -63,13 +75,20 @@ def test_processes_agree_on_a_step(tmp_path):
     started = processes.start(workdir, "--stage=teacher", ENDLESS, processes=2)
     processes.wait_for((workdir / "teacher/checkpoints/10").exists, started)
     started[1].terminate()
-    assert processes.codes(started, 60) == [preemption.EXIT_CODE] * 2, [p.output.read_text() for p in started]
+    assert processes.codes(started, 60) == [preemption.EXIT_CODE] * 2, [
+        p.output.read_text() for p in started
+    ]
     step = max(checkpoint.all_steps(workdir / "teacher"))
-    assert f"teacher was stopped at step {step}, which is saved; run the same command again." in started[0].output.read_text()
-    assert len(metrics.read(workdir / "teacher")) in (step, step - 1)
+    assert (
+        f"teacher was stopped at step {step}, which is saved; run the same command again."
+        in started[0].output.read_text()
+    )
+    assert len(log.read(workdir / "teacher")) in (step, step - 1)
 
 
-@pytest.mark.parametrize(("stage", "sign"), [("pairs", "pairs/manifest.json"), ("evaluate", "classifier.npz")])
+@pytest.mark.parametrize(
+    ("stage", "sign"), [("pairs", "pairs/manifest.json"), ("evaluate", "classifier.npz")]
+)
 def test_other_stages_end_at_once(trained, stage, sign):
     started = processes.start(trained, *LONG, f"--stage={stage}")
     processes.wait_for((trained / sign).exists, started)
@@ -80,9 +99,13 @@ def test_other_stages_end_at_once(trained, stage, sign):
 
 def test_at_once_even_inside_a_program():
     """A Python handler alone would wait until the main thread is back from C++."""
-    script = "import jax; from dmd_jax import preemption; preemption.watch(); print(1, flush=True)\n"
+    script = (
+        "import jax; from dmd_jax import preemption; preemption.watch(); print(1, flush=True)\n"
+    )
     script += "jax.block_until_ready(jax.jit(lambda: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 2, 0.0))())"
-    process = subprocess.Popen([sys.executable, "-c", script], env=processes.environment(), stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=processes.environment(), stdout=subprocess.PIPE
+    )
     process.stdout.readline()
     time.sleep(3)
     process.terminate()
@@ -108,10 +131,18 @@ def test_a_notice_of_google_cloud(trained, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        started = processes.start(tmp_path / "run", "--stage=teacher", ENDLESS, GCE_METADATA_HOST=f"127.0.0.1:{server.server_port}")
+        started = processes.start(
+            tmp_path / "run",
+            "--stage=teacher",
+            ENDLESS,
+            GCE_METADATA_HOST=f"127.0.0.1:{server.server_port}",
+        )
         processes.wait_for((tmp_path / "run/teacher/checkpoints/10").exists, started)
         answers["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
         assert processes.codes(started, 30) == [preemption.EXIT_CODE]
         server.shutdown()
     said = started[0].output.read_text()
-    assert "Google Cloud announces maintenance-event TERMINATE_ON_HOST_MAINTENANCE." in said and "teacher was stopped at step" in said
+    assert (
+        "Google Cloud announces maintenance-event TERMINATE_ON_HOST_MAINTENANCE." in said
+        and "teacher was stopped at step" in said
+    )

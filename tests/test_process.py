@@ -9,12 +9,53 @@ from dmd_jax import process as process_lib
 from dmd_jax import samplers
 
 PROCESSES = (process_lib.EDM(), process_lib.VP(), process_lib.RectifiedFlow())
-EDM_LEVELS = {0: 0.002, 1: 0.00205020, 20: 0.00323159, 100: 0.0167514, 300: 0.319434, 500: 2.526508, 700: 12.44353}
+EDM_LEVELS = {
+    0: 0.002,
+    1: 0.00205020,
+    20: 0.00323159,
+    100: 0.0167514,
+    300: 0.319434,
+    500: 2.526508,
+    700: 12.44353,
+}
 EDM_LEVELS |= {900: 45.5560, 980: 72.05387, 998: 79.56379, 999: 79.99998}
-ABAR = {0: 0.9991500, 20: 0.9813144, 249: 0.6754324, 399: 0.4260864, 499: 0.2776697, 749: 0.0566235, 980: 0.00584378}
+ABAR = {
+    0: 0.9991500,
+    20: 0.9813144,
+    249: 0.6754324,
+    399: 0.4260864,
+    499: 0.2776697,
+    749: 0.0566235,
+    980: 0.00584378,
+}
 ABAR |= {981: 0.00577550, 999: 0.00466010}
-RATIO = {0: 0.02917, 20: 0.13799, 249: 0.69320, 399: 1.16058, 499: 1.61289, 749: 4.08173, 980: 13.0431, 981: 13.1204, 999: 14.6146}
-EDM_GRID = [80, 57.586, 40.786, 28.375, 19.352, 12.910, 8.4009, 5.3152, 3.2568, 1.9233, 1.0882, 0.58535, 0.29644, 0.13952]
+RATIO = {
+    0: 0.02917,
+    20: 0.13799,
+    249: 0.69320,
+    399: 1.16058,
+    499: 1.61289,
+    749: 4.08173,
+    980: 13.0431,
+    981: 13.1204,
+    999: 14.6146,
+}
+EDM_GRID = [
+    80,
+    57.586,
+    40.786,
+    28.375,
+    19.352,
+    12.910,
+    8.4009,
+    5.3152,
+    3.2568,
+    1.9233,
+    1.0882,
+    0.58535,
+    0.29644,
+    0.13952,
+]
 EDM_GRID += [0.059947, 0.022935, 0.0075280, 0.002, 0]
 
 
@@ -38,7 +79,10 @@ def test_vp_table():
     np.testing.assert_allclose(process.sigma(t), np.sqrt(1 - abar), rtol=3e-5)
     np.testing.assert_allclose(process.sigma(t) / process.alpha(t), list(RATIO.values()), rtol=1e-4)
     abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-    for t, tolerance in ((all_levels(process), 3e-7), (np.arange(1000.0), 1e-12)):  # JAX's float32, numpy's float64
+    for t, tolerance in (
+        (all_levels(process), 3e-7),
+        (np.arange(1000.0), 1e-12),
+    ):  # JAX's float32, numpy's float64
         np.testing.assert_allclose(process.alpha(t), np.sqrt(abar), rtol=tolerance)
         np.testing.assert_allclose(process.sigma(t), np.sqrt(1 - abar), rtol=tolerance)
 
@@ -97,13 +141,21 @@ def test_edm_grid():
 @pytest.mark.parametrize("process", PROCESSES)
 def test_grids_descend_from_the_noisiest_time(process):
     grid = process.grid(7)
-    assert grid.shape == (8,) and grid[0] == pytest.approx(process.t_max, rel=1e-6) and process.sigma(grid)[-1] == 0
+    assert (
+        grid.shape == (8,)
+        and grid[0] == pytest.approx(process.t_max, rel=1e-6)
+        and process.sigma(grid)[-1] == 0
+    )
     assert (np.diff(grid) < 0).all()
 
 
 @pytest.mark.parametrize(
     ("spacing", "expected", "first"),
-    [("leading", [751, 501, 251, 1, 0], 1), ("trailing", [999, 749, 499, 249, 0], 999), ("linspace", [999, 749, 500, 250, -1], 999)],
+    [
+        ("leading", [751, 501, 251, 1, 0], 1),
+        ("trailing", [999, 749, 499, 249, 0], 999),
+        ("linspace", [999, 749, 500, 250, -1], 999),
+    ],
 )
 def test_timesteps(spacing, expected, first):
     process = process_lib.VP()
@@ -121,7 +173,9 @@ def test_there_are_fewer_steps_than_timesteps(num_steps):
     for grid in (process_lib.VP().grid, lambda n: process_lib.VP().timesteps(n, "leading")):
         with pytest.raises(ValueError, match=f"num_steps is {num_steps}, expected 1 to 999"):
             grid(num_steps)
-    with pytest.raises(ValueError, match="no spacing 'even'; there are: leading, trailing, linspace"):
+    with pytest.raises(
+        ValueError, match="no spacing 'even'; there are: leading, trailing, linspace"
+    ):
         process_lib.VP().timesteps(4, "even")
 
 
@@ -131,7 +185,11 @@ def test_prior_scale():
     np.testing.assert_array_equal(edm, [80, -160])
     np.testing.assert_array_equal(vp, z)  # not sigma(999) z
     np.testing.assert_array_equal(flow, z)
-    assert [process.t_max for process in PROCESSES] == [80, 999, 1]  # 80, not the 79.99998 of the table
+    assert [process.t_max for process in PROCESSES] == [
+        80,
+        999,
+        1,
+    ]  # 80, not the 79.99998 of the table
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -139,7 +197,9 @@ def test_add_noise_has_a_time_per_image(process):
     x, eps = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 2), dtype=np.float32)
     t = process.level(jnp.array([20, 500, 999]))
     expected = [process.alpha(t)[i] * x[i] + process.sigma(t)[i] * eps[i] for i in range(3)]
-    chex.assert_trees_all_close(process_lib.add_noise(process, x, eps, t), np.stack(expected), rtol=1e-6)
+    chex.assert_trees_all_close(
+        process_lib.add_noise(process, x, eps, t), np.stack(expected), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -158,8 +218,12 @@ def test_the_time_of_a_ratio(process):
 
 def test_the_time_of_a_ratio_by_itself():
     np.testing.assert_allclose(process_lib.EDM().at_ratio(jnp.array([0.5, 81])), [0.5, 80])
-    np.testing.assert_allclose(process_lib.VP().at_ratio(jnp.array(list(RATIO.values()))), list(RATIO), atol=0.1)
-    np.testing.assert_allclose(process_lib.RectifiedFlow().at_ratio(jnp.array([0.25, 3])), [0.2, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(
+        process_lib.VP().at_ratio(jnp.array(list(RATIO.values()))), list(RATIO), atol=0.1
+    )
+    np.testing.assert_allclose(
+        process_lib.RectifiedFlow().at_ratio(jnp.array([0.25, 3])), [0.2, 0.75], rtol=1e-6
+    )
 
 
 def test_rectified_flow_in_the_papers_time():
@@ -183,7 +247,9 @@ def test_rectified_flow_in_the_papers_time():
 
     x = samplers.euler(denoise, process, num_steps=3).sample(0.3, jnp.asarray(x0), None)
     jax.effects_barrier()
-    np.testing.assert_allclose(seen, np.repeat(np.float32([[1000], [666.67], [333.33]]), 5, axis=1), atol=0.005)
+    np.testing.assert_allclose(
+        seen, np.repeat(np.float32([[1000], [666.67], [333.33]]), 5, axis=1), atol=0.005
+    )
     z = x0
     for i in range(3):
         z = z + -(0.3 * z + (1 - i / 3)) / 3

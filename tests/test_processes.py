@@ -12,10 +12,13 @@ import chex
 import numpy as np
 import pytest
 
-from dmd_jax import checkpoint, distributed, main, metrics, train
+from dmd_jax import main
 from dmd_jax.data import records
-from tests import processes, small
-from tests.runs import params_of
+from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.runtime import checkpoint, distributed, log
+from dmd_jax.stages import train
+from tests.helpers import processes, small
+from tests.helpers.runs import params_of
 
 ENDLESS = "--config.teacher.num_steps=1000000"
 
@@ -43,14 +46,17 @@ def killed(tmp_path_factory):
     started = processes.start(workdir, "--stage=teacher", ENDLESS, processes=2, devices=4)
     processes.wait_for((workdir / "teacher/checkpoints/10").exists, started)
     started[1].kill()
-    assert processes.codes(started, seconds=60)[0] in (distributed.LOST, -6)  # or jax's own watch was first
+    assert processes.codes(started, seconds=60)[0] in (
+        distributed.LOST,
+        -6,
+    )  # or jax's own watch was first
     for step in checkpoint.all_steps(workdir / "teacher")[1:]:
         shutil.rmtree(workdir / f"teacher/checkpoints/{step}")
     return workdir
 
 
 def losses(workdir, stage):
-    return [row["loss"] for row in metrics.read(workdir / stage) if "loss" in row]
+    return [row["loss"] for row in log.read(workdir / stage) if "loss" in row]
 
 
 def params(workdir, stage):
@@ -99,7 +105,11 @@ def test_a_stopped_process_ends_the_others(tmp_path):
         finally:
             processes.codes(started[stopped:], 0) if started[stopped].kill() else None
         said = started[1 - stopped].output.read_text()
-        assert ("process 1: process 0 has not answered for 5 s" if stopped == 0 else "process 1 is silent for 5 s") in said
+        assert (
+            "process 1: process 0 has not answered for 5 s"
+            if stopped == 0
+            else "process 1 is silent for 5 s"
+        ) in said
 
 
 def test_an_error_of_one_ends_all(tmp_path):
@@ -108,23 +118,35 @@ def test_an_error_of_one_ends_all(tmp_path):
     assert processes.codes(started) == [1, 1]
     theirs, ours = (p.output.read_text() for p in started)
     line = "error: the config is not that of process 0; give all processes the same flags."
-    assert f"process 1: {line}" in ours and f"process 0: ends because of process 1: {line}" in theirs
+    assert (
+        f"process 1: {line}" in ours and f"process 0: ends because of process 1: {line}" in theirs
+    )
     assert "Traceback" not in ours + theirs
 
 
 def test_a_coordinator_that_cannot_be_reached():
     script = "from dmd_jax import distributed\nwith distributed.started('127.0.0.1:9', 2, 1, initialization_timeout=2): pass"
-    result = subprocess.run([sys.executable, "-c", script], env=processes.environment(), capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=processes.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 1
     assert (
-        "process 1: error: 127.0.0.1:9 and all processes did not meet within 2 s" in result.stderr and "Check failure" not in result.stderr
+        "process 1: error: 127.0.0.1:9 and all processes did not meet within 2 s" in result.stderr
+        and "Check failure" not in result.stderr
     )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("a:1", None, None), "coordinator_address, num_processes, process_id belong together, but num_processes, process_id is not given"),
+        (
+            ("a:1", None, None),
+            "coordinator_address, num_processes, process_id belong together, but num_processes, process_id is not given",
+        ),
         (("a:1", 2, 2), "process_id is 2; expected 0 to 1, as num_processes is 2"),
     ],
 )
@@ -135,15 +157,20 @@ def test_flags_that_do_not_fit(given, message):
 
 def test_one_run_at_a_time(tmp_path):
     config = small.get_config()
-    message = r"is in use by another run, process \d+ of .* since 20.*; wait for its end, or stop it"
-    with main.claimed(config, tmp_path), pytest.raises(ValueError, match=message):
+    message = (
+        r"is in use by another run, process \d+ of .* since 20.*; wait for its end, or stop it"
+    )
+    with workdir_lib.claimed(config, tmp_path), pytest.raises(ValueError, match=message):
         main.run(config, tmp_path)
-    with main.claimed(config, tmp_path):
+    with workdir_lib.claimed(config, tmp_path):
         pass
 
 
 def test_a_workdir_that_is_not_shared(tmp_path, monkeypatch):
     clock = iter(range(0, 100, 20))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with pytest.raises(ValueError, match=r"is not the one of process 0, whose files are not there; give all processes one --workdir"):
-        main._check_shared(small.get_config(), tmp_path, 1)
+    with pytest.raises(
+        ValueError,
+        match=r"is not the one of process 0, whose files are not there; give all processes one --workdir",
+    ):
+        workdir_lib._check_shared(small.get_config(), tmp_path, 1)

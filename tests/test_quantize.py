@@ -9,17 +9,37 @@ import pytest
 from flax import nnx, traverse_util
 
 from dmd_jax import denoiser as denoiser_lib
+from dmd_jax import generate, samplers, sharding
 from dmd_jax import process as process_lib
-from dmd_jax import quantize, samplers, sampling, sharding
-from dmd_jax.models import layers, unet_edm, unet_sd
+from dmd_jax.models import layers, quantize, unet_edm, unet_sd
 
 pytest.importorskip("qwix")
 
-EDM = dict(size=8, channels=1, num_classes=10, width=16, multipliers=(1, 2), num_blocks=1, attention=(4,))
-SD = dict(block_out_channels=(16, 32), layers_per_block=1, attention=(True, False), num_heads=2, cross_attention_dim=24, norm_num_groups=8)
+EDM = dict(
+    size=8, channels=1, num_classes=10, width=16, multipliers=(1, 2), num_blocks=1, attention=(4,)
+)
+SD = dict(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention=(True, False),
+    num_heads=2,
+    cross_attention_dim=24,
+    norm_num_groups=8,
+)
 RNG = np.random.default_rng(0)
-EDM_INPUTS = (RNG.standard_normal((8, 8, 8, 1), np.float32), np.float32(np.linspace(-1, 1, 8)), np.arange(8))
-SD_INPUTS = tuple(np.float32(a) for a in (RNG.standard_normal((8, 8, 8, 4)), np.linspace(0, 999, 8), RNG.standard_normal((8, 7, 24))))
+EDM_INPUTS = (
+    RNG.standard_normal((8, 8, 8, 1), np.float32),
+    np.float32(np.linspace(-1, 1, 8)),
+    np.arange(8),
+)
+SD_INPUTS = tuple(
+    np.float32(a)
+    for a in (
+        RNG.standard_normal((8, 8, 8, 4)),
+        np.linspace(0, 999, 8),
+        RNG.standard_normal((8, 7, 24)),
+    )
+)
 CASES = {
     "ddpmpp": (unet_edm.ddpmpp, EDM, EDM_INPUTS),
     "sd": (unet_sd.unet, SD, SD_INPUTS),
@@ -82,7 +102,11 @@ def test_convolutions_and_linear_layers_are_of_integers_and_attention_is_not(cas
     _, params, inputs, apply, quantized = case
     program = apply.lower(quantized, *inputs).as_text().splitlines()
     kernels = traverse_util.flatten_dict(params, sep="/")
-    kernels = {path: a.ndim for path, a in kernels.items() if path.endswith("kernel") and f"{path}/array/qvalue" in flat(quantized)}
+    kernels = {
+        path: a.ndim
+        for path, a in kernels.items()
+        if path.endswith("kernel") and f"{path}/array/qvalue" in flat(quantized)
+    }
     for operation, ndim in (("convolution", 4), ("dot_general", 2)):
         lines = [line for line in program if f"stablehlo.{operation}" in line]
         wanted = sum(n == ndim for n in kernels.values())
@@ -109,24 +133,34 @@ def test_on_eight_devices_in_a_sampler():
     apply, quantized = quantize.int8(network, params, (z[:1], np.ones(1, np.float32), cond[:1]))
     inputs = dict(z=z, key=np.zeros((8, 2), np.uint32), cond=cond)
     images = []
-    for network, weights, devices in ((denoise.network, params, 8), (apply, quantized, 8), (apply, quantized, 1)):
+    for network, weights, devices in (
+        (denoise.network, params, 8),
+        (apply, quantized, 8),
+        (apply, quantized, 1),
+    ):
         sampler = samplers.one_step(dataclasses.replace(denoise, network=network), process)
         parallel = sharding.Parallel(sharding.make_mesh(devices=jax.devices()[:devices]))
-        images.append(sampling.make_sample(sampler, parallel, 8)(weights, inputs))
+        images.append(generate.make_sample(sampler, parallel, 8)(weights, inputs))
     assert relative(images[1], images[0]) < 0.03 and relative(images[1], images[2]) < 0.03
 
 
 def test_stable_diffusion_takes_a_quarter():
     """946 MB, not 3438: 860 million bytes, and the embeddings of time, 28 million parameters, in float32."""
     network = unet_sd.unet()
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 64, 64, 4), (1,), (1, 77, 768))]
-    quantized = jax.eval_shape(lambda params: quantize.int8(network, params, inputs)[1], network.abstract)
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 64, 64, 4), (1,), (1, 77, 768))
+    ]
+    quantized = jax.eval_shape(
+        lambda params: quantize.int8(network, params, inputs)[1], network.abstract
+    )
     assert num_bytes(quantized) == pytest.approx(0.275 * num_bytes(network.abstract), rel=0.01)
 
 
 class Three(nnx.Module):
     def __init__(self, rngs):
-        self.conv_in, self.conv, self.conv_out = (nnx.Conv(2, 2, (k, k), rngs=rngs) for k in (1, 3, 1))
+        self.conv_in, self.conv, self.conv_out = (
+            nnx.Conv(2, 2, (k, k), rngs=rngs) for k in (1, 3, 1)
+        )
         self.time_embedding = nnx.Dict(linear_1=nnx.Linear(1, 2, rngs=rngs))
         self.linear = nnx.Linear(2, 2, rngs=rngs)
 
@@ -149,8 +183,12 @@ def test_one_convolution_and_one_linear_layer_in_numpy():
     def kernel_and_bias(layer):
         return layer["kernel"].astype(float), layer["bias"]
 
-    (w_in, b_in), (w, b), (w_out, b_out) = (kernel_and_bias(params[name]) for name in ("conv_in", "conv", "conv_out"))
-    (w_emb, b_emb), (w_lin, b_lin) = (kernel_and_bias(a) for a in (params["time_embedding"]["linear_1"], params["linear"]))
+    (w_in, b_in), (w, b), (w_out, b_out) = (
+        kernel_and_bias(params[name]) for name in ("conv_in", "conv", "conv_out")
+    )
+    (w_emb, b_emb), (w_lin, b_lin) = (
+        kernel_and_bias(a) for a in (params["time_embedding"]["linear_1"], params["linear"])
+    )
     h = x @ w_in[0, 0] + b_in + (noise[:, None] @ w_emb + b_emb)[:, None, None]
     h, w = np.pad(rounded(h, (1, 2, 3)), ((0, 0), (1, 1), (1, 1), (0, 0))), rounded(w, (0, 1, 2))
     h = sum(h[:, i : i + 5, j : j + 5] @ w[i, j] for i in range(3) for j in range(3)) + b
@@ -160,14 +198,20 @@ def test_one_convolution_and_one_linear_layer_in_numpy():
 
 def test_networks_that_do_not_fit():
     network = layers.functional(lambda rngs: nnx.Linear(2, 2, rngs=rngs), ((".", layers.zeros),))
-    with pytest.raises(ValueError, match="layers that stay in float, of which the network has none"):
+    with pytest.raises(
+        ValueError, match="layers that stay in float, of which the network has none"
+    ):
         quantize.int8(network, network.init(0), (np.ones((1, 2)),))
     network = unet_edm.adm(**EDM)  # too narrow for a head of attention
-    with pytest.raises(ValueError, match=r"layers that were not called with these inputs.*4x4_block0/proj"):
+    with pytest.raises(
+        ValueError, match=r"layers that were not called with these inputs.*4x4_block0/proj"
+    ):
         quantize.int8(network, network.init(0), EDM_INPUTS)
 
 
 def test_without_qwix(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ValueError, match=r"eight bits need the package qwix; pip install 'dmd_jax\[quantize\]'"):
+    with pytest.raises(
+        ValueError, match=r"eight bits need the package qwix; pip install 'dmd_jax\[quantize\]'"
+    ):
         quantize.int8(None, {}, ())

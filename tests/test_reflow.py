@@ -31,7 +31,10 @@ def first_flow():
     """E[eps - x | x_t] for independent noise and images."""
     variance = KNOTS**2 + ((1 - KNOTS) * STD) ** 2
     slope = (KNOTS - (1 - KNOTS) * STD**2) / variance
-    return {"slope": slope.astype(np.float32), "offset": (-MEAN - slope * (1 - KNOTS) * MEAN).astype(np.float32)}
+    return {
+        "slope": slope.astype(np.float32),
+        "offset": (-MEAN - slope * (1 - KNOTS) * MEAN).astype(np.float32),
+    }
 
 
 def straight_flow():
@@ -51,12 +54,16 @@ def train(recipe, params, num_steps, **settings):
     """On pairs of the ODE of `params`."""
     parallel = sharding.Parallel(sharding.make_mesh(1))
     optimizer = dict(learning_rate=0.05, warmup_steps=1, decay_steps=num_steps, weight_decay=0.0)
-    made = recipe.make(FLOW, parallel, seed=0, null_cond=0, optimizer=optimizer, ema_decay=0.0, **settings)
+    made = recipe.make(
+        FLOW, parallel, seed=0, null_cond=0, optimizer=optimizer, ema_decay=0.0, **settings
+    )
     pairs = {"noise": Z, "image": np.asarray(euler(params, 1000)), "cond": COND}
 
     @jax.jit
     def run(state):
-        return jax.lax.fori_loop(0, num_steps, lambda _, state: made.train_step(state, {"pairs": pairs})[0], state)
+        return jax.lax.fori_loop(
+            0, num_steps, lambda _, state: made.train_step(state, {"pairs": pairs})[0], state
+        )
 
     return jax.device_get(run(made.init(params)).generator.params)
 
@@ -92,14 +99,18 @@ def test_reflow_keeps_the_marginals(reflowed):
         first, second = (integrate(params, t) for params in (first_flow(), reflowed))
         np.testing.assert_allclose(second.mean(), (1 - t) * MEAN, atol=0.06)  # 2,048 draws
         np.testing.assert_allclose(first.mean(), (1 - t) * MEAN, atol=0.06)
-    np.testing.assert_allclose([np.mean(euler(reflowed, 25)), np.std(euler(reflowed, 25))], [MEAN, STD], atol=0.04)
+    np.testing.assert_allclose(
+        [np.mean(euler(reflowed, 25)), np.std(euler(reflowed, 25))], [MEAN, STD], atol=0.04
+    )
 
 
 def integrate(params, t_end):
     x = np.asarray(Z, np.float64)
     times = np.linspace(1, t_end, 101)
     for t, s in itertools.pairwise(times):
-        x = x + (s - t) * np.asarray(network(params, x.astype(np.float32), jnp.full(len(x), 1000 * t, jnp.float32), COND))
+        x = x + (s - t) * np.asarray(
+            network(params, x.astype(np.float32), jnp.full(len(x), 1000 * t, jnp.float32), COND)
+        )
     return x
 
 

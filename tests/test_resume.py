@@ -26,15 +26,32 @@ KILLS = int(os.environ.get("DMD_TEST_KILLS", "1"))  # per stage
 
 
 def command(workdir, *arguments):
-    return [sys.executable, "-m", "dmd_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "dmd_jax.main",
+        "--config=configs/digits.py:smoke",
+        f"--workdir={workdir}",
+        *arguments,
+    ]
 
 
 def environment():
-    return os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "PYTHONPATH": str(ROOT)}
+    return os.environ | {
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def run(*arguments, workdir):
-    return subprocess.run(command(workdir, *arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command(workdir, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 def content(workdir):
@@ -42,7 +59,9 @@ def content(workdir):
     config = smoke()
     config.mesh.data = 1
     source = records.read(directory=workdir / "pairs")
-    return [params_of(config, workdir, stage) for stage in ("teacher", "dmd")], [source[i] for i in range(len(source))]
+    return [params_of(config, workdir, stage) for stage in ("teacher", "dmd")], [
+        source[i] for i in range(len(source))
+    ]
 
 
 @pytest.mark.timeout(600 * KILLS)
@@ -52,7 +71,9 @@ def test_killed_at_any_moment(tmp_path):
     rng = random.Random(time.time_ns())
     for sign in SIGNS.values():
         for _ in range(KILLS):
-            process = subprocess.Popen(command(broken), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command(broken), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+            )
             while process.poll() is None and not (broken / sign).exists():
                 time.sleep(0.05)
             time.sleep(rng.uniform(0, 3))
@@ -72,16 +93,24 @@ def test_a_bad_flag(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.dmd.batch_size=many", r"^error: .*invalid literal for int\(\) with base 10: 'many'"),
+        (
+            "--config.dmd.batch_size=many",
+            r"^error: .*invalid literal for int\(\) with base 10: 'many'",
+        ),
         (
             "--config=configs/digits.py:fast",
             "^error: ValueError: configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, ",
         ),
-        ("--config=configs/digit.py", "^error: no config configs/digit.py; there are: configs/cifar10.py, "),
+        (
+            "--config=configs/digit.py",
+            "^error: no config configs/digit.py; there are: configs/cifar10.py, ",
+        ),
     ],
 )
 def test_flags_that_cannot_be_read(monkeypatch, tmp_path, argument, message):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [*command(tmp_path)[2:], argument])  # overrides are found there
+    monkeypatch.setattr(
+        sys, "argv", [*command(tmp_path)[2:], argument]
+    )  # overrides are found there
     with pytest.raises(SystemExit, match=message):
         main.parse(sys.argv)

@@ -10,7 +10,9 @@ from dmd_jax import process, samplers, sharding
 from dmd_jax.recipes import dmd
 
 ANGLES = 2 * np.pi * np.arange(8) / 8
-MODES = (0.7 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)).astype(np.float32)  # a standard deviation of about 0.5
+MODES = (0.7 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)).astype(
+    np.float32
+)  # a standard deviation of about 0.5
 STD = 0.08
 WIDTH = 64
 PROCESS = process.EDM()
@@ -45,7 +47,10 @@ def teacher_params():
 
     def layer(n):
         kernel = rng.standard_normal((n, WIDTH)) * np.sqrt(2 / n)
-        return {"kernel": kernel.astype(np.float32), "bias": rng.standard_normal(WIDTH).astype(np.float32)}
+        return {
+            "kernel": kernel.astype(np.float32),
+            "bias": rng.standard_normal(WIDTH).astype(np.float32),
+        }
 
     return {"first": layer(5), "second": layer(WIDTH), "last": np.zeros((WIDTH, 2), np.float32)}
 
@@ -80,13 +85,20 @@ def distil(pairs, *, regression_weight, num_steps=3000):
 
     def step(state, i):
         chosen = jax.random.randint(jax.random.fold_in(jax.random.key(2), i), (64,), 0, 2048)
-        batch = {"fresh": {"cond": jnp.zeros(256)}, "pairs": jax.tree.map(lambda a: a[chosen], pairs)}
+        batch = {
+            "fresh": {"cond": jnp.zeros(256)},
+            "pairs": jax.tree.map(lambda a: a[chosen], pairs),
+        }
         return recipe.train_step(state, batch)
 
     @jax.jit
     def train(params):
         state, _ = jax.lax.scan(step, recipe.init(params), jnp.arange(num_steps))
-        return GENERATE(state.generator.ema, jax.random.normal(jax.random.key(3), (4096, 1, 1, 2)), jnp.zeros(4096))
+        return GENERATE(
+            state.generator.ema,
+            jax.random.normal(jax.random.key(3), (4096, 1, 1, 2)),
+            jnp.zeros(4096),
+        )
 
     return np.asarray(train(teacher_params())).reshape(-1, 2)
 

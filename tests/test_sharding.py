@@ -8,8 +8,14 @@ from jax.sharding import PartitionSpec as P
 from dmd_jax import sharding
 
 RNG = np.random.default_rng(0)
-PARAMS = {"w": RNG.standard_normal((512, 4), dtype=np.float32) / 16, "b": RNG.standard_normal((1, 4), dtype=np.float32)}  # w is split
-BATCH = {"x": RNG.standard_normal((16, 512), dtype=np.float32), "y": RNG.standard_normal((16, 4), dtype=np.float32)}
+PARAMS = {
+    "w": RNG.standard_normal((512, 4), dtype=np.float32) / 16,
+    "b": RNG.standard_normal((1, 4), dtype=np.float32),
+}  # w is split
+BATCH = {
+    "x": RNG.standard_normal((16, 512), dtype=np.float32),
+    "y": RNG.standard_normal((16, 4), dtype=np.float32),
+}
 
 
 def parallel(data, fsdp=1, accumulation=1):
@@ -18,18 +24,25 @@ def parallel(data, fsdp=1, accumulation=1):
 
 def gradient(params, scale, batch):
     def loss(params):
-        return scale * jnp.mean((jnp.tanh(batch["x"] @ params["w"] + params["b"]) - batch["y"]) ** 2)
+        return scale * jnp.mean(
+            (jnp.tanh(batch["x"] @ params["w"] + params["b"]) - batch["y"]) ** 2
+        )
 
     value, grads = jax.value_and_grad(loss)(params)
     return grads, {"loss": value}
 
 
-@pytest.mark.parametrize(("data", "fsdp", "accumulation"), [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (4, 2, 2), (1, 1, 16)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "accumulation"),
+    [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (4, 2, 2), (1, 1, 16)],
+)
 def test_gradient_does_not_depend_on_the_mesh(data, fsdp, accumulation):
     spread = parallel(data, fsdp, accumulation)
     grads, metrics = jax.jit(spread.gradients(gradient))(PARAMS, jnp.float32(3), BATCH)
     chex.assert_trees_all_close((grads, metrics), gradient(PARAMS, 3, BATCH), rtol=1e-5, atol=1e-6)
-    assert jax.tree.map(lambda a: a.sharding.spec, grads) == jax.tree.map(lambda s: s.spec, spread.state_shardings(grads))
+    assert jax.tree.map(lambda a: a.sharding.spec, grads) == jax.tree.map(
+        lambda s: s.spec, spread.state_shardings(grads)
+    )
 
 
 def test_parameters_are_gathered_in_their_precision_and_gradients_scattered_in_float32():
@@ -43,7 +56,9 @@ def test_parameters_are_gathered_in_their_precision_and_gradients_scattered_in_f
     placed = sharding.place(PARAMS, spread.state_shardings(PARAMS))
     text = jax.jit(step).lower(placed, BATCH).as_text()
     assert '"stablehlo.all_gather"' in text and "(tensor<128x4xbf16>) -> tensor<512x4xbf16>" in text
-    assert '"stablehlo.reduce_scatter"' in text and "(tensor<512x4xf32>) -> tensor<128x4xf32>" in text
+    assert (
+        '"stablehlo.reduce_scatter"' in text and "(tensor<512x4xf32>) -> tensor<128x4xf32>" in text
+    )
     assert "(tensor<128x4xf32>) -> tensor<128x4xf32>" in text  # all_reduce over data
 
 
@@ -75,12 +90,21 @@ def test_random_arrays_are_the_same_on_every_mesh_and_split():
 
 
 def test_state_shardings():
-    shapes = {"conv": (3, 3, 64, 128), "tall": (256, 6), "small": (4, 4), "odd": (7, 331), "scalar": (), "bias": (1024,)}
+    shapes = {
+        "conv": (3, 3, 64, 128),
+        "tall": (256, 6),
+        "small": (4, 4),
+        "odd": (7, 331),
+        "scalar": (),
+        "bias": (1024,),
+    }
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     specs = jax.tree.map(lambda s: s.spec, parallel(2, 4).state_shardings(tree))
     split = {"conv": P(None, None, None, "fsdp"), "tall": P("fsdp"), "bias": P("fsdp")}
     assert specs == {"small": P(), "odd": P(), "scalar": P(), **split}
-    assert set(jax.tree.leaves(jax.tree.map(lambda s: s.spec, parallel(8).state_shardings(tree)))) == {P()}
+    assert set(
+        jax.tree.leaves(jax.tree.map(lambda s: s.spec, parallel(8).state_shardings(tree)))
+    ) == {P()}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +112,12 @@ def test_state_shardings():
     [
         (8, 1, 100, "batch_size 100 is not divisible by 8 devices; use 96 or 104."),
         (8, 1, 5, "batch_size 5 is not divisible by 8 devices; use 8."),
-        (4, 2, 12, "batch_size 12 is not divisible by 4 devices x 2 accumulation steps; use 8 or 16."),
+        (
+            4,
+            2,
+            12,
+            "batch_size 12 is not divisible by 4 devices x 2 accumulation steps; use 8 or 16.",
+        ),
     ],
 )
 def test_batches_that_cannot_be_split(data, accumulation, batch_size, message):

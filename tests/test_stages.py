@@ -10,30 +10,53 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmd_jax import check, checkpoint, evaluate, experiment, lookup, main, metrics, pairs, sample, sampling, sharding, train
+from dmd_jax import generate, lookup, main, sharding
+from dmd_jax.data import digits, records
 from dmd_jax.data import images as images_lib
-from dmd_jax.data import records
-from tests.runs import params_of, smoke
+from dmd_jax.data import labels as labels_lib
+from dmd_jax.experiment import build, check
+from dmd_jax.experiment import model as model_lib
+from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.runtime import checkpoint, log, storage
+from dmd_jax.stages import evaluate, pairs, train
+from tests.helpers.runs import params_of, smoke
 
 
 def test_a_finished_workdir_holds_everything(finished):
-    assert {"config.json", "classifier.npz", "teacher", "pairs", "dmd", "evaluation.json", "report.png"} <= {
-        p.name for p in finished.iterdir()
-    }
+    assert {
+        "config.json",
+        "classifier.npz",
+        "teacher",
+        "pairs",
+        "dmd",
+        "evaluation.json",
+        "report.png",
+    } <= {p.name for p in finished.iterdir()}
     assert list((finished / "dmd").glob("events.out.tfevents.*"))
-    assert sorted(p.name for p in (finished / "dmd/samples").iterdir()) == ["0000010.png", "0000020.png"]
+    assert sorted(p.name for p in (finished / "dmd/samples").iterdir()) == [
+        "0000010.png",
+        "0000020.png",
+    ]
     assert Image.open(finished / "report.png").size[0] > 1000
-    rows = metrics.read(finished / "dmd")
+    rows = log.read(finished / "dmd")
     assert {"matching", "regression", "fake_score", "grad_norm", "skipped"} <= rows[0].keys()
     result = json.loads((finished / "evaluation.json").read_text())
     assert result["nfe"] == {"teacher": 35, "dmd": 1}
     scores = result["scores"]
     assert scores["real"]["agreement"] > 0.99 and result["reference_agreement"] > 0.97
-    assert scores["teacher"].keys() == scores["dmd"].keys() == {f"{name}-64" for name in scores["real"]}
+    assert (
+        scores["teacher"].keys()
+        == scores["dmd"].keys()
+        == {f"{name}-64" for name in scores["real"]}
+    )
 
 
 def test_finished_stages_are_skipped(finished, capsys):
-    before = {p: p.stat().st_mtime for p in finished.rglob("*") if p.is_file() and p.name not in ("config.json", main.LOCK)}
+    before = {
+        p: p.stat().st_mtime
+        for p in finished.rglob("*")
+        if p.is_file() and p.name not in ("config.json", workdir_lib.LOCK)
+    }
     main.run(smoke(), finished)
     assert capsys.readouterr().out.count("done already") == 4
     assert before == {p: p.stat().st_mtime for p in before}
@@ -53,7 +76,10 @@ def test_one_stage(workdir):
 
 
 def test_unknown_stage(tmp_path):
-    with pytest.raises(ValueError, match=r"no stage 'techer' \(did you mean 'teacher'\?\); there are: teacher, pairs, dmd, evaluate\."):
+    with pytest.raises(
+        ValueError,
+        match=r"no stage 'techer' \(did you mean 'teacher'\?\); there are: teacher, pairs, dmd, evaluate\.",
+    ):
         main.run(smoke(), tmp_path, "techer")
 
 
@@ -61,15 +87,21 @@ def test_more_steps_go_on_from_the_last(workdir):
     config = smoke()
     config.teacher.num_steps = 35
     train.run(config, "teacher", workdir)
-    assert [row["step"] for row in metrics.read(workdir / "teacher")] == [10, 20, 30, 35]
-    with pytest.raises(ValueError, match=r"pairs holds others than the config asks for: teacher is .*use another workdir"):
+    assert [row["step"] for row in log.read(workdir / "teacher")] == [10, 20, 30, 35]
+    with pytest.raises(
+        ValueError,
+        match=r"pairs holds others than the config asks for: teacher is .*use another workdir",
+    ):
         pairs.run(config, "pairs", workdir)
 
 
 def test_another_config_is_refused(finished):
     config = smoke()
     config.teacher.batch_size = 32
-    with pytest.raises(ValueError, match=r"belongs to another config: teacher.batch_size is 32, there 64; use another --workdir"):
+    with pytest.raises(
+        ValueError,
+        match=r"belongs to another config: teacher.batch_size is 32, there 64; use another --workdir",
+    ):
         main.run(config, finished)
 
 
@@ -84,25 +116,30 @@ def test_a_prediction_that_the_process_does_not_define():
     config = smoke()
     config.prediction = "eps"
     with pytest.raises(ValueError, match=r"^no prediction for EDM 'eps'; there are: edm\.$"):
-        experiment.make_denoiser(config)
+        build.make_denoiser(config)
 
 
 def test_batch_that_the_devices_cannot_share(tmp_path):
     config = smoke()
     config.teacher.batch_size = 100
-    with pytest.raises(ValueError, match=r"^images batch_size 100 is not divisible by 8 devices; use 96 or 104\.$"):
+    with pytest.raises(
+        ValueError, match=r"^images batch_size 100 is not divisible by 8 devices; use 96 or 104\.$"
+    ):
         train.run(config, "teacher", tmp_path)
 
 
 def test_missing_dataset_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
-    with pytest.raises(ValueError, match=r'the digits need scikit-learn; run: pip install "dmd_jax\[digits\]"'):
-        images_lib.digits(split="train")
+    with pytest.raises(
+        ValueError, match=r'the digits need scikit-learn; run: pip install "dmd_jax\[digits\]"'
+    ):
+        digits.make(split="train")
 
 
 def test_not_images():
     with pytest.raises(
-        ValueError, match=r"photos: expected images \[N, H, W, C\].*got an array of shape \(3,\) and type <U1 with 3 labels"
+        ValueError,
+        match=r"photos: expected images \[N, H, W, C\].*got an array of shape \(3,\) and type <U1 with 3 labels",
     ):
         images_lib.from_arrays(np.array(["a", "b", "c"]), np.arange(3), origin="photos")
 
@@ -130,9 +167,9 @@ def test_missing_shards_are_made_again_the_same(workdir, finished):
 def test_pairs_are_the_teachers_images_of_their_noise(finished):
     config, source = smoke(), records.read(directory=finished / "pairs")
     parallel = sharding.Parallel(sharding.make_mesh())
-    sample = sampling.make_sample(experiment.make_sampler(config, "teacher", finished), parallel, 8)
+    sample = generate.make_sample(build.make_sampler(config, "teacher", finished), parallel, 8)
     rows = [source[i] for i in (3, 17, 40)]
-    inputs = sampling.inputs(config.seed, (3, 17, 40), (8, 8, 1), images_lib.labels(num_classes=10))
+    inputs = generate.inputs(config.seed, (3, 17, 40), (8, 8, 1), labels_lib.every(num_classes=10))
     np.testing.assert_array_equal(inputs["z"], np.stack([r["noise"] for r in rows]))
     np.testing.assert_array_equal(inputs["cond"], np.stack([r["cond"] for r in rows]))
     images = sample(params_of(config, finished, "teacher"), inputs)
@@ -143,12 +180,21 @@ def test_pairs_are_the_teachers_images_of_their_noise(finished):
 def test_corrupt_checkpoint(workdir, finished, damage, caplog):
     step = workdir / "dmd/checkpoints/20/state"
     for path in [p for p in step.rglob("*") if p.is_file()]:
-        path.unlink() if damage == "remove" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"checkpoint 20 in .* is damaged .*delete .*checkpoints/20 and run the stage again"):
+        path.unlink() if damage == "remove" else path.write_bytes(
+            path.read_bytes()[: path.stat().st_size // 2]
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint 20 in .* is damaged .*delete .*checkpoints/20 and run the stage again",
+    ):
         params_of(smoke(), workdir, "dmd")
     train.run(smoke(), "dmd", workdir)
-    assert "checkpoint 20 cannot be read" in caplog.text and (workdir / "dmd/unreadable_20").exists()
-    chex.assert_trees_all_equal(params_of(smoke(), workdir, "dmd"), params_of(smoke(), finished, "dmd"))
+    assert (
+        "checkpoint 20 cannot be read" in caplog.text and (workdir / "dmd/unreadable_20").exists()
+    )
+    chex.assert_trees_all_equal(
+        params_of(smoke(), workdir, "dmd"), params_of(smoke(), finished, "dmd")
+    )
 
 
 def test_no_whole_checkpoint(workdir):
@@ -156,7 +202,10 @@ def test_no_whole_checkpoint(workdir):
         shutil.rmtree(state)
     config = smoke()
     config.teacher.num_steps = 40
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); delete the directory to start again"):
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); delete the directory to start again",
+    ):
         train.run(config, "teacher", workdir)
 
 
@@ -166,11 +215,16 @@ def test_missing_checkpoint(tmp_path):
 
 
 def test_disk_full(workdir, monkeypatch):
-    monkeypatch.setattr(checkpoint.storage.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(
+        checkpoint.storage.shutil,
+        "disk_usage",
+        lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000),
+    )
     config = smoke()
     config.teacher.num_steps = 40
     with pytest.raises(
-        ValueError, match=r"the checkpoint of step 40 needs .* MB, but .* has 0.0 MB free; make room and run the same command again"
+        ValueError,
+        match=r"the checkpoint of step 40 needs .* MB, but .* has 0.0 MB free; make room and run the same command again",
     ):
         train.run(config, "teacher", workdir)
 
@@ -180,7 +234,8 @@ def test_too_many_skipped_updates(tmp_path):
     config.teacher.max_skipped_updates = 5
     config.teacher.recipe.optimizer.update(learning_rate=float("inf"), warmup_steps=1)
     with pytest.raises(
-        FloatingPointError, match=r"updates up to step 10 had gradients that were not finite, more than max_skipped_updates = 5"
+        FloatingPointError,
+        match=r"updates up to step 10 had gradients that were not finite, more than max_skipped_updates = 5",
     ):
         train.run(config, "teacher", tmp_path)
 
@@ -195,29 +250,41 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(finished, tmp_path, capsys)
         config.mesh.update(data=data, fsdp=fsdp)
         train.run(config, "teacher", workdir)
         assert "starts at step 20" in capsys.readouterr().err
-        chex.assert_trees_all_close(params_of(config, workdir, "teacher"), reference, rtol=1e-3, atol=1e-4)
+        chex.assert_trees_all_close(
+            params_of(config, workdir, "teacher"), reference, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("sampler", ["one_step", "stochastic_heun"])
 def test_images_do_not_depend_on_the_batch(finished, sampler):
     config = smoke()
     if sampler == "stochastic_heun":
-        config.dmd.sampler = dict(name=sampler, num_steps=3, churn=2.0, s_min=0.05, s_max=50.0, s_noise=1.003)
-    params, labels = params_of(config, finished, "dmd"), images_lib.labels(num_classes=10)
-    eight, one = sharding.Parallel(sharding.make_mesh()), sharding.Parallel(sharding.make_mesh(data=1))
-    sampler = experiment.make_sampler(config, "dmd", finished)
-    images = sampling.make_sample(sampler, eight, 8)(params, experiment.inputs(config, range(20), labels))
+        config.dmd.sampler = dict(
+            name=sampler, num_steps=3, churn=2.0, s_min=0.05, s_max=50.0, s_noise=1.003
+        )
+    params, labels = params_of(config, finished, "dmd"), labels_lib.every(num_classes=10)
+    eight, one = (
+        sharding.Parallel(sharding.make_mesh()),
+        sharding.Parallel(sharding.make_mesh(data=1)),
+    )
+    sampler = build.make_sampler(config, "dmd", finished)
+    images = generate.make_sample(sampler, eight, 8)(
+        params, build.inputs(config, range(20), labels)
+    )
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.float32
-    some = sampling.make_sample(sampler, one, 7)(params, experiment.inputs(config, range(5, 14), labels))
+    some = generate.make_sample(sampler, one, 7)(params, build.inputs(config, range(5, 14), labels))
     np.testing.assert_allclose(images[5:14], some, rtol=1e-5, atol=1e-5)
 
 
 def test_lookup_names_what_exists():
     with pytest.raises(
-        ValueError, match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: distil, dmd, reflow, teacher\."
+        ValueError,
+        match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: distil, dmd, reflow, teacher\.",
     ):
         lookup.find("recipes", "dmb")
-    with pytest.raises(ValueError, match=r"dmd_jax/data/images.py has no 'digit' \(did you mean 'digits'\?\)"):
+    with pytest.raises(
+        ValueError, match=r"dmd_jax/data/images.py has no 'digit' \(did you mean 'digits'\?\)"
+    ):
         lookup.find("data", "images.digit")
 
 
@@ -235,16 +302,32 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
         ("teacher.keep_checkpoints", 0, r"^teacher\.keep_checkpoints is 0; expected at least 1\.$"),
         ("mesh.fsdp", 0, r"^mesh\.fsdp is 0; expected at least 1\.$"),
         ("seed", -1, r"^seed is -1; expected 0 to 2\^32 - 1\.$"),
-        ("dmd.program", "trian", r"^stage 'dmd' needs a key of that name with a program, one of convert, embed, train, pairs, evaluate\.$"),
+        (
+            "dmd.program",
+            "trian",
+            r"^stage 'dmd' needs a key of that name with a program, one of convert, embed, train, pairs, evaluate\.$",
+        ),
         ("network.name", "unet", r"^dmd_jax/models has no file 'unet'"),
         (
             "teacher.sampler.name",
             "huen",
             r"^no sampler 'huen' \(did you mean 'heun'\?\); there are: one_step, euler, heun, stochastic",
         ),
-        ("dmd.recipe.distance.name", "l2", r"^no distance 'l2'; there are: squared_error, lpips\.$"),
-        ("features.name", "clasifier", r"^features\.name is 'clasifier', but the protocol has 'classifier'; leave it out, or choose"),
-        ("teacher.best_metric", "FID", r"^teacher\.best_metric 'FID' needs scores; name a protocol, or leave it out"),
+        (
+            "dmd.recipe.distance.name",
+            "l2",
+            r"^no distance 'l2'; there are: squared_error, lpips\.$",
+        ),
+        (
+            "features.name",
+            "clasifier",
+            r"^features\.name is 'clasifier', but the protocol has 'classifier'; leave it out, or choose",
+        ),
+        (
+            "teacher.best_metric",
+            "FID",
+            r"^teacher\.best_metric 'FID' needs scores; name a protocol, or leave it out",
+        ),
     ],
 )
 def test_a_config_that_cannot_work_claims_no_workdir(tmp_path, key, value, message):
@@ -261,11 +344,16 @@ def test_another_teacher_is_refused(workdir):
     config.teacher.num_steps = 35
     train.run(config, "teacher", workdir)
     config.dmd.num_steps = 30
-    with pytest.raises(ValueError, match=r"was trained on other data, in another order or from another teacher than now"):
+    with pytest.raises(
+        ValueError,
+        match=r"was trained on other data, in another order or from another teacher than now",
+    ):
         train.run(config, "dmd", workdir)
 
 
-@pytest.mark.parametrize("name", ["config.json", "evaluation.json", "classifier.npz", "pairs/manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "evaluation.json", "classifier.npz", "pairs/manifest.json"]
+)
 def test_damaged_files_are_named(workdir, name):
     (workdir / name).write_text("{")
     if name == "classifier.npz":
@@ -290,7 +378,7 @@ def test_without_a_running_mean(workdir):
     config.dmd.update(num_steps=2, preview_every=0, best_metric="", scores={})
     shutil.rmtree(workdir / "dmd")
     train.run(config, "dmd", workdir)
-    recipe = experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()), workdir)
+    recipe = build.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()), workdir)
     assert jax.eval_shape(recipe.init, params_of(config, workdir, "teacher")).generator.ema is None
     params = params_of(config, workdir, "dmd")
     assert np.isfinite(params["map_layer0"]["kernel"]).all()
@@ -300,21 +388,31 @@ def test_without_a_running_mean(workdir):
 def test_data_that_the_network_does_not_take(tmp_path):
     config = smoke()
     config.conditions.num_classes = 50
-    with pytest.raises(ValueError, match=r"^images\.labels: label 1\d of item 1\d is not below config\.network\.num_classes = 10"):
-        experiment.make_source(config, config.conditions, tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"^images\.labels: label 1\d of item 1\d is not below config\.network\.num_classes = 10",
+    ):
+        build.make_source(config, config.conditions, tmp_path)
     config.network.size = 16
-    with pytest.raises(ValueError, match=r"^images\.digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one"):
+    with pytest.raises(
+        ValueError,
+        match=r"^images\.digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one",
+    ):
         train.run(config, "teacher", tmp_path)
 
 
 def test_a_workdir_does_not_change_hands(workdir):
     """Neither by naming other stages nor by settings that only look like lengths."""
-    for key, value in (("stages", ("evaluate",)), ("teacher.sampler.num_steps", 9), ("network.width", 16)):
+    for key, value in (
+        ("stages", ("evaluate",)),
+        ("teacher.sampler.num_steps", 9),
+        ("network.width", 16),
+    ):
         config = smoke()
         config.update_from_flattened_dict({key: value})
         with pytest.raises(ValueError, match=rf"belongs to another config: {key} is "):
             main.run(config, workdir)
-    main.claim(smoke(), workdir)
+    workdir_lib.claim(smoke(), workdir)
 
 
 def test_a_stage_that_continues_another(workdir):
@@ -325,15 +423,17 @@ def test_a_stage_that_continues_another(workdir):
         config.more.continues = "dmd"
     config.more.num_steps = config.dmd.num_steps + 1
     train.run(config, "more", workdir)
-    assert {row["step"] for row in metrics.read(workdir / "more")} == {config.more.num_steps}
+    assert {row["step"] for row in log.read(workdir / "more")} == {config.more.num_steps}
     config.more.continues = "absent"
     shutil.rmtree(workdir / "more")
-    with pytest.raises(ValueError, match=r"no checkpoint in .*absent; run the stage 'absent' first"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .*absent; run the stage 'absent' first"
+    ):
         train.run(config, "more", workdir)
 
 
 def test_images_of_labels(finished):
-    model = sample.load(finished, batch_size=8)
+    model = model_lib.load(finished, batch_size=8)
     images = model([3, 4], seed=1)
     assert images.shape == (2, 8, 8, 1) and model.sampler.nfe == 1
     np.testing.assert_allclose(model([3], seed=1)[0], images[0], atol=1e-5)
@@ -345,7 +445,12 @@ def as_flow(config, workdir):
     """Adds a stage `flow`: the teacher as a rectified flow."""
     shutil.copytree(workdir / "teacher", workdir / "flow")
     (workdir / "config.json").unlink()
-    config.flow = dict(config.teacher, process=dict(name="RectifiedFlow"), prediction="rectified", sampler=dict(name="euler", num_steps=4))
+    config.flow = dict(
+        config.teacher,
+        process=dict(name="RectifiedFlow"),
+        prediction="rectified",
+        sampler=dict(name="euler", num_steps=4),
+    )
     config.stages = ("teacher", "pairs", "flow", "dmd", "evaluate")
 
 
@@ -358,18 +463,30 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
         "eight": dict(name="euler", num_steps=8),
         "two": dict(name="euler", num_steps=2),
     }
-    config.evaluate.others = {name: dict(stage="flow", sampler=sampler) for name, sampler in rows.items()}
+    config.evaluate.others = {
+        name: dict(stage="flow", sampler=sampler) for name, sampler in rows.items()
+    }
     config.evaluate.others.int8 = dict(stage="dmd", sampler=dict(name="one_step"), quantize="int8")
     config.evaluate.straightness = dict(stages=("teacher", "flow"), num_steps=10, count=32)
     main.run(config, workdir, "evaluate")
-    result = metrics.read_json(workdir / "evaluation.json")
+    result = storage.read_json(workdir / "evaluation.json")
     assert list(result["nfe"]) == ["teacher", "dmd", "adaptive", "two", "eight", "int8"]
-    assert (result["nfe"]["two"], result["nfe"]["eight"]) == (2, 8) and 8 < result["nfe"]["adaptive"] < 200
-    assert result["scores"]["int8"] != result["scores"]["dmd"] and result["scores"]["int8"].keys() == result["scores"]["dmd"].keys()
-    assert result["straightness"]["teacher"] == pytest.approx(result["straightness"]["flow"]) and result["straightness"]["flow"] > 0
+    assert (result["nfe"]["two"], result["nfe"]["eight"]) == (2, 8) and 8 < result["nfe"][
+        "adaptive"
+    ] < 200
+    assert (
+        result["scores"]["int8"] != result["scores"]["dmd"]
+        and result["scores"]["int8"].keys() == result["scores"]["dmd"].keys()
+    )
+    assert (
+        result["straightness"]["teacher"] == pytest.approx(result["straightness"]["flow"])
+        and result["straightness"]["flow"] > 0
+    )
     assert result["training_seconds"]["teacher"] > 0
     text = capsys.readouterr().out
-    assert "straightness of flow: 0." in text and text.index("adaptive ") < text.index("two ") < text.index("eight ")
+    assert "straightness of flow: 0." in text and text.index("adaptive ") < text.index(
+        "two "
+    ) < text.index("eight ")
 
 
 @pytest.mark.parametrize(
@@ -379,10 +496,24 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
             dict(others=dict(row=dict(stage="floww", sampler=dict(name="one_step")))),
             "evaluate.others.row.stage is 'floww', which is no stage",
         ),
-        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="eulerr", num_steps=1)))), r"no sampler 'eulerr' .did you mean 'euler'"),
-        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="euler")))), "evaluate.others.row.sampler does not fit: .*num_steps"),
-        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="rk45")))), "rk45 needs the process RectifiedFlow, got EDM"),
-        (dict(others=dict(row=dict(stage="dmd", sampler=dict(name="one_step"), quantize="int4"))), "no quantize 'int4'"),
+        (
+            dict(others=dict(row=dict(stage="dmd", sampler=dict(name="eulerr", num_steps=1)))),
+            r"no sampler 'eulerr' .did you mean 'euler'",
+        ),
+        (
+            dict(others=dict(row=dict(stage="dmd", sampler=dict(name="euler")))),
+            "evaluate.others.row.sampler does not fit: .*num_steps",
+        ),
+        (
+            dict(others=dict(row=dict(stage="dmd", sampler=dict(name="rk45")))),
+            "rk45 needs the process RectifiedFlow, got EDM",
+        ),
+        (
+            dict(
+                others=dict(row=dict(stage="dmd", sampler=dict(name="one_step"), quantize="int4"))
+            ),
+            "no quantize 'int4'",
+        ),
         (
             dict(straightness=dict(stages=("pairs",), num_steps=10, count=8)),
             "evaluate.straightness.stages: pairs is 'pairs', which is no stage",
@@ -399,8 +530,12 @@ def test_rows_that_cannot_be(changes, message):
 def test_a_flow_is_named_where_it_is_needed():
     config = smoke()
     config.dmd.recipe = dict(name="reflow", optimizer=config.dmd.recipe.optimizer, ema_decay=0.0)
-    with pytest.raises(ValueError, match="reflow needs the process RectifiedFlow, got EDM; give it to the stage"):
-        experiment.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh(1)), pathlib.Path("nowhere"))
+    with pytest.raises(
+        ValueError, match="reflow needs the process RectifiedFlow, got EDM; give it to the stage"
+    ):
+        build.make_recipe(
+            config, "dmd", sharding.Parallel(sharding.make_mesh(1)), pathlib.Path("nowhere")
+        )
     config.prediction = "rectified"  # of the teacher: of what?
     with pytest.raises(ValueError, match="no prediction for EDM 'rectified'"):
         check.config(config)
@@ -415,12 +550,18 @@ def test_a_stage_trained_on_other_pairs_is_not_done(workdir):
     config.teacher.num_steps = 35
     main.run(config, workdir, "teacher")
     main.run(config, workdir, "pairs")
-    with pytest.raises(ValueError, match="dmd was trained on other data than its sources have now; use another workdir, or delete it"):
+    with pytest.raises(
+        ValueError,
+        match="dmd was trained on other data than its sources have now; use another workdir, or delete it",
+    ):
         main.run(config, workdir, "dmd")
 
 
 def test_a_network_that_does_not_fit_where_it_starts_from(workdir):
     config = smoke()
     config.dmd.network = dict(config.network, width=16)
-    with pytest.raises(ValueError, match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as"):
+    with pytest.raises(
+        ValueError,
+        match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as",
+    ):
         train.run(config, "dmd", workdir)

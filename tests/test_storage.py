@@ -1,4 +1,4 @@
-"""Paths in a bucket: gcsfs and TensorStore talk to the server of tests/gcs.py."""
+"""Paths in a bucket: gcsfs and TensorStore talk to the server of tests/helpers/gcs.py."""
 
 import concurrent.futures
 import pathlib
@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from dmd_jax import storage
-from tests import gcs
+from dmd_jax.runtime import storage
+from tests.helpers import gcs
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -28,15 +28,24 @@ def put(directory, content):
 
 def below(directory):
     """{name: bytes}"""
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(directory).as_posix(): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
 
 
 def test_names(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert storage.path("~/a") == storage.absolute("a") == tmp_path / "a" and storage.path("a") == pathlib.Path("a")
+    assert storage.path("~/a") == storage.absolute("a") == tmp_path / "a" and storage.path(
+        "a"
+    ) == pathlib.Path("a")
     remote = storage.absolute("gs://bucket/a/b.txt")
-    assert str(remote) == f"{remote}" == "gs://bucket/a/b.txt" and storage.path(remote.parent) / "b.txt" == remote
+    assert (
+        str(remote) == f"{remote}" == "gs://bucket/a/b.txt"
+        and storage.path(remote.parent) / "b.txt" == remote
+    )
     assert storage.has_parent(remote) and storage.has_parent("a") and not storage.has_parent("a/b")
     assert 0 < storage.free(tmp_path) < storage.free(remote)
 
@@ -52,7 +61,9 @@ def test_a_copy_of_an_object(bucket, server, capfd):
     path.write_bytes(b"one")
     copy = storage.local(path)
     assert copy.read_bytes() == b"one" and copy.name == "weights.npz"
-    assert re.fullmatch(rf"copied gs://bucket/a/weights.npz \(0.0 MB\) to {copy.parent}\n", capfd.readouterr().err)
+    assert re.fullmatch(
+        rf"copied gs://bucket/a/weights.npz \(0.0 MB\) to {copy.parent}\n", capfd.readouterr().err
+    )
     del server.requests[:]
     assert storage.local(path) == copy and not [r for r in server.requests if "alt=media" in r]
     path.write_bytes(b"two")  # of the same size
@@ -62,12 +73,19 @@ def test_a_copy_of_an_object(bucket, server, capfd):
 def test_a_copy_of_a_directory(bucket):
     content = {f"{folder}{i}.txt": b"%d" % i * i for i in range(8) for folder in ("", "deep/er/")}
     bucket |= {f"a/b/{name}": (data, i + 1) for i, (name, data) in enumerate(content.items())}
-    bucket |= {"a/b/": (b"", 100), "a/b/deep/": (b"", 101), "a/bc": (b"another", 102)}  # what Google's console makes for folders
+    bucket |= {
+        "a/b/": (b"", 100),
+        "a/b/deep/": (b"", 101),
+        "a/bc": (b"another", 102),
+    }  # what Google's console makes for folders
     copy = storage.local("gs://bucket/a/b")
     assert below(copy) == content and copy.name == "b"
     bucket["a/b/3.txt"] = b"abc", 103
     assert below(storage.local("gs://bucket/a/b")) == content | {"3.txt": b"abc"}
-    assert below(storage.local("gs://bucket/a/b", ["deep/*3.txt", "1.txt"])) == {"deep/er/3.txt": b"333", "1.txt": b"1"}
+    assert below(storage.local("gs://bucket/a/b", ["deep/*3.txt", "1.txt"])) == {
+        "deep/er/3.txt": b"333",
+        "1.txt": b"1",
+    }
 
 
 def test_what_is_not_there_is_returned(bucket):
@@ -107,18 +125,26 @@ def test_writing_a_file(directory):
     with storage.writing(directory / "a.npz") as file:
         file.write_bytes(b"new")
         assert file.suffix == ".npz" and (directory / "a.npz").read_bytes() == b"old"
-    assert (directory / "a.npz").read_bytes() == b"new" and [p.name for p in directory.glob("*a.npz")] == ["a.npz"]
+    assert (directory / "a.npz").read_bytes() == b"new" and [
+        p.name for p in directory.glob("*a.npz")
+    ] == ["a.npz"]
     with pytest.raises(ZeroDivisionError), storage.writing(directory / "a.npz") as file:
         file.write_bytes(b"newer")
         _ = 1 / 0
-    assert (directory / "a.npz").read_bytes() == b"new" and [p.name for p in directory.glob("*a.npz")] == ["a.npz"]
+    assert (directory / "a.npz").read_bytes() == b"new" and [
+        p.name for p in directory.glob("*a.npz")
+    ] == ["a.npz"]
 
 
 def test_writing_a_directory(directory, bucket):
     with storage.writing(directory / "model") as new:
         new.mkdir()
-        put(new, {"index": b"1", "unet/config": b"2", "unet/weights": bytes(6 * 10**6)})  # more than a single request takes
-    assert (directory / "model/index").read_bytes() == b"1" and (directory / "model/unet/weights").read_bytes() == bytes(6 * 10**6)
+        put(
+            new, {"index": b"1", "unet/config": b"2", "unet/weights": bytes(6 * 10**6)}
+        )  # more than a single request takes
+    assert (directory / "model/index").read_bytes() == b"1" and (
+        directory / "model/unet/weights"
+    ).read_bytes() == bytes(6 * 10**6)
     if storage.is_remote(directory):
         assert list(bucket)[-1] == "directory/model/index"
     storage.remove(directory / "model")
@@ -155,7 +181,10 @@ def test_growing_copies_now_and_then(bucket, server, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gs://strangers/a", "gs://strangers cannot be read (Anonymous caller does not have storage.objects.list access"),
+        (
+            "gs://strangers/a",
+            "gs://strangers cannot be read (Anonymous caller does not have storage.objects.list access",
+        ),
         ("gs://nowhere/a", "gs://nowhere does not exist; make that bucket first"),
         ("gs://", "gs:// has no bucket; expected gs://bucket/name"),
         ("s3://bucket/a", "s3://bucket/a is of an unknown kind"),
@@ -177,18 +206,30 @@ def test_without_gcsfs(monkeypatch):
 def test_no_room(bucket, monkeypatch):
     storage.path("gs://bucket/a").write_bytes(bytes(10**6))
     monkeypatch.setattr(storage, "free", lambda path: 10**5)
-    with pytest.raises(ValueError, match=r"gs://bucket/a needs 1.0 MB, but .*cache/files has 0.1 MB free; make room, or set DMD_CACHE"):
+    with pytest.raises(
+        ValueError,
+        match=r"gs://bucket/a needs 1.0 MB, but .*cache/files has 0.1 MB free; make room, or set DMD_CACHE",
+    ):
         storage.local("gs://bucket/a")
 
 
 def test_no_way_out_of_the_cache(bucket):
     bucket["a/../../b"] = b"", 1
-    with pytest.raises(ValueError, match=r"gs://bucket/a has an object '../../b', which is no name of a file"):
+    with pytest.raises(
+        ValueError, match=r"gs://bucket/a has an object '../../b', which is no name of a file"
+    ):
         storage.local("gs://bucket/a")
 
 
 def test_failing_uploads(bucket, server, monkeypatch):
-    monkeypatch.setattr(gcs.Handler, "upload", lambda self: (403, {"error": {"code": 403, "message": "no storage.objects.create"}}))
-    with pytest.raises(OSError, match=r"gs://bucket/a cannot be written \(Forbidden: .*no storage.objects.create"):  # noqa: SIM117
-        with storage.writing("gs://bucket/a") as file:
-            file.write_text("a")
+    monkeypatch.setattr(
+        gcs.Handler,
+        "upload",
+        lambda self: (403, {"error": {"code": 403, "message": "no storage.objects.create"}}),
+    )
+    refused = r"gs://bucket/a cannot be written \(Forbidden: .*no storage.objects.create"
+    with (
+        pytest.raises(OSError, match=refused),
+        storage.writing("gs://bucket/a") as file,
+    ):
+        file.write_text("a")

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import ode, samplers, sampling, sharding
+from dmd_jax import generate, ode, samplers, sharding
 from dmd_jax import process as process_lib
 
 FLOW = process_lib.RectifiedFlow()
-M, S = (np.linspace(a, b, 32, dtype=np.float32).reshape(1, 4, 4, 2) for a, b in ((1, -0.5), (0.1, 1.5)))
+M, S = (
+    np.linspace(a, b, 32, dtype=np.float32).reshape(1, 4, 4, 2) for a, b in ((1, -0.5), (0.1, 1.5))
+)
 Z = np.random.default_rng(0).standard_normal((8, 4, 4, 2), np.float32)
 
 
@@ -47,7 +49,7 @@ def denoiser(flow):
 def on_the_mesh(sample):
     parallel = sharding.Parallel(sharding.make_mesh())
     inputs = dict(z=Z, key=np.zeros((8, 2), np.uint32), cond=np.zeros(8, np.int32))
-    return sampling.make_sample(samplers.Sampler(sample, None), parallel, 8)({}, inputs)
+    return generate.make_sample(samplers.Sampler(sample, None), parallel, 8)({}, inputs)
 
 
 def in_numpy(flow, num_steps):
@@ -67,9 +69,14 @@ def test_the_velocity_is_the_regression_of_the_pairs():
         eps = z if eps is None else eps
         m, s = M.ravel()[[0, -1]], S.ravel()[[0, -1]]
         x = m + s * z
-        for pixel, (x_t, target) in enumerate(zip(((1 - t) * x + t * eps).T, (eps - x).T, strict=True)):
+        for pixel, (x_t, target) in enumerate(
+            zip(((1 - t) * x + t * eps).T, (eps - x).T, strict=True)
+        ):
             slope, offset = np.polyfit(x_t, target, 1)
-            at = [velocity(flow, t, np.full(M.shape, value)).ravel()[[0, -1]][pixel] for value in (-1.0, 1.0)]
+            at = [
+                velocity(flow, t, np.full(M.shape, value)).ravel()[[0, -1]][pixel]
+                for value in (-1.0, 1.0)
+            ]
             np.testing.assert_allclose([offset - slope, offset + slope], at, atol=0.02)
 
 
@@ -84,21 +91,29 @@ def test_the_ways_and_their_variances(name):
             x, _ = ode.rk45(field, jnp.asarray(Z, float), 1.0, t, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(x, (1 - t) * M + flow(t)[0] * Z, atol=1e-6)
         covariance = {"first": 0, "reflow": S}[name]  # of eps and x
-        np.testing.assert_allclose(flow(t)[0] ** 2, (1 - t) ** 2 * S**2 + t**2 + 2 * t * (1 - t) * covariance, rtol=1e-5)
+        np.testing.assert_allclose(
+            flow(t)[0] ** 2, (1 - t) ** 2 * S**2 + t**2 + 2 * t * (1 - t) * covariance, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_solvers_reach_the_end(name):
     denoise = denoiser(FLOWS[name])
-    np.testing.assert_allclose(on_the_mesh(samplers.rk45(denoise, FLOW).sample), M + S * Z, atol=5e-4)
-    np.testing.assert_allclose(on_the_mesh(samplers.euler(denoise, FLOW, num_steps=2000).sample), M + S * Z, atol=5e-3)
+    np.testing.assert_allclose(
+        on_the_mesh(samplers.rk45(denoise, FLOW).sample), M + S * Z, atol=5e-4
+    )
+    np.testing.assert_allclose(
+        on_the_mesh(samplers.euler(denoise, FLOW, num_steps=2000).sample), M + S * Z, atol=5e-3
+    )
 
 
 def test_one_step_is_exact_for_the_reflow_alone():
     for num_steps in (1, 3):
         x = on_the_mesh(samplers.euler(denoiser(reflow), FLOW, num_steps=num_steps).sample)
         np.testing.assert_allclose(x, M + S * Z, atol=1e-6)
-    np.testing.assert_allclose(on_the_mesh(samplers.one_step(denoiser(reflow), FLOW).sample), M + S * Z, atol=1e-6)
+    np.testing.assert_allclose(
+        on_the_mesh(samplers.one_step(denoiser(reflow), FLOW).sample), M + S * Z, atol=1e-6
+    )
     x = on_the_mesh(samplers.one_step(denoiser(first), FLOW).sample)
     np.testing.assert_allclose(x, np.broadcast_to(M, x.shape), atol=1e-6)  # the mean of all images
 
@@ -107,9 +122,14 @@ def test_one_step_is_exact_for_the_reflow_alone():
 def test_straightness_of_the_first_flow_is_numpys(num_steps):
     x, expected = in_numpy(first, num_steps)
     denoise = denoiser(first)
-    np.testing.assert_allclose(on_the_mesh(samplers.euler(denoise, FLOW, num_steps=num_steps).sample), x, atol=1e-5)
+    np.testing.assert_allclose(
+        on_the_mesh(samplers.euler(denoise, FLOW, num_steps=num_steps).sample), x, atol=1e-5
+    )
     measure = samplers.straightness(denoise, FLOW, num_steps=num_steps)
-    for found in (on_the_mesh(measure), measure(None, jnp.asarray(Z), None)):  # a state of float64 and of float32
+    for found in (
+        on_the_mesh(measure),
+        measure(None, jnp.asarray(Z), None),
+    ):  # a state of float64 and of float32
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
     assert num_steps == 1 or (expected > 0.02).all()
 
@@ -119,7 +139,12 @@ def test_straightness_of_the_first_flow_is_the_integral():
     times = (np.arange(20_000) + 0.5) / 20_000
     bend = np.mean([(1 - S - first(t)[1]) ** 2 for t in times], axis=0)
     expected = (bend * Z**2).mean(axis=(1, 2, 3))
-    errors = [np.abs(on_the_mesh(samplers.straightness(denoiser(first), FLOW, num_steps=n)) / expected - 1).max() for n in (100, 400)]
+    errors = [
+        np.abs(
+            on_the_mesh(samplers.straightness(denoiser(first), FLOW, num_steps=n)) / expected - 1
+        ).max()
+        for n in (100, 400)
+    ]
     assert errors[0] < 0.05 and errors[1] < errors[0] / 3  # first order
 
 

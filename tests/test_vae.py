@@ -6,16 +6,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.models import layers, vae, vgg
+from dmd_jax.models import layers, vae
+from dmd_jax.models import lpips as lpips_lib
 from tests import test_features
 from tests.test_features import nchw
-from tests.test_unet_sd import TOLERANCE, change_epsilon, checksum, error, interpolate_between_pixels, nhwc, oracle, params_of
+from tests.test_unet_sd import (
+    TOLERANCE,
+    change_epsilon,
+    checksum,
+    error,
+    interpolate_between_pixels,
+    nhwc,
+    oracle,
+    params_of,
+)
 
 torch = pytest.importorskip("torch")
 
 KL = dict(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
 TINY = dict(width=8, num_blocks=1)
-MAKE = {"kl": lambda **settings: vae.kl(**KL, **settings), "tiny": lambda **settings: vae.tiny(**TINY, **settings)}
+MAKE = {
+    "kl": lambda **settings: vae.kl(**KL, **settings),
+    "tiny": lambda **settings: vae.tiny(**TINY, **settings),
+}
 SCALE = {"kl": 0.18215, "tiny": 1}
 
 
@@ -39,7 +52,10 @@ def inputs():
     """Of each kind: an image of odd size, latents."""
     rng = np.random.default_rng(1)
     shapes = {"kl": ((2, 18, 15, 3), (2, 5, 3, 4)), "tiny": ((2, 19, 26, 3), (2, 2, 3, 4))}
-    return {kind: (rng.uniform(-1, 1, x).astype(np.float32), rng.standard_normal(z, np.float32)) for kind, (x, z) in shapes.items()}
+    return {
+        kind: (rng.uniform(-1, 1, x).astype(np.float32), rng.standard_normal(z, np.float32))
+        for kind, (x, z) in shapes.items()
+    }
 
 
 def both_ways(network, params, x, latents):
@@ -49,7 +65,10 @@ def both_ways(network, params, x, latents):
 
 @pytest.fixture(scope="module")
 def outputs(params, inputs):
-    return {kind: [np.asarray(a) for a in both_ways(MAKE[kind](), params[kind], *inputs[kind])] for kind in MAKE}
+    return {
+        kind: [np.asarray(a) for a in both_ways(MAKE[kind](), params[kind], *inputs[kind])]
+        for kind in MAKE
+    }
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -57,7 +76,10 @@ def test_parity(kind, oracles, inputs, outputs):
     x, latents = (nchw(a) for a in inputs[kind])
     with torch.no_grad():
         encoded = oracles[kind].encode(x)
-        expected = encoded.latent_dist.mean if kind == "kl" else encoded.latents, oracles[kind].decode(latents / SCALE[kind]).sample
+        expected = (
+            encoded.latent_dist.mean if kind == "kl" else encoded.latents,
+            oracles[kind].decode(latents / SCALE[kind]).sample,
+        )
     assert all(a.dtype == np.float32 for a in outputs[kind])
     assert error(outputs[kind][0], SCALE[kind] * nhwc(expected[0])) < TOLERANCE
     assert error(outputs[kind][1], nhwc(expected[1])) < TOLERANCE
@@ -65,13 +87,20 @@ def test_parity(kind, oracles, inputs, outputs):
 
 def test_moments(oracles, params, inputs, outputs):
     x = 30 * inputs["kl"][0]
-    loud = {**params["kl"], "quant_conv": jax.tree.map(lambda a: 100 * a, params["kl"]["quant_conv"])}  # so that the clip counts
+    loud = {
+        **params["kl"],
+        "quant_conv": jax.tree.map(lambda a: 100 * a, params["kl"]["quant_conv"]),
+    }  # so that the clip counts
     with torch.no_grad():
         oracle_moments = oracles["kl"].quant_conv(oracles["kl"].encoder(nchw(x)))
     mean, logvar = MAKE["kl"]().bind(loud).moments(x)
     expected = np.split(nhwc(100 * oracle_moments), 2, axis=-1)
     assert error(mean, expected[0]) < 1e-4
-    assert error(logvar, np.clip(expected[1], -30, 20)) < 1e-4 and logvar.max() == 20 and logvar.min() == -30
+    assert (
+        error(logvar, np.clip(expected[1], -30, 20)) < 1e-4
+        and logvar.max() == 20
+        and logvar.min() == -30
+    )
 
 
 def pad_evenly(monkeypatch):  # trap 2
@@ -84,7 +113,11 @@ def the_unets_epsilon(monkeypatch):  # trap 10
 
 def forget_the_scale(monkeypatch):
     right = vae.KL.__init__
-    monkeypatch.setattr(vae.KL, "__init__", lambda *args, scaling_factor, **settings: right(*args, scaling_factor=1.0, **settings))
+    monkeypatch.setattr(
+        vae.KL,
+        "__init__",
+        lambda *args, scaling_factor, **settings: right(*args, scaling_factor=1.0, **settings),
+    )
 
 
 def attend_by_columns(monkeypatch):  # trap 21
@@ -107,7 +140,9 @@ def leave_images_as_they_are(monkeypatch):
 
 
 def forget_the_tanh(monkeypatch):
-    monkeypatch.setattr(vae.Tiny, "decode", lambda self, latents: 2 * self._chain(self.decoder, latents) - 1)
+    monkeypatch.setattr(
+        vae.Tiny, "decode", lambda self, latents: 2 * self._chain(self.decoder, latents) - 1
+    )
 
 
 MISTAKES = {  # the kind, whether it shows in the encoder, and in the decoder
@@ -150,16 +185,20 @@ def lpips_oracle(params):
                 setattr(stage, name, torch.nn.AvgPool2d(2, 2))
     state = test_features.to_torch(params)
     for name, parameter in module.named_parameters():
-        parameter.data = state[name if name.startswith("lin") else f"features.{name.split('.', 2)[2]}"]
+        parameter.data = state[
+            name if name.startswith("lin") else f"features.{name.split('.', 2)[2]}"
+        ]
     return module
 
 
 def test_lpips_of_decoded_latents_and_its_gradient(oracles, params):
-    lpips, rng = vgg.make(size=None), np.random.default_rng(2)
+    lpips, rng = lpips_lib.make(size=None), np.random.default_rng(2)
     lpips_params = test_features.random_params(lpips.abstract)
     z, target = (rng.standard_normal((2, 4, 5, 4), np.float32) for _ in range(2))
     torch_z = nchw(z).requires_grad_()
-    images = [oracles["kl"].decode(latents / SCALE["kl"]).sample for latents in (torch_z, nchw(target))]
+    images = [
+        oracles["kl"].decode(latents / SCALE["kl"]).sample for latents in (torch_z, nchw(target))
+    ]
     expected = lpips_oracle(lpips_params)(*images)[:, 0, 0, 0]
     expected.sum().backward()
 
@@ -169,7 +208,10 @@ def test_lpips_of_decoded_latents_and_its_gradient(oracles, params):
         return distance.sum(), distance
 
     gradient, distance = jax.jit(jax.grad(total, has_aux=True))(z, params["kl"], lpips_params)
-    assert error(distance, expected.detach()) < TOLERANCE and error(gradient, nhwc(torch_z.grad)) < TOLERANCE
+    assert (
+        error(distance, expected.detach()) < TOLERANCE
+        and error(gradient, nhwc(torch_z.grad)) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -178,7 +220,10 @@ def test_bfloat16_is_close_and_remat_is_the_same(kind, params, inputs, outputs):
     half = jax.jit(MAKE[kind](dtype="bfloat16").apply)(params[kind], latents)
     assert half.dtype == jnp.float32 and 1e-4 < error(half, outputs[kind][1]) < 5e-2  # trap 17
     remat = MAKE[kind](remat=True)
-    assert str(jax.make_jaxpr(remat.apply)(params[kind], latents)).count("= remat") == {"kl": 9, "tiny": 4}[kind]
+    assert (
+        str(jax.make_jaxpr(remat.apply)(params[kind], latents)).count("= remat")
+        == {"kl": 9, "tiny": 4}[kind]
+    )
     assert error(remat.apply(params[kind], latents), outputs[kind][1]) < TOLERANCE
 
 
@@ -189,7 +234,10 @@ def test_space_to_depth():
     latents = network.bind({}).encode(x)
     np.testing.assert_array_equal(latents[1, 0, 2], x[1, :2, 4:6].reshape(12))
     np.testing.assert_array_equal(network.apply({}, latents), x)
-    with pytest.raises(ValueError, match=r"^images of 4 x 6 are not divisible by factor 4; use another factor or size.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^images of 4 x 6 are not divisible by factor 4; use another factor or size.$",
+    ):
         vae.space_to_depth(factor=4).bind({}).encode(x)
 
 
@@ -200,5 +248,8 @@ def test_initial_parameters(kind):
 
 
 def test_channels_that_groups_do_not_divide():
-    with pytest.raises(ValueError, match=r"^block_out_channels 100 is not divisible by norm_num_groups 32; change one of them.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^block_out_channels 100 is not divisible by norm_num_groups 32; change one of them.$",
+    ):
         vae.kl(block_out_channels=(64, 100))

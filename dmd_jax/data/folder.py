@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dmd_jax import storage
 from dmd_jax.data import images
+from dmd_jax.runtime import storage
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "dataset.json"
@@ -23,7 +23,9 @@ class Directory:
         self._path = path
 
     def names(self) -> list[str]:
-        found = (pathlib.Path(folder, file) for folder, _, files in os.walk(self._path) for file in files)
+        found = (
+            pathlib.Path(folder, file) for folder, _, files in os.walk(self._path) for file in files
+        )
         return [path.relative_to(self._path).as_posix() for path in found]
 
     def read(self, name: str) -> bytes:
@@ -85,7 +87,9 @@ def read(*, path: str, size: int | None, num_classes: int = 0, x_flips: bool = F
     files, names, everything = _listed(path)
     cond = np.zeros(len(names), np.int32)
     if num_classes:
-        cond = _labels(files.read(LABELS) if LABELS in everything else None, names, num_classes, path)
+        cond = _labels(
+            files.read(LABELS) if LABELS in everything else None, names, num_classes, path
+        )
     source = images.Files(Labelled(files, names, cond), origin=str(path), size=size)
     return images.Flipped(source) if x_flips else source
 
@@ -101,7 +105,9 @@ def cropped(*, path: str, size: int):
       ValueError: no images; an image is corrupt (when it is reached).
     """
     files, names, _ = _listed(path)
-    return images.Cropped(Labelled(files, names, np.zeros(len(names), np.int32)), origin=str(path), size=size)
+    return images.Cropped(
+        Labelled(files, names, np.zeros(len(names), np.int32)), origin=str(path), size=size
+    )
 
 
 def _listed(path):
@@ -131,12 +137,18 @@ def open_files(path: str | os.PathLike) -> Directory | Archive:
         except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is a damaged .zip ({error}); copy it again.") from error
     what = "another file" if path.exists() else "nothing there"
-    raise ValueError(f"{path}: expected a directory or a .zip of images, got {what}; check the path.")
+    raise ValueError(
+        f"{path}: expected a directory or a .zip of images, got {what}; check the path."
+    )
 
 
 def image_names(names: Iterable[str]) -> list[str]:
     """Those of images, sorted."""
-    return sorted(name for name in names if name.lower().endswith(SUFFIXES) and not pathlib.PurePath(name).name.startswith("._"))
+    return sorted(
+        name
+        for name in names
+        if name.lower().endswith(SUFFIXES) and not pathlib.PurePath(name).name.startswith("._")
+    )
 
 
 def _labels(text, names, num_classes, origin):
@@ -144,14 +156,20 @@ def _labels(text, names, num_classes, origin):
     entries = None if text is None else _entries(text, origin)
     if entries is None:
         where = f"no {LABELS}" if text is None else f"null labels in {LABELS}"
-        raise ValueError(f"{origin}: expected labels of {num_classes} classes, got {where}; add them, or set num_classes=0.")
+        raise ValueError(
+            f"{origin}: expected labels of {num_classes} classes, got {where}; add them, or set num_classes=0."
+        )
     labels = dict(entries)
     missing = [name for name in names if name not in labels]
     if missing:
-        raise ValueError(f"{origin}: {len(missing)} of {len(names)} images have no label in {LABELS}: {_some(missing)}; add them.")
+        raise ValueError(
+            f"{origin}: {len(missing)} of {len(names)} images have no label in {LABELS}: {_some(missing)}; add them."
+        )
     absent = sorted(labels.keys() - set(names))
     if absent:
-        raise ValueError(f"{origin}: {LABELS} has {len(absent)} images that are not there: {_some(absent)}; restore them, or remove them.")
+        raise ValueError(
+            f"{origin}: {LABELS} has {len(absent)} images that are not there: {_some(absent)}; restore them, or remove them."
+        )
     outside = [f"{name} ({labels[name]})" for name in names if not 0 <= labels[name] < num_classes]
     if outside:
         raise ValueError(
@@ -165,7 +183,8 @@ def _entries(text, origin):
     try:
         entries = json.loads(text)["labels"]
         whole = entries is None or (
-            all(isinstance(name, str) and type(label) is int for name, label in entries) and len(dict(entries)) == len(entries)
+            all(isinstance(name, str) and type(label) is int for name, label in entries)
+            and len(dict(entries)) == len(entries)
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         whole = False

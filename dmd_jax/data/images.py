@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from dmd_jax.data import pixels
+
 
 @dataclasses.dataclass(frozen=True)
 class Images:
@@ -21,7 +23,10 @@ class Images:
 
     def __getitem__(self, index):
         image = self.image[index]
-        return {"image": to_float(image) if image.dtype == np.uint8 else image, "cond": self.cond[index]}
+        return {
+            "image": pixels.to_float(image) if image.dtype == np.uint8 else image,
+            "cond": self.cond[index],
+        }
 
     @property
     def digest(self) -> str:
@@ -52,7 +57,9 @@ class Files:
         self._records, self._origin, self._size, self._first = records, origin, size, None
         height, width, _ = self._decode(0)[0].shape
         if size is None and height != width:
-            raise ValueError(f"{origin}: image {records.name(0)}: expected a square, got {height}x{width}; crop the images first.")
+            raise ValueError(
+                f"{origin}: image {records.name(0)}: expected a square, got {height}x{width}; crop the images first."
+            )
         self._size = size or height
 
     def __len__(self):
@@ -62,7 +69,7 @@ class Files:
         if not 0 <= index < len(self):
             raise IndexError(f"{self._origin}: no image {index} of {len(self)}")
         pixels, cond = self._decode(int(index))
-        return {"image": to_float(pixels), "cond": np.int32(cond)}
+        return {"image": pixels.to_float(pixels), "cond": np.int32(cond)}
 
     @property
     def digest(self) -> str:
@@ -80,18 +87,28 @@ class Files:
                 picture.load()
                 pixels, mode = np.asarray(picture), picture.mode
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
-            raise ValueError(f"{where} cannot be read ({error}); replace it, or remove it and its label.") from error
+            raise ValueError(
+                f"{where} cannot be read ({error}); replace it, or remove it and its label."
+            ) from error
         if mode not in ("L", "RGB"):
-            raise ValueError(f"{where}: expected mode RGB or L (8 bit grey), got {mode}; convert the images first.")
+            raise ValueError(
+                f"{where}: expected mode RGB or L (8 bit grey), got {mode}; convert the images first."
+            )
         self._first = self._first or mode
         if mode != self._first:
             first = self._records.name(0)
-            raise ValueError(f"{where}: mixed modes: expected {self._first} as in {first}, got {mode}; convert the images first.")
+            raise ValueError(
+                f"{where}: mixed modes: expected {self._first} as in {first}, got {mode}; convert the images first."
+            )
         if self._size and pixels.shape[:2] != (self._size, self._size):
             height, width = pixels.shape[:2]
-            raise ValueError(f"{where}: expected {self._size}x{self._size} pixels, got {height}x{width} (HxW); resize the images first.")
+            raise ValueError(
+                f"{where}: expected {self._size}x{self._size} pixels, got {height}x{width} (HxW); resize the images first."
+            )
         if cond < 0:
-            raise ValueError(f"{where}: expected a label of 0 or more, got {cond}; use a split that has labels.")
+            raise ValueError(
+                f"{where}: expected a label of 0 or more, got {cond}; use a split that has labels."
+            )
         return pixels.reshape(*pixels.shape[:2], -1), cond
 
 
@@ -107,10 +124,12 @@ class Cropped:
     def __getitem__(self, index):
         try:
             data, cond = self._records.read(int(index))
-            return {"image": to_float(cropped(data, self._size)), "cond": np.int32(cond)}
+            return {"image": pixels.to_float(cropped(data, self._size)), "cond": np.int32(cond)}
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
             name = self._records.name(int(index))
-            raise ValueError(f"{self._origin}: image {name} cannot be read ({error}); replace it, or remove it.") from error
+            raise ValueError(
+                f"{self._origin}: image {name} cannot be read ({error}); replace it, or remove it."
+            ) from error
 
     @property
     def digest(self) -> str:
@@ -149,40 +168,6 @@ class Flipped:
         return found and f"{found} flipped"
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomLabels:
-    """A source of {"cond": int32}; item i is a function of (seed, i) alone."""
-
-    num_classes: int
-    count: int
-    seed: int
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        bits = np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, 1])  # noise of the same seed and index begins at 0
-        return {"cond": np.int32(np.random.Generator(bits).integers(self.num_classes))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """A source of {"cond": int32}, every class once."""
-
-    num_classes: int
-
-    def __len__(self):
-        return self.num_classes
-
-    def __getitem__(self, index):
-        return {"cond": np.int32(index)}
-
-
-def to_float(pixels: np.ndarray) -> np.ndarray:
-    """0..255 to float32 in [-1, 1]."""
-    return pixels.astype(np.float32) / np.float32(127.5) - 1
-
-
 def cropped(data: bytes, size: int) -> np.ndarray:
     """An image file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three channels.
 
@@ -206,7 +191,9 @@ def cropped(data: bytes, size: int) -> np.ndarray:
         short = min(picture.size)
         left, top = (round((n - short) / 2) for n in picture.size)
         picture = picture.crop((left, top, left + short, top + short))
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)  # as it is where it has that size
+        picture = picture.resize(
+            (size, size), Image.Resampling.LANCZOS
+        )  # as it is where it has that size
     return np.asarray(picture)
 
 
@@ -217,48 +204,15 @@ def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:
       ValueError: the arrays are something else.
     """
     image = np.asarray(image)
-    if image.ndim != 4 or image.dtype.kind != "f" or len(image) != len(cond) or not np.isfinite(image).all() or abs(image).max() > 1:
+    if (
+        image.ndim != 4
+        or image.dtype.kind != "f"
+        or len(image) != len(cond)
+        or not np.isfinite(image).all()
+        or abs(image).max() > 1
+    ):
         raise ValueError(
             f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, got an array of shape {image.shape} and "
             f"type {image.dtype} with {len(cond)} labels; convert the images first."
         )
     return Images(image.astype(np.float32), np.asarray(cond, np.int32))
-
-
-def digits(*, split: str, seed: int = 0, held_out: int = 500):
-    """scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, 10 classes.
-
-    Args:
-      split: "train", or "held_out" for the `held_out` images kept apart.
-      seed: of the split.
-      held_out: how many images are kept apart.
-    """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ValueError('the digits need scikit-learn; run: pip install "dmd_jax[digits]"') from error
-    pixels, label = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(label))
-    splits = {"train": order[held_out:], "held_out": order[:held_out]}
-    if split not in splits:
-        raise ValueError(f"digits have no split {split!r}; use one of {', '.join(splits)}.")
-    chosen = splits[split]
-    return from_arrays(pixels[chosen].reshape(-1, 8, 8, 1) / 8 - 1, label[chosen], origin="scikit-learn's digits")
-
-
-def labels(*, num_classes: int) -> Labels:
-    """Conditions for images yet to be generated."""
-    if num_classes < 1:
-        raise ValueError(f"labels: num_classes is {num_classes}; expected at least 1, also where a network ignores them.")
-    return Labels(num_classes)
-
-
-def random_labels(*, num_classes: int, count: int, seed: int) -> RandomLabels:
-    """Conditions drawn uniformly for each image, as in EDM's evaluation.
-
-    Args:
-      num_classes: labels are 0 to num_classes - 1.
-      count: how many.
-      seed: item i follows from (seed, i) alone.
-    """
-    return RandomLabels(num_classes, count, seed)

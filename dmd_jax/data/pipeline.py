@@ -16,7 +16,9 @@ class Stream(NamedTuple):
     batch_size: int
 
 
-def batches(streams: dict[str, Stream], *, seed: int, start: int, sharding: jax.sharding.Sharding) -> Iterator[dict]:
+def batches(
+    streams: dict[str, Stream], *, seed: int, start: int, sharding: jax.sharding.Sharding
+) -> Iterator[dict]:
     """Endless global batches {name of the stream: tree of arrays [batch_size, ...]}, from step `start` on, split as `sharding` says.
 
     The global batch of a step is the same for any number of processes; each process reads its own rows.
@@ -40,5 +42,7 @@ def fingerprint(streams: dict[str, Stream], *, seed: int) -> str:
 def _local_batches(stream, seed, start):
     processes, process = jax.process_count(), jax.process_index()
     dataset = grain.MapDataset.source(stream.source).seed(seed).shuffle().repeat(None)
-    dataset = dataset.batch(stream.batch_size // processes, drop_remainder=True)[process + start * processes :: processes]
+    dataset = dataset.batch(stream.batch_size // processes, drop_remainder=True)[
+        process + start * processes :: processes
+    ]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python import array_record_module
 from grain import sources
 
-from dmd_jax import metrics, storage
+from dmd_jax.runtime import storage
 
 MANIFEST, TEXTS = "manifest.json", "texts.json"
 
@@ -42,8 +42,10 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     """Raises ValueError if there are no records, or the manifest is damaged."""
     path = storage.path(directory) / MANIFEST
     if not path.exists():
-        raise ValueError(f"no records in {directory}: {path} does not exist; run the stage that makes them first.")
-    return metrics.read_json(path)
+        raise ValueError(
+            f"no records in {directory}: {path} does not exist; run the stage that makes them first."
+        )
+    return storage.read_json(path)
 
 
 def claim(directory: storage.Path, manifest: dict):
@@ -55,12 +57,18 @@ def claim(directory: storage.Path, manifest: dict):
     manifest = json.loads(json.dumps(manifest))
     if (directory / MANIFEST).exists():
         found = read_manifest(directory)
-        differing = [f"{key} is {found.get(key)}, expected {manifest[key]}" for key in manifest if found.get(key) != manifest[key]]
+        differing = [
+            f"{key} is {found.get(key)}, expected {manifest[key]}"
+            for key in manifest
+            if found.get(key) != manifest[key]
+        ]
         if differing:
-            raise ValueError(f"{directory} holds others than the config asks for: {'; '.join(differing)}; use another workdir.")
+            raise ValueError(
+                f"{directory} holds others than the config asks for: {'; '.join(differing)}; use another workdir."
+            )
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(directory / MANIFEST, manifest)
+        storage.write_json(directory / MANIFEST, manifest)
 
 
 class Records:
@@ -71,7 +79,9 @@ class Records:
         features = self.manifest["features"]
         self._fields = tuple(fields) or tuple(features)
         if unknown := [name for name in self._fields if name not in features]:
-            raise ValueError(f"the records in {directory} have no {', '.join(unknown)}; there are: {', '.join(features)}.")
+            raise ValueError(
+                f"the records in {directory} have no {', '.join(unknown)}; there are: {', '.join(features)}."
+            )
         for path in missing_shards(directory, self.manifest):
             raise ValueError(f"shard {path} is missing; run the stage that makes it again.")
         paths = shard_paths(storage.local(directory, ["*.arrayrecord"]), self.manifest)
@@ -84,20 +94,25 @@ class Records:
                 f"{directory} holds {count} records, its manifest says {self.manifest.get('count')}; delete it and make them again."
             )
         if not 0 <= limit <= count:
-            raise ValueError(f"{directory}: expected a limit of 1 to {count}, the records that there are, or 0 for all, got {limit}.")
+            raise ValueError(
+                f"{directory}: expected a limit of 1 to {count}, the records that there are, or 0 for all, got {limit}."
+            )
         self._count = limit or count
 
     @property
     def texts(self) -> list[str]:
         """Of each row, where the rows are of texts."""
-        return metrics.read_json(storage.path(self.directory) / TEXTS)["texts"][: self._count]
+        return storage.read_json(storage.path(self.directory) / TEXTS)["texts"][: self._count]
 
     def __len__(self):
         return self._count
 
     def __getitem__(self, index):
         record, offset, row = self._records[index], 0, {}
-        expected = sum(math.prod(f["shape"]) * np.dtype(f["dtype"]).itemsize for f in self.manifest["features"].values())
+        expected = sum(
+            math.prod(f["shape"]) * np.dtype(f["dtype"]).itemsize
+            for f in self.manifest["features"].values()
+        )
         if len(record) != expected:
             raise ValueError(
                 f"{self.directory}: record {index} has {len(record)} bytes, expected {expected} from the manifest's features; "
@@ -124,4 +139,6 @@ def _check_shard(path):
     try:
         array_record_module.ArrayRecordReader(str(path)).close()
     except RuntimeError as error:
-        raise ValueError(f"shard {path} is truncated or corrupt; delete it and run the stage that makes it again.") from error
+        raise ValueError(
+            f"shard {path} is truncated or corrupt; delete it and run the stage that makes it again."
+        ) from error

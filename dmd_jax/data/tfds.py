@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow_datasets
 
-from dmd_jax import storage
 from dmd_jax.data import images
+from dmd_jax.runtime import storage
 
 
 class Examples:
@@ -42,7 +42,9 @@ def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_fli
     examples, features, origin = open_split(name, split, data_dir)
     label = features.get("label")
     if label is not None and (label.shape or not np.issubdtype(label.np_dtype, np.integer)):
-        raise ValueError(f'{origin}: expected a whole number as "label", got {label}; prepare it with class labels.')
+        raise ValueError(
+            f'{origin}: expected a whole number as "label", got {label}; prepare it with class labels.'
+        )
     source = images.Files(Examples(examples, labelled=label is not None), origin=origin, size=size)
     return images.Flipped(source) if x_flips else source
 
@@ -53,17 +55,27 @@ def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], di
     Raises:
       ValueError: the dataset is not there as ArrayRecord files, has no such split or no images.
     """
-    builder = tensorflow_datasets.builder_from_directory(storage.local(_find(name, storage.path(data_dir))))
+    builder = tensorflow_datasets.builder_from_directory(
+        storage.local(_find(name, storage.path(data_dir)))
+    )
     origin, features = f"{name} in {data_dir}", dict(builder.info.features.items())
     if not isinstance(features.get("image"), tensorflow_datasets.features.Image):
-        raise ValueError(f'{origin}: expected a feature "image", got {", ".join(features)}; use a dataset of images.')
+        raise ValueError(
+            f'{origin}: expected a feature "image", got {", ".join(features)}; use a dataset of images.'
+        )
     try:
-        examples = builder.as_data_source(split, decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
+        examples = builder.as_data_source(
+            split, decoders={"image": tensorflow_datasets.decode.SkipDecoding()}
+        )
     except NotImplementedError as error:
         got = builder.info.file_format.value
-        raise ValueError(f"{origin}: expected array_record files, got {got}; {_how(name, data_dir)}") from error
+        raise ValueError(
+            f"{origin}: expected array_record files, got {got}; {_how(name, data_dir)}"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{origin} has no split {split!r} ({error}); there are: {', '.join(builder.info.splits)}.") from error
+        raise ValueError(
+            f"{origin} has no split {split!r} ({error}); there are: {', '.join(builder.info.splits)}."
+        ) from error
     return examples, features, f"{origin}, {split}"
 
 
@@ -72,12 +84,20 @@ def _find(name, data_dir):
     directory = data_dir / name.replace(":", "/")
     if (directory / "features.json").exists():
         return directory
-    versions = [path.parent for path in directory.glob("*/features.json") if tensorflow_datasets.core.Version.is_valid(path.parent.name)]
+    versions = [
+        path.parent
+        for path in directory.glob("*/features.json")
+        if tensorflow_datasets.core.Version.is_valid(path.parent.name)
+    ]
     if not versions:
-        raise ValueError(f"no {name} in {data_dir}: expected {directory}/<version>/features.json; {_how(name, data_dir)}")
+        raise ValueError(
+            f"no {name} in {data_dir}: expected {directory}/<version>/features.json; {_how(name, data_dir)}"
+        )
     if len(versions) > 1:
         there = ", ".join(sorted(version.name for version in versions))
-        raise ValueError(f"several versions of {name} in {data_dir}: {there}; choose one with name='{name}:<version>'.")
+        raise ValueError(
+            f"several versions of {name} in {data_dir}: {there}; choose one with name='{name}:<version>'."
+        )
     return versions[0]
 
 

@@ -13,12 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import lookup, sharding
-from dmd_jax.evals import features, resize
-from dmd_jax.text import tokenizer
-from dmd_jax.weights import clip, convert
+from dmd_jax import features, lookup, sharding
+from dmd_jax.encoders import tokenizer
+from dmd_jax.features import resize
+from dmd_jax.weights import clip, state_dict
 
-SIZES = {(768, 12): "B", (1024, 24): "L", (1280, 32): "H", (1408, 40): "g", (1664, 48): "bigG"}  # (width, layers): OpenCLIP's letter
+SIZES = {
+    (768, 12): "B",
+    (1024, 24): "L",
+    (1280, 32): "H",
+    (1408, 40): "g",
+    (1664, 48): "bigG",
+}  # (width, layers): OpenCLIP's letter
 
 
 class ClipScore(NamedTuple):
@@ -38,7 +44,12 @@ class ClipScore(NamedTuple):
 
 
 def make(
-    parallel: sharding.Parallel, *, batch_size: int, checkpoint: str | os.PathLike, prefix: str = "A photo depicts", crop_to: int = 256
+    parallel: sharding.Parallel,
+    *,
+    batch_size: int,
+    checkpoint: str | os.PathLike,
+    prefix: str = "A photo depicts",
+    crop_to: int = 256,
 ) -> ClipScore:
     """The CLIP of a checkpoint, in float32.
 
@@ -58,8 +69,10 @@ def make(
     settings, tensors = clip.read(checkpoint)
     (mean, std), size = clip.normalisation(checkpoint), settings["vision"]["image_size"]
     tokens = tokenizer.load(checkpoint, length=settings["text"]["max_length"], prefix=prefix)
-    network = lookup.find("models", settings["name"])(**{key: value for key, value in settings.items() if key != "name"})
-    params = convert.from_torch(tensors, network.abstract)
+    network = lookup.find("models", settings["name"])(
+        **{key: value for key, value in settings.items() if key != "name"}
+    )
+    params = state_dict.from_torch(tensors, network.abstract)
     digest = features.digest(params, sorted(settings.items()), mean, std, tokens.digest, crop_to)
     mean, std = (np.float32(a)[None, None, None] for a in (mean, std))
 
@@ -75,15 +88,21 @@ def make(
         with jax.default_matmul_precision("float32"):
             return network.bind(params).texts(ids)
 
-    of_images, of_texts = (parallel.in_batches("clip batch_size", tower, batch_size) for tower in (images, texts))
+    of_images, of_texts = (
+        parallel.in_batches("clip batch_size", tower, batch_size) for tower in (images, texts)
+    )
     params = sharding.place(params, parallel.replicated)
 
     def checked(pixels):
         if not crop_to and pixels.shape[1] != pixels.shape[2]:
-            raise ValueError(f"images are {pixels.shape[1]} x {pixels.shape[2]}, expected square ones; set crop_to to crop them.")
+            raise ValueError(
+                f"images are {pixels.shape[1]} x {pixels.shape[2]}, expected square ones; set crop_to to crop them."
+            )
         return of_images(params, pixels)
 
-    return ClipScore(_name(settings), digest, checked, lambda captions: of_texts(params, tokens.ids(captions)))
+    return ClipScore(
+        _name(settings), digest, checked, lambda captions: of_texts(params, tokens.ids(captions))
+    )
 
 
 def score(images: np.ndarray, texts: np.ndarray) -> float:
@@ -101,5 +120,7 @@ def _name(settings):
     vision = settings["vision"]
     width, depth = vision["hidden_size"], vision["num_layers"]
     parts = ["ViT", SIZES.get((width, depth), f"{width}x{depth}"), str(vision["patch_size"])]
-    parts += [str(vision["image_size"])] * (vision["image_size"] != 224) + ["quickgelu"] * (vision["act"] == "quick_gelu")
+    parts += [str(vision["image_size"])] * (vision["image_size"] != 224) + ["quickgelu"] * (
+        vision["act"] == "quick_gelu"
+    )
     return "-".join(parts)

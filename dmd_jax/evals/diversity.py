@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dmd_jax import sharding
-from dmd_jax.evals import features
-from dmd_jax.models import vgg
-from dmd_jax.weights import convert, lpips
+from dmd_jax import features, sharding
+from dmd_jax.models import lpips as lpips_lib
+from dmd_jax.weights import lpips, state_dict
 
 
 class Diversity(NamedTuple):
@@ -40,11 +39,24 @@ class Diversity(NamedTuple):
           ValueError: there are fewer than two images, or no pair is asked for.
         """
         chosen = draw_pairs(len(images), pairs, seed)
-        blocks = (chosen[start : start + self.batch_size].T for start in range(0, len(chosen), self.batch_size))
-        return float(np.concatenate([self.distances(_floats(images[i]), _floats(images[j])) for i, j in blocks]).mean(dtype=np.float64))
+        blocks = (
+            chosen[start : start + self.batch_size].T
+            for start in range(0, len(chosen), self.batch_size)
+        )
+        return float(
+            np.concatenate(
+                [self.distances(_floats(images[i]), _floats(images[j])) for i, j in blocks]
+            ).mean(dtype=np.float64)
+        )
 
 
-def make(parallel: sharding.Parallel, *, batch_size: int, weights: str | os.PathLike, size: int | None = None) -> Diversity:
+def make(
+    parallel: sharding.Parallel,
+    *,
+    batch_size: int,
+    weights: str | os.PathLike,
+    size: int | None = None,
+) -> Diversity:
     """The measure by VGG16, whose pools take averages, see dmd_jax/models/vgg.py.
 
     Args:
@@ -56,11 +68,15 @@ def make(parallel: sharding.Parallel, *, batch_size: int, weights: str | os.Path
     Raises:
       ValueError: the file is missing or holds something else; the devices cannot share such a batch.
     """
-    network = vgg.make(size=size)
-    params = convert.from_torch(lpips.read(weights), network.abstract)
-    run = parallel.in_batches("diversity batch_size", lambda params, batch: network.apply(params, *batch), batch_size)
+    network = lpips_lib.make(size=size)
+    params = state_dict.from_torch(lpips.read(weights), network.abstract)
+    run = parallel.in_batches(
+        "diversity batch_size", lambda params, batch: network.apply(params, *batch), batch_size
+    )
     placed = sharding.place(params, parallel.replicated)
-    return Diversity(features.digest(params, "lpips", size), lambda x, y: run(placed, (x, y)), batch_size)
+    return Diversity(
+        features.digest(params, "lpips", size), lambda x, y: run(placed, (x, y)), batch_size
+    )
 
 
 def draw_pairs(count: int, pairs: int, seed: int) -> np.ndarray:
@@ -70,10 +86,18 @@ def draw_pairs(count: int, pairs: int, seed: int) -> np.ndarray:
       ValueError: there are fewer than two images, or no pair is asked for.
     """
     if count < 2 or pairs < 1:
-        raise ValueError(f"diversity needs at least 2 images and 1 pair, got {count} images and {pairs} pairs.")
+        raise ValueError(
+            f"diversity needs at least 2 images and 1 pair, got {count} images and {pairs} pairs."
+        )
     there = count * (count - 1) // 2
-    numbers = np.arange(there) if there <= pairs else np.sort(np.random.default_rng(seed).choice(there, pairs, replace=False))
-    second = ((1 + np.sqrt(1 + 8 * numbers)) / 2).astype(np.int64)  # (0, 1), (0, 2), (1, 2), (0, 3), ...
+    numbers = (
+        np.arange(there)
+        if there <= pairs
+        else np.sort(np.random.default_rng(seed).choice(there, pairs, replace=False))
+    )
+    second = ((1 + np.sqrt(1 + 8 * numbers)) / 2).astype(
+        np.int64
+    )  # (0, 1), (0, 2), (1, 2), (0, 3), ...
     return np.stack([numbers - second * (second - 1) // 2, second], axis=1)
 
 

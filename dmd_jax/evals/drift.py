@@ -34,8 +34,12 @@ def sums(images: np.ndarray) -> Sums:
       ValueError: they are no bytes, or have other channels.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f"expected images as uint8 [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}.")
-    return sum((_of_one(image) for image in images), start=Sums(0, 0.0, 0.0, 0.0))  # one after another, to save memory
+        raise ValueError(
+            f"expected images as uint8 [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}."
+        )
+    return sum(
+        (_of_one(image) for image in images), start=Sums(0, 0.0, 0.0, 0.0)
+    )  # one after another, to save memory
 
 
 def _of_one(image):
@@ -44,9 +48,19 @@ def _of_one(image):
         channels *= 3
     high, low = np.maximum.reduce(channels), np.minimum.reduce(channels)
     saturation = (high - low) / np.maximum(high, 1).astype(np.float32)
-    luma = sum(weight * channel for weight, channel in zip(LUMA, channels, strict=True)) / np.float32(255)
+    luma = sum(
+        weight * channel for weight, channel in zip(LUMA, channels, strict=True)
+    ) / np.float32(255)
     return Sums(
-        1, *(float(value) for value in (luma.mean(dtype=np.float64), saturation.mean(dtype=np.float64), luma.std(dtype=np.float64)))
+        1,
+        *(
+            float(value)
+            for value in (
+                luma.mean(dtype=np.float64),
+                saturation.mean(dtype=np.float64),
+                luma.std(dtype=np.float64),
+            )
+        ),
     )
 
 
@@ -64,5 +78,12 @@ def drift(real: Sums, fake: Sums) -> dict[str, float]:
     """
     if min(real.count, fake.count) < 1:
         raise ValueError(f"a drift needs images of both sets, got {real.count} and {fake.count}.")
-    names = [name for name in Sums._fields[1:] if name != "saturation" or real.saturation or fake.saturation]
-    return {f"{name} drift": float(getattr(fake, name) / fake.count - getattr(real, name) / real.count) for name in names}
+    names = [
+        name
+        for name in Sums._fields[1:]
+        if name != "saturation" or real.saturation or fake.saturation
+    ]
+    return {
+        f"{name} drift": float(getattr(fake, name) / fake.count - getattr(real, name) / real.count)
+        for name in names
+    }

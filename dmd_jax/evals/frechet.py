@@ -52,8 +52,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     Source: the equation above; as pytorch-fid's where both covariances are regular.
     """
-    trace_of_root = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
-    return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance) - 2 * trace_of_root)
+    trace_of_root = np.linalg.svd(
+        _factor(a.covariance).T @ _factor(b.covariance), compute_uv=False
+    ).sum()
+    return float(
+        np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance + b.covariance) - 2 * trace_of_root
+    )
 
 
 def _factor(covariance):

@@ -29,7 +29,9 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, parallel: sharding.Parallel) -
     Source: eq. 4 and section 4 of the paper.
     """
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"a kernel distance needs at least 2 images of each set, got {len(a)} and {len(b)}.")
+        raise ValueError(
+            f"a kernel distance needs at least 2 images of each set, got {len(a)} and {len(b)}."
+        )
     a, b = np.float64(a), np.float64(b)
     across = pairwise.by_rows(_sums, b, a, parallel).sum() / (len(a) * len(b))
     return float(_mean_of_different(a, parallel) + _mean_of_different(b, parallel) - 2 * across)
@@ -41,4 +43,6 @@ def _sums(whole, rows):
 
 def _mean_of_different(a, parallel):
     with_themselves = ((a**2).mean(axis=1) + 1) ** 3
-    return (pairwise.by_rows(_sums, a, a, parallel) - with_themselves).sum() / (len(a) * (len(a) - 1))
+    return (pairwise.by_rows(_sums, a, a, parallel) - with_themselves).sum() / (
+        len(a) * (len(a) - 1)
+    )

@@ -21,7 +21,9 @@ K_DENSITY = 5  # Naeem et al., section 5
 TIE = 1e-10  # of the images' mean squared norm: squared distances that differ by less are equal, or rounding would decide for copies
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, parallel: sharding.Parallel) -> dict[str, float]:
+def precision_recall(
+    real: np.ndarray, fake: np.ndarray, parallel: sharding.Parallel
+) -> dict[str, float]:
     """All four; fractions in [0, 1] but for the density, which can be larger.
 
     Args:
@@ -37,7 +39,9 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, parallel: sharding.Para
       ValueError: a set has too few images to have neighbours.
     """
     if min(len(real), len(fake)) <= K_DENSITY:
-        raise ValueError(f"precision and recall need more than {K_DENSITY} images of each set, got {len(real)} and {len(fake)}.")
+        raise ValueError(
+            f"precision and recall need more than {K_DENSITY} images of each set, got {len(real)} and {len(fake)}."
+        )
     mean = real.mean(axis=0, dtype=np.float64)  # distances far from 0 would cancel
     sets = [{"x": x} for x in (real - mean, fake - mean)]
     tie = TIE * np.mean([(s["x"] ** 2).sum(axis=1).mean() for s in sets])

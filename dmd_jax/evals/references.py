@@ -10,16 +10,18 @@ from concurrent import futures
 import jax
 import numpy as np
 
-from dmd_jax import distributed, metrics, storage
-from dmd_jax.data import pipeline
+from dmd_jax import features as features_lib
+from dmd_jax.data import pipeline, pixels
 from dmd_jax.evals import drift, frechet, protocols, suite
-from dmd_jax.evals import features as features_lib
-from dmd_jax.weights import files
+from dmd_jax.runtime import distributed, storage
+from dmd_jax.weights import published
 
 READ = 500  # real images at a time
 
 
-def reference(measuring: suite.Suite, source, statistics: str, directory: str | os.PathLike) -> suite.Collected:
+def reference(
+    measuring: suite.Suite, source, statistics: str, directory: str | os.PathLike
+) -> suite.Collected:
     """The real images to compare with.
 
     Args:
@@ -33,24 +35,39 @@ def reference(measuring: suite.Suite, source, statistics: str, directory: str | 
     """
     protocol = measuring.protocol
     if statistics and protocol.reference and not protocol.crop_to:
-        raise ValueError(f"the protocol {protocol.name} has real images of its own, expected none, got {statistics}; leave it out.")
+        raise ValueError(
+            f"the protocol {protocol.name} has real images of its own, expected none, got {statistics}; leave it out."
+        )
     if source is None and not statistics:
-        raise ValueError(f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics.")
-    given = read(files.find(statistics), measuring.features) if statistics else None
+        raise ValueError(
+            f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics."
+        )
+    given = read(published.find(statistics), measuring.features) if statistics else None
     count = given.count if source is None else len(source)  # 0 if the file does not say
     if protocol.reference_count and count not in (0, protocol.reference_count):
         expected = f"that of the protocol {protocol.name} has {protocol.reference_count}"
         raise ValueError(f"the reference has {count} images, {expected}; give it all of them.")
     if given:
-        given = dataclasses.replace(given, origin=files.sha256(statistics))
+        given = dataclasses.replace(given, origin=published.sha256(statistics))
     if source is None:
         return given
     real = collect_source(measuring, source, directory, with_floor=not protocol.floor)
-    return dataclasses.replace(real, moments=given.moments, floor={}, origin=f"{given.origin} {real.origin}") if given else real
+    return (
+        dataclasses.replace(
+            real, moments=given.moments, floor={}, origin=f"{given.origin} {real.origin}"
+        )
+        if given
+        else real
+    )
 
 
 def collect_source(
-    measuring: suite.Suite, source, directory: str | os.PathLike, *, name: str = "reference", with_floor: bool = False
+    measuring: suite.Suite,
+    source,
+    directory: str | os.PathLike,
+    *,
+    name: str = "reference",
+    with_floor: bool = False,
 ) -> suite.Collected:
     """As `suite.collect`, for a whole data source; kept in a file of `directory`, by the digests of all that it follows from.
 
@@ -59,9 +76,18 @@ def collect_source(
     """
     protocol, count, origin = measuring.protocol, len(source), content(source)
     wanted = f"{measuring.features.digest} {protocol.quantisation == 'none'} {protocol.neighbours} {with_floor} {origin}"
-    path = storage.path(directory) / f"reference-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.npz"
+    path = (
+        storage.path(directory)
+        / f"reference-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.npz"
+    )
     if not distributed.gather(path.exists()).all():
-        real = suite.collect(measuring, batches(protocol, source, range(count)), count, name=name, with_floor=with_floor)
+        real = suite.collect(
+            measuring,
+            batches(protocol, source, range(count)),
+            count,
+            name=name,
+            with_floor=with_floor,
+        )
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, measuring, real)
@@ -71,7 +97,9 @@ def collect_source(
 
 def content(source) -> str:
     """A digest of a source: of everything in it if it knows that, else of its length and a sample."""
-    return getattr(source, "digest", None) or pipeline.fingerprint({"": pipeline.Stream(source, 1)}, seed=0)
+    return getattr(source, "digest", None) or pipeline.fingerprint(
+        {"": pipeline.Stream(source, 1)}, seed=0
+    )
 
 
 def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[suite.Batch]:
@@ -81,14 +109,25 @@ def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[su
             rows = list(pool.map(source.__getitem__, indices[start : start + READ]))
             images = np.stack([row["image"] for row in rows])
             labels = np.stack([row["cond"] for row in rows]) if "cond" in rows[0] else None
-            yield suite.Batch(images if protocol.quantisation == "none" else metrics.to_uint8(images), labels)
+            yield suite.Batch(
+                images if protocol.quantisation == "none" else pixels.to_uint8(images), labels
+            )
 
 
 def write(path: str | os.PathLike, measuring: suite.Suite, collected: suite.Collected):
     """Writes an `.npz` that pytorch-fid and EDM read as well: "mu" [D] and "sigma" [D, D], and what else was collected."""
-    arrays = dict(mu=collected.moments.mean, sigma=collected.moments.covariance, count=collected.count, kept=collected.features)
+    arrays = dict(
+        mu=collected.moments.mean,
+        sigma=collected.moments.covariance,
+        count=collected.count,
+        kept=collected.features,
+    )
     rest = {"features": measuring.features.digest, "name": measuring.features.name}
-    rest |= {"colours": collected.colours, "agreement": collected.agreement, "floor": collected.floor}
+    rest |= {
+        "colours": collected.colours,
+        "agreement": collected.agreement,
+        "floor": collected.floor,
+    }
     with storage.writing(path) as file:
         np.savez(file, **arrays, rest=json.dumps(rest))
 
@@ -107,9 +146,17 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
         mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
         if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
             raise ValueError(f"mu has shape {np.shape(mean)} and sigma {np.shape(covariance)}")
-        if not np.isfinite(mean).all() or not np.isfinite(covariance).all() or np.diag(covariance).min() < 0:
+        if (
+            not np.isfinite(mean).all()
+            or not np.isfinite(covariance).all()
+            or np.diag(covariance).min() < 0
+        ):
             raise ValueError("not all are finite, or variances below 0")
-        kept, count, rest = arrays.get("kept"), int(arrays.get("count", 0)), json.loads(str(arrays.get("rest", "{}")))
+        kept, count, rest = (
+            arrays.get("kept"),
+            int(arrays.get("count", 0)),
+            json.loads(str(arrays.get("rest", "{}"))),
+        )
         if kept is not None and kept.shape[1:] != mean.shape:
             raise ValueError(f"kept has shape {kept.shape}")
         sums = drift.Sums(*rest["colours"]) if rest else None
@@ -122,4 +169,11 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
             f"{path} was made with the features {rest['name']} ({rest['features']}), expected {features.name} ({features.digest}); make it "
             "again, or choose the protocol that it is of."
         )
-    return suite.Collected(count, frechet.Moments(mean, covariance), kept, sums, rest.get("agreement"), floor=rest.get("floor", {}))
+    return suite.Collected(
+        count,
+        frechet.Moments(mean, covariance),
+        kept,
+        sums,
+        rest.get("agreement"),
+        floor=rest.get("floor", {}),
+    )

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from dmd_jax import lookup, metrics, sharding
+from dmd_jax import features as features_lib
+from dmd_jax import lookup, sharding
+from dmd_jax.data import pixels
 from dmd_jax.evals import clip_score, drift, frechet, kid, precision_recall, protocols, retrieval
 from dmd_jax.evals import diversity as diversity_lib
-from dmd_jax.evals import features as features_lib
 
 LEAST = precision_recall.K_DENSITY + 1  # images of a set
 
@@ -76,7 +77,15 @@ class Collected:
     origin: str = ""
 
 
-def make(protocol: protocols.Protocol, parallel: sharding.Parallel, *, features: dict, clip: str, lpips: str, batch_size: int) -> Suite:
+def make(
+    protocol: protocols.Protocol,
+    parallel: sharding.Parallel,
+    *,
+    features: dict,
+    clip: str,
+    lpips: str,
+    batch_size: int,
+) -> Suite:
     """The suite of a protocol.
 
     Args:
@@ -93,22 +102,36 @@ def make(protocol: protocols.Protocol, parallel: sharding.Parallel, *, features:
     settings = protocols.fill(protocol.features, features, "features")
     if "images" in settings:
         settings["images"] = lookup.open_source(settings["images"])
-    network = lookup.find("evals", settings.pop("name"))(parallel, **settings)
+    network = lookup.find("features", settings.pop("name"))(parallel, **settings)
     digests, scorer, distance = {network.name: network.digest}, None, None
     if clip:
         if not protocol.clip:
-            raise ValueError(f"the protocol {protocol.name} has no CLIP score; leave the CLIP model out, or choose another protocol.")
-        scorer = clip_score.make(parallel, batch_size=batch_size, checkpoint=clip, prefix=protocol.prefix, crop_to=protocol.crop_to)
+            raise ValueError(
+                f"the protocol {protocol.name} has no CLIP score; leave the CLIP model out, or choose another protocol."
+            )
+        scorer = clip_score.make(
+            parallel,
+            batch_size=batch_size,
+            checkpoint=clip,
+            prefix=protocol.prefix,
+            crop_to=protocol.crop_to,
+        )
         if scorer.name != protocol.clip:
-            raise ValueError(f"{clip} holds CLIP's {scorer.name}, but the protocol {protocol.name} has {protocol.clip}; name that one.")
+            raise ValueError(
+                f"{clip} holds CLIP's {scorer.name}, but the protocol {protocol.name} has {protocol.clip}; name that one."
+            )
         digests[f"CLIP {scorer.name}"] = scorer.digest
     if lpips:
-        distance = diversity_lib.make(parallel, batch_size=batch_size, weights=lpips, size=protocol.diversity[2] or None)
+        distance = diversity_lib.make(
+            parallel, batch_size=batch_size, weights=lpips, size=protocol.diversity[2] or None
+        )
         digests["LPIPS"] = distance.digest
     return Suite(protocol, network, parallel, scorer, distance, digests)
 
 
-def collect(suite: Suite, batches: Iterable[Batch], count: int, *, name: str = "", with_floor: bool = False) -> Collected:
+def collect(
+    suite: Suite, batches: Iterable[Batch], count: int, *, name: str = "", with_floor: bool = False
+) -> Collected:
     """Goes through `count` images once.
 
     Args:
@@ -134,7 +157,9 @@ def collect(suite: Suite, batches: Iterable[Batch], count: int, *, name: str = "
     kept = np.concatenate(total.kept)
     floor = {}
     if with_floor and count > 2 * precision_recall.K_DENSITY + 1:
-        even = Collected(total.even.count, frechet.moments(total.even), kept[::2], total.even_colours)
+        even = Collected(
+            total.even.count, frechet.moments(total.even), kept[::2], total.even_colours
+        )
         odd = Collected(total.odd.count, frechet.moments(total.odd), kept[1::2], total.odd_colours)
         floor = compare(suite, even, odd)
     return Collected(
@@ -143,8 +168,14 @@ def collect(suite: Suite, batches: Iterable[Batch], count: int, *, name: str = "
         features=kept,
         colours=total.even_colours + total.odd_colours,
         agreement=sum(total.agreeing) / count if total.agreeing else None,
-        texts=_of_texts(suite, np.concatenate(total.images), np.concatenate(total.captions), total.texts) if total.texts else {},
-        diversity=suite.diversity(np.stack(total.pictures), diversity[1], 0) if len(total.pictures) > 1 else None,
+        texts=_of_texts(
+            suite, np.concatenate(total.images), np.concatenate(total.captions), total.texts
+        )
+        if total.texts
+        else {},
+        diversity=suite.diversity(np.stack(total.pictures), diversity[1], 0)
+        if len(total.pictures) > 1
+        else None,
         floor=floor,
     )
 
@@ -170,8 +201,11 @@ class _Part(NamedTuple):
 def _measure(suite, batch, places, kept_of):
     """Of the images at these places; features of those at `kept_of` are kept."""
     protocol, features, images = suite.protocol, suite.features.extract(batch.images), batch.images
-    as_bytes, odd = metrics.to_uint8(images), places % 2 == 1
-    labelled, told = suite.features.predict and batch.labels is not None, suite.clip and batch.texts is not None
+    as_bytes, odd = pixels.to_uint8(images), places % 2 == 1
+    labelled, told = (
+        suite.features.predict and batch.labels is not None,
+        suite.clip and batch.texts is not None,
+    )
     return _Part(
         even=frechet.sums(features[~odd]),
         odd=frechet.sums(features[odd]),
@@ -193,18 +227,29 @@ def _evenly(count, wanted):
 
 def _of_texts(suite, images, vectors, texts):
     found = retrieval.recall(images, texts, vectors, texts)
-    return {f"CLIP-{suite.clip.name}": clip_score.score(images, vectors)} | {f"{k} of captions": value for k, value in found.items()}
+    return {f"CLIP-{suite.clip.name}": clip_score.score(images, vectors)} | {
+        f"{k} of captions": value for k, value in found.items()
+    }
 
 
 def over_ranges(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Of ranges of seeds, EDM reports the minimum of the Frechet distance; its mean stands beside it, and of the other scores the mean."""
-    means, frechet = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}, next(iter(scores[0]))
-    return means if len(scores) == 1 else means | {frechet: min(s[frechet] for s in scores), f"{frechet} mean": means[frechet]}
+    means, frechet = (
+        {name: float(np.mean([s[name] for s in scores])) for name in scores[0]},
+        next(iter(scores[0])),
+    )
+    return (
+        means
+        if len(scores) == 1
+        else means | {frechet: min(s[frechet] for s in scores), f"{frechet} mean": means[frechet]}
+    )
 
 
 def distances(suite: Suite, real: Collected) -> dict[str, None]:
     """Names of what `compare` has that is the lower the better."""
-    return dict.fromkeys([suite.features.frechet] + [suite.features.kernel] * (real.features is not None))
+    return dict.fromkeys(
+        [suite.features.frechet] + [suite.features.kernel] * (real.features is not None)
+    )
 
 
 def compare(suite: Suite, real: Collected, fake: Collected) -> dict[str, float]:
@@ -224,7 +269,9 @@ def compare(suite: Suite, real: Collected, fake: Collected) -> dict[str, float]:
         )
     result = {suite.features.frechet: frechet.frechet_distance(real.moments, fake.moments)}
     if real.features is not None:
-        result[suite.features.kernel] = kid.kernel_distance(real.features, fake.features, suite.parallel)
+        result[suite.features.kernel] = kid.kernel_distance(
+            real.features, fake.features, suite.parallel
+        )
         result |= precision_recall.precision_recall(real.features, fake.features, suite.parallel)
     if real.colours is not None and fake.colours is not None:
         result |= drift.drift(real.colours, fake.colours)

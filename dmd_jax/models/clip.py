@@ -14,7 +14,10 @@ from flax import nnx
 
 from dmd_jax.models import clip_text, layers
 
-INITIALIZERS = ((r"logit_scale$", lambda rng, shape: np.full(shape, np.log(1 / 0.07))), (r"class_embedding$", layers.normal(0.02)))
+INITIALIZERS = (
+    (r"logit_scale$", lambda rng, shape: np.full(shape, np.log(1 / 0.07))),
+    (r"class_embedding$", layers.normal(0.02)),
+)
 INITIALIZERS += clip_text.INITIALIZERS
 
 
@@ -24,21 +27,34 @@ class ImageEncoder(nnx.Module):
     def __init__(self, *, rngs, image_size, patch_size, hidden_size, dtype, **settings):
         self.image_size = image_size
         norm = functools.partial(layers.layer_norm, hidden_size, rngs=rngs)
-        patches = dict(kernel_size=(patch_size,) * 2, strides=patch_size, padding="VALID", use_bias=False)
+        patches = dict(
+            kernel_size=(patch_size,) * 2, strides=patch_size, padding="VALID", use_bias=False
+        )
         self.embeddings = nnx.Dict(
             class_embedding=nnx.Param(jnp.zeros(hidden_size)),
             patch_embedding=nnx.Conv(3, hidden_size, **patches, dtype=dtype, rngs=rngs),
-            position_embedding=nnx.Embed((image_size // patch_size) ** 2 + 1, hidden_size, dtype=dtype, rngs=rngs),
+            position_embedding=nnx.Embed(
+                (image_size // patch_size) ** 2 + 1, hidden_size, dtype=dtype, rngs=rngs
+            ),
         )
-        self.pre_layrnorm, self.post_layernorm = norm(dtype=dtype), norm(dtype=jnp.float32)  # the first as it is spelt in the checkpoints
-        self.encoder = clip_text.Transformer(rngs=rngs, hidden_size=hidden_size, is_causal=False, dtype=dtype, **settings)
+        self.pre_layrnorm, self.post_layernorm = (
+            norm(dtype=dtype),
+            norm(dtype=jnp.float32),
+        )  # the first as it is spelt in the checkpoints
+        self.encoder = clip_text.Transformer(
+            rngs=rngs, hidden_size=hidden_size, is_causal=False, dtype=dtype, **settings
+        )
 
     def __call__(self, images):
         if images.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(f"images are {images.shape[1:]}, expected {self.image_size} x {self.image_size} x 3; resize them.")
+            raise ValueError(
+                f"images are {images.shape[1:]}, expected {self.image_size} x {self.image_size} x 3; resize them."
+            )
         x = self.embeddings.patch_embedding(images)
         x = x.reshape(len(x), -1, x.shape[-1])
-        first = jnp.broadcast_to(self.embeddings.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        first = jnp.broadcast_to(
+            self.embeddings.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1])
+        )
         x = jnp.concatenate([first, x], axis=1)  # [B, 1 + patches, D]
         x = x + self.embeddings.position_embedding(jnp.arange(x.shape[1]))[None]
         return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])
@@ -50,8 +66,13 @@ class Clip(nnx.Module):
     def __init__(self, *, rngs, projection_dim, text, vision, dtype):
         self.text_model = clip_text.TextEncoder(rngs=rngs, dtype=dtype, **text)
         self.vision_model = ImageEncoder(rngs=rngs, dtype=dtype, **vision)
-        linear = functools.partial(nnx.Linear, out_features=projection_dim, use_bias=False, rngs=rngs)  # float32
-        self.text_projection, self.visual_projection = linear(text["hidden_size"]), linear(vision["hidden_size"])
+        linear = functools.partial(
+            nnx.Linear, out_features=projection_dim, use_bias=False, rngs=rngs
+        )  # float32
+        self.text_projection, self.visual_projection = (
+            linear(text["hidden_size"]),
+            linear(vision["hidden_size"]),
+        )
         self.logit_scale = nnx.Param(jnp.zeros(()))  # of training; cosines do without
 
     def images(self, images):
@@ -68,7 +89,9 @@ class Clip(nnx.Module):
         return jnp.sum(self.images(images) * self.texts(ids), axis=-1)
 
 
-def clip(*, projection_dim: int, text: Mapping, vision: Mapping, dtype: str = "float32") -> layers.Network:
+def clip(
+    *, projection_dim: int, text: Mapping, vision: Mapping, dtype: str = "float32"
+) -> layers.Network:
     """The network `(params, images [B, H, W, 3], ids [B, L]) -> cosines [B]`; what it binds to has `images` and `texts`, unit vectors.
 
     Args:
@@ -83,8 +106,12 @@ def clip(*, projection_dim: int, text: Mapping, vision: Mapping, dtype: str = "f
     for tower in (text, vision):
         clip_text.check(tower)
     if vision["image_size"] % vision["patch_size"]:
-        raise ValueError(f"image_size {vision['image_size']} is not divisible by patch_size {vision['patch_size']}; change one of them.")
-    settings = dict(projection_dim=projection_dim, text=dict(text), vision=dict(vision), dtype=jnp.dtype(dtype))
+        raise ValueError(
+            f"image_size {vision['image_size']} is not divisible by patch_size {vision['patch_size']}; change one of them."
+        )
+    settings = dict(
+        projection_dim=projection_dim, text=dict(text), vision=dict(vision), dtype=jnp.dtype(dtype)
+    )
     return layers.functional(lambda rngs: Clip(rngs=rngs, **settings), INITIALIZERS)
 
 

@@ -18,8 +18,15 @@ def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable] = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
-INITIALIZERS = ((r"scale$", layers.ones), (r"bias$", layers.zeros), (r"(kernel|embedding)$", layers.normal(0.02)))
+ACTIVATIONS: dict[str, Callable] = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+INITIALIZERS = (
+    (r"scale$", layers.ones),
+    (r"bias$", layers.zeros),
+    (r"(kernel|embedding)$", layers.normal(0.02)),
+)
 
 
 class Layer(nnx.Module):
@@ -28,13 +35,18 @@ class Layer(nnx.Module):
     def __init__(self, c, c_hidden, heads, *, act, is_causal, dtype, rngs):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.heads, self.act, self.is_causal = heads, act, is_causal
-        self.layer_norm1, self.layer_norm2 = (layers.layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.layer_norm1, self.layer_norm2 = (
+            layers.layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2)
+        )
         self.self_attn = nnx.Dict({f"{name}_proj": linear(c, c) for name in ("q", "k", "v", "out")})
         self.mlp = nnx.Dict(fc1=linear(c, c_hidden), fc2=linear(c_hidden, c))
 
     def __call__(self, x):
         h, attn = self.layer_norm1(x), self.self_attn
-        q, k, v = (project(h).reshape(*h.shape[:2], self.heads, -1) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (
+            project(h).reshape(*h.shape[:2], self.heads, -1)
+            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
         x = x + attn.out_proj(layers.attention(q, k, v, is_causal=self.is_causal).reshape(x.shape))
         return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
 
@@ -42,9 +54,16 @@ class Layer(nnx.Module):
 class Transformer(nnx.Module):
     """The layers of a tower."""
 
-    def __init__(self, *, rngs, hidden_size, intermediate_size, num_layers, num_heads, act, is_causal, dtype):
+    def __init__(
+        self, *, rngs, hidden_size, intermediate_size, num_layers, num_heads, act, is_causal, dtype
+    ):
         settings = dict(act=ACTIVATIONS[act], is_causal=is_causal, dtype=dtype, rngs=rngs)
-        self.layers = layers.numbered([Layer(hidden_size, intermediate_size, num_heads, **settings) for _ in range(num_layers)])
+        self.layers = layers.numbered(
+            [
+                Layer(hidden_size, intermediate_size, num_heads, **settings)
+                for _ in range(num_layers)
+            ]
+        )
 
     def __call__(self, x):
         for layer in layers.in_order(self.layers):
@@ -57,15 +76,24 @@ class TextEncoder(nnx.Module):
 
     def __init__(self, *, rngs, vocab_size, hidden_size, max_length, dtype, **settings):
         embed = functools.partial(nnx.Embed, features=hidden_size, dtype=dtype, rngs=rngs)
-        self.embeddings = nnx.Dict(token_embedding=embed(vocab_size), position_embedding=embed(max_length))
-        self.encoder = Transformer(rngs=rngs, hidden_size=hidden_size, is_causal=True, dtype=dtype, **settings)
+        self.embeddings = nnx.Dict(
+            token_embedding=embed(vocab_size), position_embedding=embed(max_length)
+        )
+        self.encoder = Transformer(
+            rngs=rngs, hidden_size=hidden_size, is_causal=True, dtype=dtype, **settings
+        )
         self.final_layer_norm = layers.layer_norm(hidden_size, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, ids):
         max_length = self.embeddings.position_embedding.num_embeddings
         if ids.shape[1] > max_length:
-            raise ValueError(f"the text has {ids.shape[1]} tokens, expected at most {max_length}; cut it.")
-        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding(jnp.arange(ids.shape[1]))[None]
+            raise ValueError(
+                f"the text has {ids.shape[1]} tokens, expected at most {max_length}; cut it."
+            )
+        x = (
+            self.embeddings.token_embedding(ids)
+            + self.embeddings.position_embedding(jnp.arange(ids.shape[1]))[None]
+        )
         return self.final_layer_norm(self.encoder(x))
 
 
@@ -97,7 +125,12 @@ def clip(
     Raises:
       ValueError: an unknown activation, or heads that do not divide the channels.
     """
-    settings = dict(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size, num_layers=num_layers)
+    settings = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+    )
     settings |= dict(num_heads=num_heads, max_length=max_length, act=act, dtype=jnp.dtype(dtype))
     check(settings)
     return layers.functional(lambda rngs: TextEncoder(rngs=rngs, **settings), INITIALIZERS)
@@ -113,4 +146,6 @@ def check(tower: Mapping):
     if act not in ACTIVATIONS:
         raise ValueError(f"no activation {act!r}; use one of {', '.join(ACTIVATIONS)}.")
     if hidden_size % num_heads:
-        raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}; change one of them.")
+        raise ValueError(
+            f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}; change one of them."
+        )

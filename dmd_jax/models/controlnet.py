@@ -17,14 +17,19 @@ from flax import nnx
 
 from dmd_jax.models import layers, unet_sd
 
-INITIALIZERS = ((r"^controlnet_(down_blocks|mid_block)\..*kernel$", layers.zeros), *unet_sd.INITIALIZERS)
+INITIALIZERS = (
+    (r"^controlnet_(down_blocks|mid_block)\..*kernel$", layers.zeros),
+    *unet_sd.INITIALIZERS,
+)
 
 
 class ConditionNet(nnx.Module):
     """Of an image [B, H, W, 3] to features [B, h, w, c], halved once for each further one of `widths`."""
 
     def __init__(self, c, widths, *, dtype, rngs):
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), padding=unet_sd.PADDING, dtype=dtype, rngs=rngs)
+        conv = functools.partial(
+            nnx.Conv, kernel_size=(3, 3), padding=unet_sd.PADDING, dtype=dtype, rngs=rngs
+        )
         pairs = [(conv(a, a), conv(a, b, strides=2)) for a, b in itertools.pairwise(widths)]
         self.conv_in = conv(3, widths[0])
         self.blocks = layers.numbered(list(itertools.chain(*pairs)))
@@ -45,15 +50,25 @@ class ControlNet(unet_sd.Encoder):
         widths, dtype, rngs = (settings[name] for name in ("widths", "dtype", "rngs"))
         skips = unet_sd.skip_channels(widths, settings["layers_per_block"])
         zero = functools.partial(nnx.Conv, kernel_size=(1, 1), dtype=dtype, rngs=rngs)
-        self.controlnet_cond_embedding = ConditionNet(widths[0], embedding_widths, dtype=dtype, rngs=rngs)
+        self.controlnet_cond_embedding = ConditionNet(
+            widths[0], embedding_widths, dtype=dtype, rngs=rngs
+        )
         self.controlnet_down_blocks = layers.numbered([zero(c, c) for c in skips])
         self.controlnet_mid_block = zero(widths[-1], widths[-1])
 
     def __call__(self, x, noise, cond, control, scale):
-        x, skips = self.encode(self.conv_in(x) + self.controlnet_cond_embedding(control), self.embed(noise), cond)
-        skips = [zero(skip) for zero, skip in zip(layers.in_order(self.controlnet_down_blocks), skips, strict=True)]
+        x, skips = self.encode(
+            self.conv_in(x) + self.controlnet_cond_embedding(control), self.embed(noise), cond
+        )
+        skips = [
+            zero(skip)
+            for zero, skip in zip(layers.in_order(self.controlnet_down_blocks), skips, strict=True)
+        ]
         scale = scale[:, None, None, None]
-        return jax.tree.map(lambda residual: (scale * residual).astype(residual.dtype), (self.controlnet_mid_block(x), skips))
+        return jax.tree.map(
+            lambda residual: (scale * residual).astype(residual.dtype),
+            (self.controlnet_mid_block(x), skips),
+        )
 
 
 def controlnet(
@@ -83,8 +98,16 @@ def controlnet(
     Raises:
       ValueError: settings that do not fit each other.
     """
-    settings = unet_sd.module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups)
-    settings |= dict(channels=channels, c_cond=cross_attention_dim, linear=use_linear_projection, dtype=jnp.dtype(dtype), remat=remat)
+    settings = unet_sd.module_settings(
+        block_out_channels, layers_per_block, attention, num_heads, norm_num_groups
+    )
+    settings |= dict(
+        channels=channels,
+        c_cond=cross_attention_dim,
+        linear=use_linear_projection,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+    )
     settings |= dict(embedding_widths=tuple(conditioning_embedding_out_channels))
     return layers.functional(lambda rngs: ControlNet(rngs=rngs, **settings), INITIALIZERS)
 
@@ -100,13 +123,23 @@ def controlled(unet: layers.Network, controlnet: layers.Network) -> Callable:
     """
     module = unet.bind(unet.abstract)
     if not isinstance(module, unet_sd.UNet):
-        raise ValueError(f"a ControlNet is for the UNet of Stable Diffusion, unet_sd.UNet; this network is a {type(module).__name__}.")
+        raise ValueError(
+            f"a ControlNet is for the UNet of Stable Diffusion, unet_sd.UNet; this network is a {type(module).__name__}."
+        )
     theirs, ours = _layout(module), _layout(controlnet.bind(controlnet.abstract))
-    if differing := [f"{name} is {ours[name]}, the UNet's is {value}" for name, value in theirs.items() if ours[name] != value]:
-        raise ValueError(f"the ControlNet does not fit the UNet: {'; '.join(differing)}; use one that was made for such a model.")
+    if differing := [
+        f"{name} is {ours[name]}, the UNet's is {value}"
+        for name, value in theirs.items()
+        if ours[name] != value
+    ]:
+        raise ValueError(
+            f"the ControlNet does not fit the UNet: {'; '.join(differing)}; use one that was made for such a model."
+        )
 
     def apply(params, x, noise, cond):
-        residuals = controlnet.apply(params["controlnet"], x, noise, cond["text"], cond["control"], cond["scale"])
+        residuals = controlnet.apply(
+            params["controlnet"], x, noise, cond["text"], cond["control"], cond["scale"]
+        )
         return unet.apply(params["unet"], x, noise, cond["text"], residuals)
 
     return apply
@@ -126,5 +159,7 @@ def _layout(encoder):
         "in_channels": encoder.conv_in.in_features,
         "block_out_channels": tuple(block.resnets["0"].conv2.out_features for block in blocks),
         "layers_per_block": len(layers.in_order(blocks[0].resnets)),
-        "cross_attention_dim": encoder.mid_block.attentions["0"].transformer_blocks["0"].attn2.to_k.in_features,
+        "cross_attention_dim": encoder.mid_block.attentions["0"]
+        .transformer_blocks["0"]
+        .attn2.to_k.in_features,
     }

@@ -13,7 +13,15 @@ from flax import nnx
 from dmd_jax.models import layers
 
 # Kernel size, stride of the first block, expansion, channels, number of blocks.
-STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
 INITIALIZERS = (
     (r"kernel$", layers.xavier_uniform()),
     (r"(scale|var)$", layers.ones),
@@ -30,11 +38,21 @@ class Depthwise(nnx.Module):
 
     def __call__(self, x):
         out = [-(-n // self.stride) for n in x.shape[1:3]]
-        pads = [max((o - 1) * self.stride + self.size - n, 0) for o, n in zip(out, x.shape[1:3], strict=True)]
+        pads = [
+            max((o - 1) * self.stride + self.size - n, 0)
+            for o, n in zip(out, x.shape[1:3], strict=True)
+        ]
         x = jnp.pad(x, ((0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)))
         kernel = self.kernel[...].astype(self.dtype)
-        rows, columns = ([slice(i, i + self.stride * (o - 1) + 1, self.stride) for i in range(self.size)] for o in out)
-        return sum(x[:, r, c] * kernel[i, j, :, None, None] for i, r in enumerate(rows) for j, c in enumerate(columns))
+        rows, columns = (
+            [slice(i, i + self.stride * (o - 1) + 1, self.stride) for i in range(self.size)]
+            for o in out
+        )
+        return sum(
+            x[:, r, c] * kernel[i, j, :, None, None]
+            for i, r in enumerate(rows)
+            for j, c in enumerate(columns)
+        )
 
 
 class Block(nnx.Module):
@@ -63,13 +81,26 @@ class EfficientNet(nnx.Module):
 
     def __init__(self, *, rngs, dtype):
         conv = functools.partial(nnx.Conv, use_bias=False, dtype=dtype, rngs=rngs)
-        norm = functools.partial(nnx.BatchNorm, use_running_average=True, epsilon=1e-3, dtype=dtype, rngs=rngs)
+        norm = functools.partial(
+            nnx.BatchNorm, use_running_average=True, epsilon=1e-3, dtype=dtype, rngs=rngs
+        )
         self._conv_stem = conv(3, 32, (3, 3), 2)
         self._bn0 = norm(32)
         blocks, c_in = [], 32
         for size, stride, expansion, c_out, repeats in STAGES:
             for i in range(repeats):
-                blocks.append(Block(c_in, c_out, size, 1 if i else stride, expansion, conv=conv, norm=norm, dtype=dtype))
+                blocks.append(
+                    Block(
+                        c_in,
+                        c_out,
+                        size,
+                        1 if i else stride,
+                        expansion,
+                        conv=conv,
+                        norm=norm,
+                        dtype=dtype,
+                    )
+                )
                 c_in = c_out
         self.depth = len(blocks)
         self._blocks = nnx.Dict({str(i): block for i, block in enumerate(blocks)})
@@ -86,4 +117,6 @@ class EfficientNet(nnx.Module):
 
 def make(*, dtype: str = "float32") -> layers.Network:
     """The network `(params, x [B, H, W, 3]) -> features [B, 1280]`, where x is (image - 127) / 128 of images of 0 to 255."""
-    return layers.functional(lambda rngs: EfficientNet(rngs=rngs, dtype=jnp.dtype(dtype)), INITIALIZERS)
+    return layers.functional(
+        lambda rngs: EfficientNet(rngs=rngs, dtype=jnp.dtype(dtype)), INITIALIZERS
+    )

@@ -25,8 +25,12 @@ class Conv(nnx.Module):
 
     def __init__(self, c_in, c_out, size, *, rngs, dtype, strides=1, padding="SAME"):
         size = (size, size) if isinstance(size, int) else size
-        self.conv = nnx.Conv(c_in, c_out, size, strides, padding=padding, use_bias=False, dtype=dtype, rngs=rngs)
-        self.bn = nnx.BatchNorm(c_out, use_running_average=True, epsilon=1e-3, dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(
+            c_in, c_out, size, strides, padding=padding, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.bn = nnx.BatchNorm(
+            c_out, use_running_average=True, epsilon=1e-3, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x):
         return nnx.relu(self.bn(self.conv(x)))
@@ -46,7 +50,12 @@ class BlockA(nnx.Module):
 
     def __call__(self, x):
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return _join(self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average(x)))
+        return _join(
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            double,
+            self.branch_pool(_average(x)),
+        )
 
 
 class BlockB(nnx.Module):
@@ -59,7 +68,11 @@ class BlockB(nnx.Module):
         self.branch3x3dbl_3 = conv(96, 96, 3, strides=2, padding="VALID")
 
     def __call__(self, x):
-        return _join(self.branch3x3(x), self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))), _halve(x))
+        return _join(
+            self.branch3x3(x),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            _halve(x),
+        )
 
 
 class BlockC(nnx.Module):
@@ -171,7 +184,9 @@ def _average(x):
 
 def make(*, dtype: str = "float32") -> layers.Network:
     """The network `(params, x [B, H, W, 3] out of one of the functions below) -> features [B, 2048]`, H and W at least 75."""
-    return layers.functional(lambda rngs: Inception(rngs=rngs, dtype=jnp.dtype(dtype)), INITIALIZERS)
+    return layers.functional(
+        lambda rngs: Inception(rngs=rngs, dtype=jnp.dtype(dtype)), INITIALIZERS
+    )
 
 
 def tensorflow_input(images):
@@ -187,7 +202,9 @@ def pytorch_fid_input(images):
 def _resize(images, *, half_pixel):
     """Bilinear, without antialiasing. TensorFlow 1 puts the corner of the first pixel, not its centre, on that of the original."""
     rows, columns = (_interpolation(n, half_pixel) for n in images.shape[1:3])
-    return jnp.einsum("ih,bhwc,jw->bijc", rows, jnp.asarray(images, jnp.float32), columns, precision="highest")
+    return jnp.einsum(
+        "ih,bhwc,jw->bijc", rows, jnp.asarray(images, jnp.float32), columns, precision="highest"
+    )
 
 
 def _interpolation(size, half_pixel):

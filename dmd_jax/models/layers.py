@@ -2,17 +2,21 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from dmd_jax import rules
-
-POLICIES = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
 
 
 class Network(NamedTuple):
@@ -35,30 +39,43 @@ class Network(NamedTuple):
     grow: Callable | None = None
 
 
-def functional(build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tuple[str, Callable], ...]) -> Network:
+def functional(
+    build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tuple[str, Callable], ...]
+) -> Network:
     """The `Network` of the module that `build` makes.
 
     Args:
       build: `rngs -> module`; only traced.
-      initializers: rules `(regex, (rng, shape) -> array)`, see `rules.assign`.
+      initializers: rules `(regex, (rng, shape) -> array)`, see `assign`.
     """
     module = nnx.eval_shape(lambda: build(_Rngs()))
-    dtypes = {path: layer.dtype for path, layer in nnx.iter_modules(module) if isinstance(layer, nnx.Conv | nnx.Linear) and layer.dtype}
+    dtypes = {
+        path: layer.dtype
+        for path, layer in nnx.iter_modules(module)
+        if isinstance(layer, nnx.Conv | nnx.Linear) and layer.dtype
+    }
     graphdef, abstract = nnx.split(module)
     abstract = nnx.to_pure_dict(abstract)
 
     def init(seed):
         rng = np.random.default_rng(seed)
-        makers = traverse_util.flatten_dict(rules.assign(initializers, abstract))
-        leaves = {path: make(rng, a.shape) for (path, make), a in zip(makers.items(), jax.tree.leaves(abstract), strict=True)}
-        return traverse_util.unflatten_dict({path: leaf.astype(np.float32) for path, leaf in leaves.items()})
+        makers = traverse_util.flatten_dict(assign(initializers, abstract))
+        leaves = {
+            path: make(rng, a.shape)
+            for (path, make), a in zip(makers.items(), jax.tree.leaves(abstract), strict=True)
+        }
+        return traverse_util.unflatten_dict(
+            {path: leaf.astype(np.float32) for path, leaf in leaves.items()}
+        )
 
     def bind(params):
         return nnx.merge(graphdef, params)
 
     def cast(params):
         leaves = traverse_util.flatten_dict(params)
-        return traverse_util.unflatten_dict({path: a.astype(dtypes.get(path[:-1], a.dtype)) for path, a in leaves.items()})
+        return traverse_util.unflatten_dict(
+            {path: a.astype(dtypes.get(path[:-1], a.dtype)) for path, a in leaves.items()}
+        )
 
     return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind, cast)
 
@@ -91,10 +108,14 @@ def runner(remat: bool | str) -> Callable:
       ValueError: no such policy.
     """
     if isinstance(remat, str) and remat not in POLICIES:
-        raise ValueError(f"no remat policy {remat!r}; use True, False or one of {', '.join(POLICIES)}.")
+        raise ValueError(
+            f"no remat policy {remat!r}; use True, False or one of {', '.join(POLICIES)}."
+        )
     if not remat:
         return _run
-    return nnx.remat(_run, policy=getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None)
+    return nnx.remat(
+        _run, policy=getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
+    )
 
 
 def _run(module, *inputs):
@@ -117,7 +138,9 @@ class GroupNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - self._group_mean(x)
         scale, bias = (p[...][None, None, None] for p in (self.scale, self.bias))
-        return (x * (jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * scale) + bias).astype(self.dtype)
+        return (x * (jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * scale) + bias).astype(
+            self.dtype
+        )
 
     def _group_mean(self, x):
         """[B, 1, 1, C]"""
@@ -134,7 +157,17 @@ def layer_norm(channels: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class ResnetBlock(nnx.Module):
     """The residual block of diffusers, [B, H, W, c_in] to [B, H, W, c_out], with an embedding [B, c_emb] or without."""
 
-    def __init__(self, c_in: int, c_out: int, *, c_emb: int | None = None, num_groups: int, epsilon: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        c_emb: int | None = None,
+        num_groups: int,
+        epsilon: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
         norm = functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, (3, 3))
@@ -152,7 +185,13 @@ class ResnetBlock(nnx.Module):
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
 
 
-def stage(resnets: Sequence, attentions: Sequence = (), *, down: nnx.Conv | None = None, up: nnx.Conv | None = None) -> nnx.Dict:
+def stage(
+    resnets: Sequence,
+    attentions: Sequence = (),
+    *,
+    down: nnx.Conv | None = None,
+    up: nnx.Conv | None = None,
+) -> nnx.Dict:
     """What a UNet or an autoencoder has at one resolution, by diffusers' names.
 
     Args:
@@ -161,7 +200,11 @@ def stage(resnets: Sequence, attentions: Sequence = (), *, down: nnx.Conv | None
       down: the convolution that halves the resolution afterwards.
       up: the convolution after the resolution was doubled.
     """
-    resamplers = {name: numbered([nnx.Dict(conv=conv)]) for name, conv in (("downsamplers", down), ("upsamplers", up)) if conv}
+    resamplers = {
+        name: numbered([nnx.Dict(conv=conv)])
+        for name, conv in (("downsamplers", down), ("upsamplers", up))
+        if conv
+    }
     return nnx.Dict(resnets=numbered(resnets), attentions=numbered(attentions), **resamplers)
 
 
@@ -175,8 +218,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = Fal
 
     On GPUs by cuDNN's flash attention, where that can: 16 bits, and heads of a multiple of 8 up to 128 wide.
     """
-    flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn" if flash else "xla")
+    flash = (
+        jax.default_backend() == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+    )
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=is_causal, implementation="cudnn" if flash else "xla"
+    )
 
 
 def zeros(rng, shape):
@@ -234,3 +284,22 @@ def smooth(x: jax.Array, padding: int = 1) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
     return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4
+
+
+def assign(rules: tuple[tuple[str, Any], ...], params: dict) -> dict:
+    """The tree of `params` with the value of the first rule whose regex is found in each leaf's path.
+
+    Raises:
+      ValueError: a parameter that no rule matches, or a rule that matches no parameter.
+    """
+    paths = traverse_util.flatten_dict(params, sep=".")
+    matches = {path: [value for regex, value in rules if re.search(regex, path)] for path in paths}
+    unmatched = [path for path, values in matches.items() if not values]
+    idle = [regex for regex, _ in rules if not any(re.search(regex, path) for path in paths)]
+    if unmatched or idle:
+        raise ValueError(
+            f"parameters that no rule matches: {unmatched}; rules that match no parameter: {idle}."
+        )
+    return traverse_util.unflatten_dict(
+        {path: values[0] for path, values in matches.items()}, sep="."
+    )

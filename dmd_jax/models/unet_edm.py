@@ -55,7 +55,9 @@ def smooth_up(x):
 
 DDPMPP = Family()
 NCSNPP = Family(smooth_down, smooth_up, fourier=True, residual_input=True)
-ADM = Family(adaptive_scale=True, skip_scale=1.0, epsilon=1e-5, head_width=64, attention_everywhere=True)
+ADM = Family(
+    adaptive_scale=True, skip_scale=1.0, epsilon=1e-5, head_width=64, attention_everywhere=True
+)
 
 SONG_INITIALIZERS = (
     (r"qkv\.kernel$", layers.xavier_uniform(0.2**0.5)),
@@ -64,7 +66,10 @@ SONG_INITIALIZERS = (
     (r"(conv1|proj|aux_conv)\.kernel$", layers.xavier_uniform(1e-5)),
     (r"kernel$", layers.xavier_uniform()),
 )
-NCSNPP_INITIALIZERS = ((r"freqs$", layers.normal(16.0)), *SONG_INITIALIZERS)  # the frequencies stay as they are: see optim.adamw
+NCSNPP_INITIALIZERS = (
+    (r"freqs$", layers.normal(16.0)),
+    *SONG_INITIALIZERS,
+)  # the frequencies stay as they are: see optim.adamw
 ADM_INITIALIZERS = (
     (r"map_label\.kernel$", layers.normal(1.0)),
     (r"norm\d?\.scale$", layers.ones),
@@ -116,8 +121,15 @@ class Block(nnx.Module):
     def _attention(self, qkv):
         """Softmax attention; q, k and v are interleaved in the channels of `qkv` [B, H, W, 3C]."""
         b, h, w, c3 = qkv.shape
-        q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, self.heads, c3 // (3 * self.heads), 3), -1, 0)  # [B, HW, heads, d]
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k / jnp.sqrt(q.shape[-1]).astype(k.dtype), preferred_element_type=jnp.float32)
+        q, k, v = jnp.moveaxis(
+            qkv.reshape(b, h * w, self.heads, c3 // (3 * self.heads), 3), -1, 0
+        )  # [B, HW, heads, d]
+        logits = jnp.einsum(
+            "bqhd,bkhd->bhqk",
+            q,
+            k / jnp.sqrt(q.shape[-1]).astype(k.dtype),
+            preferred_element_type=jnp.float32,
+        )
         weights = jax.nn.softmax(logits).astype(v.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, h, w, c3 // 3)
 
@@ -135,7 +147,22 @@ class Fourier(nnx.Module):
 class UNet(nnx.Module):
     """See `_maker` for the arguments."""
 
-    def __init__(self, *, family, rngs, size, channels, num_classes, width, multipliers, num_blocks, attention, augment_dim, dtype, remat):
+    def __init__(
+        self,
+        *,
+        family,
+        rngs,
+        size,
+        channels,
+        num_classes,
+        width,
+        multipliers,
+        num_blocks,
+        attention,
+        augment_dim,
+        dtype,
+        remat,
+    ):
         block = functools.partial(Block, c_emb=4 * width, family=family, dtype=dtype, rngs=rngs)
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), dtype=dtype, rngs=rngs)
         linear = functools.partial(nnx.Linear, rngs=rngs)
@@ -144,7 +171,11 @@ class UNet(nnx.Module):
         if family.fourier:
             self.map_noise = Fourier(width)
         if num_classes:
-            self.map_label = linear(num_classes, 4 * width, use_bias=False) if family.adaptive_scale else linear(num_classes, c_noise)
+            self.map_label = (
+                linear(num_classes, 4 * width, use_bias=False)
+                if family.adaptive_scale
+                else linear(num_classes, c_noise)
+            )
         if augment_dim:
             self.map_augment = linear(augment_dim, c_noise, use_bias=False)
         self.map_layer0 = linear(c_noise, 4 * width)
@@ -161,7 +192,9 @@ class UNet(nnx.Module):
                     enc[f"{res}x{res}_aux_residual"], c_input = conv(c_input, c, padding=2), c
             skips.append(c)
             for i in range(num_blocks):
-                enc[f"{res}x{res}_block{i}"] = block(c, multiplier * width, attention=res in attention)
+                enc[f"{res}x{res}_block{i}"] = block(
+                    c, multiplier * width, attention=res in attention
+                )
                 c = multiplier * width
                 skips.append(c)
         for level, multiplier in reversed(list(enumerate(multipliers))):
@@ -173,7 +206,9 @@ class UNet(nnx.Module):
                 dec[f"{res}x{res}_up"] = block(c, c, resample=family.up)
             for i in range(num_blocks + 1):
                 attend = res in attention and (i == num_blocks or family.attention_everywhere)
-                dec[f"{res}x{res}_block{i}"] = block(c + skips.pop(), multiplier * width, attention=attend)
+                dec[f"{res}x{res}_block{i}"] = block(
+                    c + skips.pop(), multiplier * width, attention=attend
+                )
                 c = multiplier * width
         self.enc_names, self.dec_names = tuple(enc), tuple(dec)
         norm, out = _group_norm(c, family=family, dtype=dtype), conv(c, channels)
@@ -199,16 +234,24 @@ class UNet(nnx.Module):
     def embed(self, noise, label=None, augment=None):
         """The embedding of noise level [B], labels [B] and augmentations [B, augment_dim] that every block sees: [B, 4 width]."""
         n = self.num_classes
-        label = jnp.zeros((len(noise), n), jnp.float32) if label is None else jax.nn.one_hot(label, n, dtype=jnp.float32)
+        label = (
+            jnp.zeros((len(noise), n), jnp.float32)
+            if label is None
+            else jax.nn.one_hot(label, n, dtype=jnp.float32)
+        )
         augment = 0 if augment is None else self.map_augment(augment)
         if self.family.adaptive_scale:
-            emb = layers.cos_sin(noise, layers.positional_frequencies(self.width // 2, endpoint=False))
+            emb = layers.cos_sin(
+                noise, layers.positional_frequencies(self.width // 2, endpoint=False)
+            )
             emb = self.map_layer1(nnx.silu(self.map_layer0(emb + augment)))
             return nnx.silu(emb + self.map_label(label) if n else emb)
         if self.family.fourier:
             emb = self.map_noise(noise)
         else:
-            emb = layers.cos_sin(noise, layers.positional_frequencies(self.width // 2, endpoint=True))
+            emb = layers.cos_sin(
+                noise, layers.positional_frequencies(self.width // 2, endpoint=True)
+            )
         emb = jnp.roll(emb, emb.shape[-1] // 2, axis=-1) + augment  # sine before cosine
         if n:
             emb += self.map_label(label * n**0.5)
@@ -236,7 +279,9 @@ def _run(block, x, emb):
 
 
 def _group_norm(channels, *, family, dtype):
-    return layers.GroupNorm(channels, num_groups=min(32, channels // 4), epsilon=family.epsilon, dtype=dtype)
+    return layers.GroupNorm(
+        channels, num_groups=min(32, channels // 4), epsilon=family.epsilon, dtype=dtype
+    )
 
 
 def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
@@ -273,16 +318,40 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
           ValueError: the size cannot be halved that often.
         """
         if size % 2 ** (len(multipliers) - 1):
-            raise ValueError(f"size {size} cannot be halved {len(multipliers) - 1} times; use fewer multipliers or another size.")
-        settings = dict(size=size, channels=channels, num_classes=num_classes, width=width, multipliers=multipliers)
-        settings |= dict(num_blocks=num_blocks, attention=attention, augment_dim=augment_dim, dtype=jnp.dtype(dtype), remat=remat)
-        rules = initializers if num_classes else tuple(rule for rule in initializers if "map_label" not in rule[0])
+            raise ValueError(
+                f"size {size} cannot be halved {len(multipliers) - 1} times; use fewer multipliers or another size."
+            )
+        settings = dict(
+            size=size,
+            channels=channels,
+            num_classes=num_classes,
+            width=width,
+            multipliers=multipliers,
+        )
+        settings |= dict(
+            num_blocks=num_blocks,
+            attention=attention,
+            augment_dim=augment_dim,
+            dtype=jnp.dtype(dtype),
+            remat=remat,
+        )
+        rules = (
+            initializers
+            if num_classes
+            else tuple(rule for rule in initializers if "map_label" not in rule[0])
+        )
         return layers.functional(lambda rngs: UNet(family=family, rngs=rngs, **settings), rules)
 
     return make
 
 
 # The defaults are those of the checkpoints of CIFAR-10, "vp" and "ve", and ImageNet-64. FFHQ and AFHQv2: size 64, multipliers (1, 2, 2, 2).
-ddpmpp = _maker(DDPMPP, SONG_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,))
-ncsnpp = _maker(NCSNPP, NCSNPP_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,))
-adm = _maker(ADM, ADM_INITIALIZERS, width=192, multipliers=(1, 2, 3, 4), num_blocks=3, attention=(32, 16, 8))
+ddpmpp = _maker(
+    DDPMPP, SONG_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,)
+)
+ncsnpp = _maker(
+    NCSNPP, NCSNPP_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,)
+)
+adm = _maker(
+    ADM, ADM_INITIALIZERS, width=192, multipliers=(1, 2, 3, 4), num_blocks=3, attention=(32, 16, 8)
+)

@@ -33,7 +33,10 @@ class Attention(nnx.Module):
         self.to_out = layers.numbered([linear(c, c)])
 
     def __call__(self, x, context):
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            a.reshape(*a.shape[:2], self.heads, -1)
+            for a in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out["0"](layers.attention(q, k, v).reshape(x.shape))
 
 
@@ -45,7 +48,10 @@ class TransformerBlock(nnx.Module):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.norm1, self.attn1 = norm(), Attention(c, c, heads, dtype=dtype, rngs=rngs)
         self.norm2, self.attn2 = norm(), Attention(c, c_cond, heads, dtype=dtype, rngs=rngs)
-        self.norm3, self.ff = norm(), nnx.Dict(net=nnx.Dict({"0": nnx.Dict(proj=linear(c, 8 * c)), "2": linear(4 * c, c)}))
+        self.norm3, self.ff = (
+            norm(),
+            nnx.Dict(net=nnx.Dict({"0": nnx.Dict(proj=linear(c, 8 * c)), "2": linear(4 * c, c)})),
+        )
 
     def __call__(self, x, cond):
         h = self.norm1(x)
@@ -62,7 +68,9 @@ class Transformer(nnx.Module):
         project = nnx.Linear if linear else functools.partial(nnx.Conv, kernel_size=(1, 1))
         self.norm = layers.GroupNorm(c, num_groups=num_groups, epsilon=1e-6, dtype=dtype)
         self.proj_in, self.proj_out = (project(c, c, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.transformer_blocks = layers.numbered([TransformerBlock(c, heads, c_cond=c_cond, dtype=dtype, rngs=rngs)])
+        self.transformer_blocks = layers.numbered(
+            [TransformerBlock(c, heads, c_cond=c_cond, dtype=dtype, rngs=rngs)]
+        )
 
     def __call__(self, x, cond):
         b, h, w, c = x.shape
@@ -73,25 +81,50 @@ class Transformer(nnx.Module):
 class Encoder(nnx.Module):
     """The half of a UNet that halves the resolution, and the middle: what a ControlNet has too. See `unet` for the settings."""
 
-    def __init__(self, *, rngs, channels, widths, layers_per_block, attention, heads, c_cond, linear, num_groups, dtype, remat):
+    def __init__(
+        self,
+        *,
+        rngs,
+        channels,
+        widths,
+        layers_per_block,
+        attention,
+        heads,
+        c_cond,
+        linear,
+        num_groups,
+        dtype,
+        remat,
+    ):
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), dtype=dtype, rngs=rngs)
         resnet, transformers = _blocks(widths, heads, c_cond, linear, num_groups, dtype, rngs)
         self.run = layers.runner(remat)
         c = widths[0]
-        self.time_embedding = nnx.Dict(linear_1=nnx.Linear(c, 4 * c, rngs=rngs), linear_2=nnx.Linear(4 * c, 4 * c, rngs=rngs))
+        self.time_embedding = nnx.Dict(
+            linear_1=nnx.Linear(c, 4 * c, rngs=rngs), linear_2=nnx.Linear(4 * c, 4 * c, rngs=rngs)
+        )
         self.conv_in = conv(channels, c)
         down = []
         for level, width in enumerate(widths):
             resnets = [resnet(c_in, width) for c_in in (c, *[width] * (layers_per_block - 1))]
             c, last = width, level == len(widths) - 1
             halve = None if last else conv(c, c, strides=2, padding=PADDING)
-            down.append(layers.stage(resnets, transformers(level, layers_per_block * attention[level]), down=halve))
+            down.append(
+                layers.stage(
+                    resnets, transformers(level, layers_per_block * attention[level]), down=halve
+                )
+            )
         self.down_blocks = layers.numbered(down)
         self.mid_block = layers.stage([resnet(c, c), resnet(c, c)], transformers(-1, 1))
 
     def embed(self, noise):
         """The embedding of labels [B] that every residual block sees, [B, 4 widths[0]]."""
-        emb = layers.cos_sin(noise, layers.positional_frequencies(self.time_embedding.linear_1.in_features // 2, endpoint=False))
+        emb = layers.cos_sin(
+            noise,
+            layers.positional_frequencies(
+                self.time_embedding.linear_1.in_features // 2, endpoint=False
+            ),
+        )
         return self.time_embedding.linear_2(nnx.silu(self.time_embedding.linear_1(emb)))
 
     def encode(self, x, emb, cond):
@@ -120,18 +153,25 @@ class UNet(Encoder):
         super().__init__(**settings)
         names = ("widths", "heads", "c_cond", "linear", "num_groups", "dtype", "rngs")
         channels, widths, layers_per_block, attention, rngs, dtype = (
-            settings[name] for name in ("channels", "widths", "layers_per_block", "attention", "rngs", "dtype")
+            settings[name]
+            for name in ("channels", "widths", "layers_per_block", "attention", "rngs", "dtype")
         )
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
         resnet, transformers = _blocks(*(settings[name] for name in names))
         c, skips, up = widths[-1], skip_channels(widths, layers_per_block), []
         for level, width in reversed(list(enumerate(widths))):
-            resnets = [resnet(c_in + skips.pop(), width) for c_in in (c, *[width] * layers_per_block)]
+            resnets = [
+                resnet(c_in + skips.pop(), width) for c_in in (c, *[width] * layers_per_block)
+            ]
             c = width
             attentions = transformers(level, (layers_per_block + 1) * attention[level])
-            up.append(layers.stage(resnets, attentions, up=conv(c, c, dtype=dtype) if level else None))
+            up.append(
+                layers.stage(resnets, attentions, up=conv(c, c, dtype=dtype) if level else None)
+            )
         self.up_blocks = layers.numbered(up)
-        self.conv_norm_out = layers.GroupNorm(c, num_groups=settings["num_groups"], epsilon=1e-5, dtype=jnp.float32)
+        self.conv_norm_out = layers.GroupNorm(
+            c, num_groups=settings["num_groups"], epsilon=1e-5, dtype=jnp.float32
+        )
         self.conv_out = conv(c, channels)
 
     def __call__(self, x, noise, cond, residuals=None):
@@ -145,7 +185,9 @@ class UNet(Encoder):
             x, skips = jax.tree.map(jnp.add, (x, skips), residuals)
         for block in layers.in_order(self.up_blocks):
             for resnet, transformer in layers.residual_layers(block):
-                x = self._layer(resnet, transformer, jnp.concatenate([x, skips.pop()], axis=-1), emb, cond)
+                x = self._layer(
+                    resnet, transformer, jnp.concatenate([x, skips.pop()], axis=-1), emb, cond
+                )
             if "upsamplers" in block:
                 _, h, w, _ = skips[-1].shape
                 x = block.upsamplers["0"].conv(layers.upsample(x)[:, :h, :w])
@@ -180,12 +222,18 @@ def _grow(abstract, params):
     units = abstract["units"]
     one = units["0"] | units[str(len(units) - 1)]
     expected, found = (traverse_util.flatten_dict(tree, sep=".") for tree in (one, params))
-    problems = [f"missing {path}" for path in expected if path not in found] + [f"unused {path}" for path in found if path not in expected]
+    problems = [f"missing {path}" for path in expected if path not in found] + [
+        f"unused {path}" for path in found if path not in expected
+    ]
     pairs = {path: (found[path].shape, a.shape) for path, a in expected.items() if path in found}
     problems += [f"{path} has shape {a}, expected {b}" for path, (a, b) in pairs.items() if a != b]
     if problems:
-        raise ValueError(f"a stack of UNets grows from the parameters of one with the same settings; these differ: {'; '.join(problems)}.")
-    return {"units": {name: {child: params[child] for child in unit} for name, unit in units.items()}}
+        raise ValueError(
+            f"a stack of UNets grows from the parameters of one with the same settings; these differ: {'; '.join(problems)}."
+        )
+    return {
+        "units": {name: {child: params[child] for child in unit} for name, unit in units.items()}
+    }
 
 
 def skip_channels(widths: tuple[int, ...], layers_per_block: int) -> list[int]:
@@ -198,7 +246,10 @@ def _blocks(widths, heads, c_cond, linear, num_groups, dtype, rngs):
     """What makes the residual blocks of a UNet, and the transformers of a level."""
     norm = dict(num_groups=num_groups, dtype=dtype, rngs=rngs)
     resnet = functools.partial(layers.ResnetBlock, c_emb=4 * widths[0], epsilon=1e-5, **norm)
-    return resnet, lambda level, n: [Transformer(widths[level], heads[level], c_cond=c_cond, linear=linear, **norm) for _ in range(n)]
+    return resnet, lambda level, n: [
+        Transformer(widths[level], heads[level], c_cond=c_cond, linear=linear, **norm)
+        for _ in range(n)
+    ]
 
 
 def unet(
@@ -247,30 +298,52 @@ def unet(
       ValueError: settings that do not fit each other.
     """
     if num_classes:
-        raise ValueError(f"num_classes is {num_classes}, expected 0: this network is conditioned on sequences; use unet_edm for labels.")
+        raise ValueError(
+            f"num_classes is {num_classes}, expected 0: this network is conditioned on sequences; use unet_edm for labels."
+        )
     if stack < 1:
         raise ValueError(f"stack is {stack}, expected 1 or more: the number of UNets in series.")
-    settings = module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups)
-    settings |= dict(channels=channels, c_cond=cross_attention_dim, linear=use_linear_projection, dtype=jnp.dtype(dtype), remat=remat)
+    settings = module_settings(
+        block_out_channels, layers_per_block, attention, num_heads, norm_num_groups
+    )
+    settings |= dict(
+        channels=channels,
+        c_cond=cross_attention_dim,
+        linear=use_linear_projection,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+    )
     if stack == 1:
         return layers.functional(lambda rngs: UNet(rngs=rngs, **settings), INITIALIZERS)
     network = layers.functional(lambda rngs: Stack(stack, rngs=rngs, **settings), INITIALIZERS)
     return network._replace(grow=functools.partial(_grow, network.abstract))
 
 
-def module_settings(block_out_channels, layers_per_block, attention, num_heads, norm_num_groups) -> dict:
+def module_settings(
+    block_out_channels, layers_per_block, attention, num_heads, norm_num_groups
+) -> dict:
     """Settings of an `Encoder` from those of `unet`.
 
     Raises:
       ValueError: they do not fit each other.
     """
-    heads = (num_heads,) * len(block_out_channels) if isinstance(num_heads, int) else tuple(num_heads)
+    heads = (
+        (num_heads,) * len(block_out_channels) if isinstance(num_heads, int) else tuple(num_heads)
+    )
     for name, value in (("attention", attention), ("num_heads", heads)):
         if len(value) != len(block_out_channels):
-            raise ValueError(f"{name} has {len(value)} values, expected {len(block_out_channels)}: one per level of block_out_channels.")
+            raise ValueError(
+                f"{name} has {len(value)} values, expected {len(block_out_channels)}: one per level of block_out_channels."
+            )
     for width, h in zip(block_out_channels, heads, strict=True):
         for name, divisor in (("norm_num_groups", norm_num_groups), ("num_heads", h)):
             if width % divisor:
-                raise ValueError(f"block_out_channels {width} is not divisible by {name} {divisor}; change one of them.")
-    settings = dict(widths=tuple(block_out_channels), layers_per_block=layers_per_block, attention=tuple(attention))
+                raise ValueError(
+                    f"block_out_channels {width} is not divisible by {name} {divisor}; change one of them."
+                )
+    settings = dict(
+        widths=tuple(block_out_channels),
+        layers_per_block=layers_per_block,
+        attention=tuple(attention),
+    )
     return settings | dict(heads=heads, num_groups=norm_num_groups)

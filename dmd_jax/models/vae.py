@@ -13,7 +13,11 @@ from flax import nnx
 from dmd_jax.models import layers
 
 PADDING = ((0, 1), (0, 1))  # of convolutions that halve the resolution of `kl`
-INITIALIZERS = ((r"scale$", layers.ones), (r"bias$", layers.zeros), (r"kernel$", layers.kaiming_uniform))
+INITIALIZERS = (
+    (r"scale$", layers.ones),
+    (r"bias$", layers.zeros),
+    (r"kernel$", layers.kaiming_uniform),
+)
 
 
 class Attention(nnx.Module):
@@ -21,13 +25,17 @@ class Attention(nnx.Module):
 
     def __init__(self, c, *, num_groups, dtype, rngs):
         self.group_norm = layers.GroupNorm(c, num_groups=num_groups, epsilon=1e-6, dtype=dtype)
-        self.to_q, self.to_k, self.to_v, out = (nnx.Linear(c, c, dtype=dtype, rngs=rngs) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, out = (
+            nnx.Linear(c, c, dtype=dtype, rngs=rngs) for _ in range(4)
+        )
         self.to_out = layers.numbered([out])
 
     def __call__(self, x):
         b, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(b, h * w, 1, c)
-        return x + self.to_out["0"](layers.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))).reshape(x.shape)
+        return x + self.to_out["0"](
+            layers.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        ).reshape(x.shape)
 
 
 class Half(nnx.Module):
@@ -43,13 +51,19 @@ class Half(nnx.Module):
         for i, width in enumerate(widths):
             resnets = [resnet(c_in, width) for c_in in (c, *[width] * (num_layers - 1))]
             c, last = width, i == len(widths) - 1
-            halve = conv(c, c, strides=2, padding=PADDING, dtype=dtype) if down and not last else None
+            halve = (
+                conv(c, c, strides=2, padding=PADDING, dtype=dtype) if down and not last else None
+            )
             double = conv(c, c, dtype=dtype) if not (down or last) else None
             stages.append(layers.stage(resnets, down=halve, up=double))
         setattr(self, "down_blocks" if down else "up_blocks", layers.numbered(stages))
         c_mid = widths[-1 if down else 0]
-        self.mid_block = layers.stage([resnet(c_mid, c_mid) for _ in range(2)], [Attention(c_mid, **norm)])
-        self.conv_norm_out = layers.GroupNorm(c, num_groups=num_groups, epsilon=1e-6, dtype=jnp.float32)
+        self.mid_block = layers.stage(
+            [resnet(c_mid, c_mid) for _ in range(2)], [Attention(c_mid, **norm)]
+        )
+        self.conv_norm_out = layers.GroupNorm(
+            c, num_groups=num_groups, epsilon=1e-6, dtype=jnp.float32
+        )
         self.conv_out = conv(c, c_out)
 
     def __call__(self, x):
@@ -72,8 +86,18 @@ class KL(nnx.Module):
 
     def __init__(self, *, rngs, widths, num_layers, latent_channels, scaling_factor, **settings):
         self.scaling_factor = scaling_factor
-        self.encoder = Half(3, 2 * latent_channels, widths, down=True, num_layers=num_layers, rngs=rngs, **settings)
-        self.decoder = Half(latent_channels, 3, widths[::-1], down=False, num_layers=num_layers + 1, rngs=rngs, **settings)
+        self.encoder = Half(
+            3, 2 * latent_channels, widths, down=True, num_layers=num_layers, rngs=rngs, **settings
+        )
+        self.decoder = Half(
+            latent_channels,
+            3,
+            widths[::-1],
+            down=False,
+            num_layers=num_layers + 1,
+            rngs=rngs,
+            **settings,
+        )
         self.quant_conv = nnx.Conv(2 * latent_channels, 2 * latent_channels, (1, 1), rngs=rngs)
         self.post_quant_conv = nnx.Conv(latent_channels, latent_channels, (1, 1), rngs=rngs)
 
@@ -121,9 +145,20 @@ def kl(
     """
     for width in block_out_channels:
         if width % norm_num_groups:
-            raise ValueError(f"block_out_channels {width} is not divisible by norm_num_groups {norm_num_groups}; change one of them.")
-    settings = dict(widths=tuple(block_out_channels), num_layers=layers_per_block, latent_channels=latent_channels)
-    settings |= dict(scaling_factor=scaling_factor, num_groups=norm_num_groups, dtype=jnp.dtype(dtype), remat=remat)
+            raise ValueError(
+                f"block_out_channels {width} is not divisible by norm_num_groups {norm_num_groups}; change one of them."
+            )
+    settings = dict(
+        widths=tuple(block_out_channels),
+        num_layers=layers_per_block,
+        latent_channels=latent_channels,
+    )
+    settings |= dict(
+        scaling_factor=scaling_factor,
+        num_groups=norm_num_groups,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+    )
     return layers.functional(lambda rngs: KL(rngs=rngs, **settings), INITIALIZERS)
 
 
@@ -131,7 +166,9 @@ class TinyBlock(nnx.Module):
     """The residual block of TAESD."""
 
     def __init__(self, c, *, dtype, rngs):
-        self.conv = nnx.Dict({str(i): nnx.Conv(c, c, (3, 3), dtype=dtype, rngs=rngs) for i in (0, 2, 4)})  # a ReLU between each
+        self.conv = nnx.Dict(
+            {str(i): nnx.Conv(c, c, (3, 3), dtype=dtype, rngs=rngs) for i in (0, 2, 4)}
+        )  # a ReLU between each
 
     def __call__(self, x):
         return nnx.relu(x + self.conv["4"](nnx.relu(self.conv["2"](nnx.relu(self.conv["0"](x))))))
@@ -148,7 +185,10 @@ class Tiny(nnx.Module):
         def blocks(n):
             return [TinyBlock(width, dtype=dtype, rngs=rngs) for _ in range(n)]
 
-        encoder, decoder = [conv(3, width, dtype=dtype), *blocks(1)], [conv(latent_channels, width, dtype=dtype), nnx.relu]
+        encoder, decoder = (
+            [conv(3, width, dtype=dtype), *blocks(1)],
+            [conv(latent_channels, width, dtype=dtype), nnx.relu],
+        )
         for _ in range(3):
             encoder += [hidden(strides=2, padding=1), *blocks(num_blocks)]
             decoder += [*blocks(num_blocks), layers.upsample, hidden()]
@@ -173,7 +213,12 @@ class Tiny(nnx.Module):
 
 
 def tiny(
-    *, width: int = 64, num_blocks: int = 3, latent_channels: int = 4, dtype: str = "float32", remat: bool | str = False
+    *,
+    width: int = 64,
+    num_blocks: int = 3,
+    latent_channels: int = 4,
+    dtype: str = "float32",
+    remat: bool | str = False,
 ) -> layers.Network:
     """The network `(params, latents [B, h, w, latent_channels]) -> images [B, 8h, 8w, 3]`, float32; the module also has `encode`.
 
@@ -186,7 +231,13 @@ def tiny(
       dtype: of the convolutions but the last ones.
       remat: see `layers.runner`; block by block.
     """
-    settings = dict(width=width, num_blocks=num_blocks, latent_channels=latent_channels, dtype=jnp.dtype(dtype), remat=remat)
+    settings = dict(
+        width=width,
+        num_blocks=num_blocks,
+        latent_channels=latent_channels,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+    )
     return layers.functional(lambda rngs: Tiny(rngs=rngs, **settings), INITIALIZERS[1:])
 
 
@@ -201,14 +252,24 @@ class SpaceToDepth(nnx.Module):
         b, h, w, c = x.shape
         f = self.factor
         if h % f or w % f:
-            raise ValueError(f"images of {h} x {w} are not divisible by factor {f}; use another factor or size.")
-        return x.reshape(b, h // f, f, w // f, f, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // f, w // f, f * f * c)
+            raise ValueError(
+                f"images of {h} x {w} are not divisible by factor {f}; use another factor or size."
+            )
+        return (
+            x.reshape(b, h // f, f, w // f, f, c)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, h // f, w // f, f * f * c)
+        )
 
     def decode(self, latents):
         """The inverse of `encode`."""
         b, h, w, c = latents.shape
         f = self.factor
-        return latents.reshape(b, h, w, f, f, c // f**2).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * f, w * f, c // f**2)
+        return (
+            latents.reshape(b, h, w, f, f, c // f**2)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(b, h * f, w * f, c // f**2)
+        )
 
     __call__ = decode
 

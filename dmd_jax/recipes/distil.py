@@ -45,7 +45,9 @@ def make(
 
     def init(params, others=distance_params):
         frozen = jax.tree.map(jnp.array, {"distance": others})
-        return state.TrainState(jnp.zeros((), jnp.int32), state.create(params, tx, ema=ema_decay > 0), frozen=frozen)
+        return state.TrainState(
+            jnp.zeros((), jnp.int32), state.create(params, tx, ema=ema_decay > 0), frozen=frozen
+        )
 
     def gradients(generator, frozen, batch):
         def loss(generator):
@@ -57,7 +59,9 @@ def make(
 
     def train_step(train_state, batch):
         generator = denoiser.cast(train_state.generator.params)
-        grads, metrics = parallel.gradients(gradients)(generator, train_state.frozen, batch["pairs"])
+        grads, metrics = parallel.gradients(gradients)(
+            generator, train_state.frozen, batch["pairs"]
+        )
         decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
         generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}

@@ -56,7 +56,10 @@ def make(
     tx, fake_tx = optim.adamw(**optimizer), optim.adamw(**fake_score_optimizer)
 
     def init(params, others=distance_params):
-        generator, fake_score = state.create(params, tx, ema=ema_decay > 0), state.create(params, fake_tx, ema=False)
+        generator, fake_score = (
+            state.create(params, tx, ema=ema_decay > 0),
+            state.create(params, fake_tx, ema=False),
+        )
         frozen = jax.tree.map(jnp.array, {"real_score": denoiser.cast(params), "distance": others})
         return state.TrainState(jnp.zeros((), jnp.int32), generator, fake_score, frozen)
 
@@ -70,13 +73,21 @@ def make(
         x_real = real_score(frozen["real_score"], x_t, noised["t"], cond)
         x_fake = denoiser(fake_score, x_t, noised["t"], cond)
         matching = losses.distribution_matching_loss(x, x_real, x_fake)
-        regression = losses.regression_loss(x_pairs, pairs["image"], frozen["distance"], distance=distance)
-        metrics = {"matching": matching, "regression": regression, "real_fake": jnp.mean(jnp.abs(x_real - x_fake))}
+        regression = losses.regression_loss(
+            x_pairs, pairs["image"], frozen["distance"], distance=distance
+        )
+        metrics = {
+            "matching": matching,
+            "regression": regression,
+            "real_fake": jnp.mean(jnp.abs(x_real - x_fake)),
+        }
         return matching_weight * matching + regression_weight * regression, (x_const, metrics)
 
     def fake_score_loss(params, x, batch):
         eps, t = batch["noised"]["fake_eps"], batch["noised"]["fake_t"]
-        return losses.denoising_loss(*denoiser.output_and_target(params, x, eps, t, batch["cond"][: len(x)]))
+        return losses.denoising_loss(
+            *denoiser.output_and_target(params, x, eps, t, batch["cond"][: len(x)])
+        )
 
     def gradients(trained, frozen, batch):
         generator, fake_score = trained
@@ -84,7 +95,9 @@ def make(
         batch = {
             "z": jnp.concatenate([fresh["z"], pairs["noise"]]),
             "cond": jnp.concatenate([fresh["cond"], pairs["cond"]]),
-            "noised": jax.tree.map(lambda *a: jnp.concatenate(a), *(batch["noised"][name] for name in matched)),
+            "noised": jax.tree.map(
+                lambda *a: jnp.concatenate(a), *(batch["noised"][name] for name in matched)
+            ),
             "pairs": pairs,
         }
         grad_generator = jax.grad(generator_loss, has_aux=True)
@@ -114,10 +127,18 @@ def make(
         batch = parallel.split({"fresh": fresh, "pairs": batch["pairs"], "noised": draws})
 
         trained = denoiser.cast(generator.params), denoiser.cast(fake_score.params)
-        (generator_grads, fake_grads), metrics = parallel.gradients(gradients)(trained, train_state.frozen, batch)
+        (generator_grads, fake_grads), metrics = parallel.gradients(gradients)(
+            trained, train_state.frozen, batch
+        )
         generator, norm = optim.apply_gradients(generator, generator_grads, tx, ema_decay=ema_decay)
         fake_score, fake_norm = optim.apply_gradients(fake_score, fake_grads, fake_tx)
-        metrics |= {"grad_norm": norm, "fake_grad_norm": fake_norm, "skipped": generator.skipped + fake_score.skipped}
-        return train_state.replace(step=train_state.step + 1, generator=generator, fake_score=fake_score), metrics
+        metrics |= {
+            "grad_norm": norm,
+            "fake_grad_norm": fake_norm,
+            "skipped": generator.skipped + fake_score.skipped,
+        }
+        return train_state.replace(
+            step=train_state.step + 1, generator=generator, fake_score=fake_score
+        ), metrics
 
     return recipes.Recipe(init, train_step, distance_params)

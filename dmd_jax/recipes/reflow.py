@@ -38,17 +38,23 @@ def make(
       cond_dropout: fraction of samples that see `null_cond`.
     """
     if not isinstance(denoiser.process, process_lib.RectifiedFlow):
-        raise ValueError(f"reflow needs the process RectifiedFlow, got {type(denoiser.process).__name__}; give it to the stage.")
+        raise ValueError(
+            f"reflow needs the process RectifiedFlow, got {type(denoiser.process).__name__}; give it to the stage."
+        )
     tx = optim.adamw(**optimizer)
 
     def init(params, others=None):
-        return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0))
+        return state.TrainState(
+            step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0)
+        )
 
     def gradients(params, frozen, batch):
         x_t = process_lib.add_noise(denoiser.process, batch["image"], batch["noise"], batch["t"])
 
         def loss(params):
-            velocity = denoiser_lib.velocity(x_t, denoiser(params, x_t, batch["t"], batch["cond"]), batch["t"])
+            velocity = denoiser_lib.velocity(
+                x_t, denoiser(params, x_t, batch["t"], batch["cond"]), batch["t"]
+            )
             return losses.denoising_loss(velocity, batch["noise"] - batch["image"])
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -61,7 +67,9 @@ def make(
         cond = recipes.drop(k_drop, pairs["cond"], null_cond, cond_dropout)
         batch = parallel.split(pairs | {"cond": cond, "t": t})
 
-        grads, metrics = parallel.gradients(gradients)(denoiser.cast(train_state.generator.params), None, batch)
+        grads, metrics = parallel.gradients(gradients)(
+            denoiser.cast(train_state.generator.params), None, batch
+        )
         decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
         generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}

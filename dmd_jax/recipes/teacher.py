@@ -34,11 +34,15 @@ def make(
     process = denoiser.process
 
     def init(params, others=None):
-        return state.TrainState(step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0))
+        return state.TrainState(
+            step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0)
+        )
 
     def gradients(params, frozen, batch):
         def loss(params):
-            output, target = denoiser.output_and_target(params, batch["image"], batch["eps"], batch["t"], batch["cond"])
+            output, target = denoiser.output_and_target(
+                params, batch["image"], batch["eps"], batch["t"], batch["cond"]
+            )
             return losses.denoising_loss(output, target)
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -46,12 +50,18 @@ def make(
 
     def train_step(train_state, batch):
         image, cond = batch["images"]["image"], batch["images"]["cond"]
-        k_t, k_eps, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step), 3)
+        k_t, k_eps, k_drop = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), train_state.step), 3
+        )
         t = process.sample_t(k_t, image.shape[:1])
         cond = recipes.drop(k_drop, cond, null_cond, cond_dropout)
-        batch = parallel.split({"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)})
+        batch = parallel.split(
+            {"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)}
+        )
 
-        grads, metrics = parallel.gradients(gradients)(denoiser.cast(train_state.generator.params), None, batch)
+        grads, metrics = parallel.gradients(gradients)(
+            denoiser.cast(train_state.generator.params), None, batch
+        )
         decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
         generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
         metrics |= {"grad_norm": norm, "skipped": generator.skipped}

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import safetensors
 
-from dmd_jax import storage
-from dmd_jax.weights import diffusers_files, files, pickles
+from dmd_jax.runtime import storage
+from dmd_jax.weights import diffusers_files, pickles, published
 
 HUGGING_FACE, OPEN_CLIP = "config.json", "open_clip_config.json"
 LAYOUTS = (
@@ -28,20 +28,51 @@ LAYOUTS = (
 
 # transformers' settings: {theirs: (ours, what it is where config.json does not say)}
 TOWER = {"hidden_act": ("act", "quick_gelu"), "num_hidden_layers": ("num_layers", 12)}
-TEXT = TOWER | {"hidden_size": ("hidden_size", 512), "intermediate_size": ("intermediate_size", 2048), "vocab_size": ("vocab_size", 49408)}
+TEXT = TOWER | {
+    "hidden_size": ("hidden_size", 512),
+    "intermediate_size": ("intermediate_size", 2048),
+    "vocab_size": ("vocab_size", 49408),
+}
 TEXT |= {"num_attention_heads": ("num_heads", 8), "max_position_embeddings": ("max_length", 77)}
-VISION = TOWER | {"hidden_size": ("hidden_size", 768), "intermediate_size": ("intermediate_size", 3072)}
-VISION |= {"num_attention_heads": ("num_heads", 12), "image_size": ("image_size", 224), "patch_size": ("patch_size", 32)}
+VISION = TOWER | {
+    "hidden_size": ("hidden_size", 768),
+    "intermediate_size": ("intermediate_size", 3072),
+}
+VISION |= {
+    "num_attention_heads": ("num_heads", 12),
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 32),
+}
 FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
 
 # OpenCLIP's: {theirs: what it is where the file does not say}; other keys must have the value in OPEN_FIXED, or none
-OPEN_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
-OPEN_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "head_width": 64, "layers": 12, "mlp_ratio": 4.0}
+OPEN_TEXT = {
+    "context_length": 77,
+    "vocab_size": 49408,
+    "width": 512,
+    "heads": 8,
+    "layers": 12,
+    "mlp_ratio": 4.0,
+}
+OPEN_VISION = {
+    "image_size": 224,
+    "patch_size": 16,
+    "width": 768,
+    "head_width": 64,
+    "layers": 12,
+    "mlp_ratio": 4.0,
+}
 OPEN_MODEL = {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}, "quick_gelu": False}
 OPEN_TEXT_FIXED = {"pool_type": "argmax", "proj_type": "linear"}
 OPEN_VISION_FIXED = {"pool_type": "tok", "pos_embed_type": "learnable"}
 PREPARATION = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
-PROCESSOR = {"resample": 3, "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True}  # 3 = bicubic
+PROCESSOR = {
+    "resample": 3,
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+}  # 3 = bicubic
 
 KEYS = (  # (a regex of OpenCLIP's whole name, transformers'), each applied to what those before it have made
     (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
@@ -102,13 +133,18 @@ def read(directory: str | os.PathLike) -> tuple[dict, Mapping[str, np.ndarray]]:
     directory, config, weights = _layout(directory)
     path = directory / weights
     if path.suffix == ".bin":
-        tensors = pickles.read(files.find(path))
+        tensors = pickles.read(published.find(path))
     else:
-        tensors = _safetensors(diffusers_files.weight_files(directory)[1] if path.suffix == ".json" else [path])
+        tensors = _safetensors(
+            diffusers_files.weight_files(directory)[1] if path.suffix == ".json" else [path]
+        )
     if config == OPEN_CLIP:
         tensors = Renamed(tensors, {new: place for name in tensors for new, place in _places(name)})
     else:
-        tensors = Renamed(tensors, {name: (name, np.asarray) for name in tensors if not name.endswith(".position_ids")})
+        tensors = Renamed(
+            tensors,
+            {name: (name, np.asarray) for name in tensors if not name.endswith(".position_ids")},
+        )
     return _settings(directory, config), tensors
 
 
@@ -120,14 +156,26 @@ def normalisation(directory: str | os.PathLike) -> tuple[tuple, tuple]:
     """
     directory, config, _ = _layout(directory)
     if config == OPEN_CLIP:
-        found, expected, names = diffusers_files.read_json(directory / config).get("preprocess_cfg") or {}, PREPARATION, ("mean", "std")
+        found, expected, names = (
+            diffusers_files.read_json(directory / config).get("preprocess_cfg") or {},
+            PREPARATION,
+            ("mean", "std"),
+        )
     else:
         found = diffusers_files.read_json(directory / "preprocessor_config.json")
         size = _settings(directory, config)["vision"]["image_size"]
         found |= {key: _one(found[key]) for key in ("size", "crop_size") if key in found}
         expected, names = PROCESSOR | {"size": size, "crop_size": size}, ("image_mean", "image_std")
-    problems = [f"{key} is {found[key]!r}, expected {value!r}" for key, value in expected.items() if found.get(key, value) != value]
-    _refuse(directory, problems + [f"{key} of its images is missing" for key in names if len(found.get(key) or ()) != 3])
+    problems = [
+        f"{key} is {found[key]!r}, expected {value!r}"
+        for key, value in expected.items()
+        if found.get(key, value) != value
+    ]
+    _refuse(
+        directory,
+        problems
+        + [f"{key} of its images is missing" for key in names if len(found.get(key) or ()) != 3],
+    )
     return tuple(tuple(found[key]) for key in names)
 
 
@@ -141,19 +189,21 @@ def _layout(directory):
     choices = ", or ".join(f"{config} and {weights}" for config, weights in LAYOUTS)
     raise ValueError(
         f"{path} is no directory of a CLIP: expected {choices}; there is {', '.join(sorted(there)) or 'nothing'}. "
-        f"Nothing is downloaded by itself{files.published(path)}."
+        f"Nothing is downloaded by itself{published.published(path)}."
     )
 
 
 def _safetensors(paths):
     places = {}
     for path in paths:
-        local = files.find(path)
+        local = published.find(path)
         try:
             with safetensors.safe_open(local, framework="np") as opened:
                 places |= {key: (local, key) for key in opened.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own, and those of the system
-            raise ValueError(f"{path} is truncated or not a .safetensors file ({error}); get it again.") from error
+            raise ValueError(
+                f"{path} is truncated or not a .safetensors file ({error}); get it again."
+            ) from error
     return diffusers_files.Tensors(places)
 
 
@@ -165,13 +215,23 @@ def _settings(directory, config):
 
 
 def _hugging_face(config):
-    problems = [] if config.get("model_type") == "clip" else [f"model_type is {config.get('model_type')!r}, expected 'clip'"]
+    problems = (
+        []
+        if config.get("model_type") == "clip"
+        else [f"model_type is {config.get('model_type')!r}, expected 'clip'"]
+    )
     settings = {"projection_dim": config.get("projection_dim", 512)}
     for tower, keys in (("text", TEXT), ("vision", VISION)):
-        found = (config.get(f"{tower}_config") or {}) | (config.get(f"{tower}_config_dict") or {})  # old files have both
-        settings[tower] = {ours: found.get(theirs, absent) for theirs, (ours, absent) in keys.items()}
+        found = (config.get(f"{tower}_config") or {}) | (
+            config.get(f"{tower}_config_dict") or {}
+        )  # old files have both
+        settings[tower] = {
+            ours: found.get(theirs, absent) for theirs, (ours, absent) in keys.items()
+        }
         problems += [
-            f"{tower}'s {key} is {found[key]!r}, expected {value!r}" for key, value in FIXED.items() if found.get(key, value) != value
+            f"{tower}'s {key} is {found[key]!r}, expected {value!r}"
+            for key, value in FIXED.items()
+            if found.get(key, value) != value
         ]
     return settings, problems
 
@@ -183,7 +243,10 @@ def _open_clip(config):
     vision["heads"] = vision["width"] // vision["head_width"]
     settings = {"projection_dim": model["embed_dim"]}
     for tower, found in (("text", text), ("vision", vision)):
-        settings[tower] = {"act": "quick_gelu" if model["quick_gelu"] else "gelu", "hidden_size": found["width"]}
+        settings[tower] = {
+            "act": "quick_gelu" if model["quick_gelu"] else "gelu",
+            "hidden_size": found["width"],
+        }
         settings[tower] |= {"num_layers": found["layers"], "num_heads": found["heads"]}
         settings[tower]["intermediate_size"] = int(found["width"] * found["mlp_ratio"])
     settings["text"] |= {"vocab_size": text["vocab_size"], "max_length": text["context_length"]}
@@ -193,8 +256,14 @@ def _open_clip(config):
 
 def _filled(name, found, absent, fixed):
     """With what it does not say, and what is not supported in it."""
-    others = {key: value for key, value in found.items() if key not in absent and value and fixed.get(key) != value}
-    return absent | found, [f"{name}'s {key} is {value!r}, expected {fixed.get(key)!r}" for key, value in others.items()]
+    others = {
+        key: value
+        for key, value in found.items()
+        if key not in absent and value and fixed.get(key) != value
+    }
+    return absent | found, [
+        f"{name}'s {key} is {value!r}, expected {fixed.get(key)!r}" for key, value in others.items()
+    ]
 
 
 def _places(name):
@@ -203,8 +272,13 @@ def _places(name):
     for theirs, ours in KEYS:
         new = re.sub(f"^{theirs}$", ours, new)
     if ".in_proj_" in new:
-        return [(new.replace("in_proj_", f"{part}_proj."), (name, _third(i))) for i, part in enumerate("qkv")]
-    return [(new, (name, np.transpose if name in ("visual.proj", "text_projection") else np.asarray))]
+        return [
+            (new.replace("in_proj_", f"{part}_proj."), (name, _third(i)))
+            for i, part in enumerate("qkv")
+        ]
+    return [
+        (new, (name, np.transpose if name in ("visual.proj", "text_projection") else np.asarray))
+    ]
 
 
 def _third(i):
@@ -219,4 +293,6 @@ def _one(size):
 
 def _refuse(directory, problems):
     if problems:
-        raise ValueError(f"{directory}: its CLIP is not supported: {'; '.join(problems)}; use another model.")
+        raise ValueError(
+            f"{directory}: its CLIP is not supported: {'; '.join(problems)}; use another model."
+        )

@@ -11,30 +11,101 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dmd_jax import storage
+from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_files as files
-from dmd_jax.weights import files as others
+from dmd_jax.weights import published
 
 # Of config.json: keys that settings follow from, and what else must have one value. Further ones must be absent, None or False.
-UNET = ("block_out_channels", "layers_per_block", "cross_attention_dim", "use_linear_projection", "norm_num_groups")
-UNET_MORE = ("in_channels", "out_channels", "sample_size", "attention_head_dim", "down_block_types", "up_block_types")
-UNET_FIXED = dict(act_fn="silu", norm_eps=1e-5, dropout=0, flip_sin_to_cos=True, freq_shift=0, time_embedding_type="positional")
-UNET_FIXED |= dict(mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, transformer_layers_per_block=1, downsample_padding=1)
-UNET_FIXED |= dict(
-    resnet_time_scale_shift="default", resnet_out_scale_factor=1, attention_type="default", conv_in_kernel=3, conv_out_kernel=3
+UNET = (
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "use_linear_projection",
+    "norm_num_groups",
 )
-CONTROL_MORE = ("in_channels", "attention_head_dim", "down_block_types", "conditioning_embedding_out_channels")
-CONTROL_FIXED = UNET_FIXED | dict(conditioning_channels=3, controlnet_conditioning_channel_order="rgb", global_pool_conditions=False)
-KL = ("block_out_channels", "layers_per_block", "latent_channels", "scaling_factor", "norm_num_groups")
+UNET_MORE = (
+    "in_channels",
+    "out_channels",
+    "sample_size",
+    "attention_head_dim",
+    "down_block_types",
+    "up_block_types",
+)
+UNET_FIXED = dict(
+    act_fn="silu",
+    norm_eps=1e-5,
+    dropout=0,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    time_embedding_type="positional",
+)
+UNET_FIXED |= dict(
+    mid_block_type="UNetMidBlock2DCrossAttn",
+    mid_block_scale_factor=1,
+    transformer_layers_per_block=1,
+    downsample_padding=1,
+)
+UNET_FIXED |= dict(
+    resnet_time_scale_shift="default",
+    resnet_out_scale_factor=1,
+    attention_type="default",
+    conv_in_kernel=3,
+    conv_out_kernel=3,
+)
+CONTROL_MORE = (
+    "in_channels",
+    "attention_head_dim",
+    "down_block_types",
+    "conditioning_embedding_out_channels",
+)
+CONTROL_FIXED = UNET_FIXED | dict(
+    conditioning_channels=3,
+    controlnet_conditioning_channel_order="rgb",
+    global_pool_conditions=False,
+)
+KL = (
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "scaling_factor",
+    "norm_num_groups",
+)
 KL_MORE = ("down_block_types", "up_block_types")
-KL_FIXED = dict(in_channels=3, out_channels=3, act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True)
-TINY = ("encoder_block_out_channels", "decoder_block_out_channels", "num_encoder_blocks", "num_decoder_blocks", "latent_channels")
-TINY_FIXED = dict(in_channels=3, out_channels=3, act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2, scaling_factor=1)
-CLIP = {key: key for key in ("vocab_size", "hidden_size", "intermediate_size")} | {"num_hidden_layers": "num_layers", "hidden_act": "act"}
+KL_FIXED = dict(
+    in_channels=3,
+    out_channels=3,
+    act_fn="silu",
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    mid_block_add_attention=True,
+)
+TINY = (
+    "encoder_block_out_channels",
+    "decoder_block_out_channels",
+    "num_encoder_blocks",
+    "num_decoder_blocks",
+    "latent_channels",
+)
+TINY_FIXED = dict(
+    in_channels=3,
+    out_channels=3,
+    act_fn="relu",
+    upsample_fn="nearest",
+    upsampling_scaling_factor=2,
+    scaling_factor=1,
+)
+CLIP = {key: key for key in ("vocab_size", "hidden_size", "intermediate_size")} | {
+    "num_hidden_layers": "num_layers",
+    "hidden_act": "act",
+}
 CLIP |= {"num_attention_heads": "num_heads", "max_position_embeddings": "max_length"}
 ABSENT = {"use_linear_projection": False, "scaling_factor": 0.18215}  # in the first configs
 HARMLESS = {"upcast_attention", "force_upcast"}  # precision, which is float32 here anyway
-HARMLESS |= {"sample_size", "block_out_channels", "addition_embed_type_num_heads"}  # derived, or of what is off
+HARMLESS |= {
+    "sample_size",
+    "block_out_channels",
+    "addition_embed_type_num_heads",
+}  # derived, or of what is off
 HARMLESS |= {"latent_magnitude", "latent_shift"}  # of latents stored as bytes
 KINDS = {
     "UNet2DConditionModel": (UNET + UNET_MORE, UNET_FIXED),
@@ -44,7 +115,11 @@ KINDS = {
 }
 ONE_STEP = "_one_step"  # the mark of a one-step generator in scheduler_config.json; diffusers passes over such names
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}  # F = eps - x, labels 1000 t
+FLOW = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "num_train_timesteps": 1000,
+}  # F = eps - x, labels 1000 t
 INSTAFLOW = "RectifiedFlowPipeline"  # _class_name in model_index.json
 
 
@@ -64,12 +139,14 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name_or_path)):
         raise ValueError(
             f"{path} is not a directory; expected one in the layout of diffusers, or a name on the hub like owner/name"
-            f"{others.published(path)}."
+            f"{published.published(path)}."
         )
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError(f"{path} is not a directory; to fetch it from the hub, pip install huggingface_hub.") from None
+        raise ValueError(
+            f"{path} is not a directory; to fetch it from the hub, pip install huggingface_hub."
+        ) from None
     middle = f".{variant}" if variant else ""
     patterns = [
         "config.json",
@@ -83,9 +160,15 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage
     ]
     for folder in ("unet", "vae", "text_encoder"):
         start = f"{folder}/{files.STEM.get(folder, files.DEFAULT_STEM)}{middle}"
-        patterns += [f"{folder}/*.json", f"{start}.safetensors", f"{start}-?????-of-?????.safetensors"]
+        patterns += [
+            f"{folder}/*.json",
+            f"{start}.safetensors",
+            f"{start}-?????-of-?????.safetensors",
+        ]
     try:
-        return storage.path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
+        return storage.path(
+            huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns)
+        )
     except Exception as error:  # of the network, the hub, its licences and its cache
         raise ValueError(
             f"{path} is not a directory, and was not fetched from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
@@ -93,7 +176,9 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage
         ) from error
 
 
-def unet(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
+def unet(
+    directory: str | os.PathLike, variant: str | None = None
+) -> tuple[dict, Mapping[str, np.ndarray]]:
     """The UNet: `name` and arguments of its maker in `models`, and its tensors.
 
     Raises:
@@ -105,10 +190,16 @@ def unet(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(settings["attention"]))
     more += _differing(config, {"up_block_types": up, "out_channels": config["in_channels"]})
     _refuse(directory, "unet", problems + more)
-    return {"name": "unet_sd.unet", "size": config["sample_size"], "num_classes": 0} | settings, tensors
+    return {
+        "name": "unet_sd.unet",
+        "size": config["sample_size"],
+        "num_classes": 0,
+    } | settings, tensors
 
 
-def controlnet(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
+def controlnet(
+    directory: str | os.PathLike, variant: str | None = None
+) -> tuple[dict, Mapping[str, np.ndarray]]:
     """As `unet`, a ControlNet, which usually has a directory of its own."""
     config, tensors = files.read(directory, "controlnet", variant)
     config, problems = _checked(directory, "controlnet", config, "ControlNetModel")
@@ -118,7 +209,9 @@ def controlnet(directory: str | os.PathLike, variant: str | None = None) -> tupl
     return {"name": "controlnet.controlnet"} | settings, tensors
 
 
-def vae(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
+def vae(
+    directory: str | os.PathLike, variant: str | None = None
+) -> tuple[dict, Mapping[str, np.ndarray]]:
     """As `unet`, the autoencoder, which may be a TAESD."""
     config, tensors = files.read(directory, "vae", variant)
     config, problems = _checked(directory, "vae", config, "AutoencoderKL", "AutoencoderTiny")
@@ -126,19 +219,31 @@ def vae(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict,
         width, n = config["encoder_block_out_channels"][0], config["num_encoder_blocks"][-1]
         expected = {f"{half}_block_out_channels": (width,) * 4 for half in ("encoder", "decoder")}
         expected |= {"num_encoder_blocks": (1, n, n, n), "num_decoder_blocks": (n, n, n, 1)}
-        settings = {"name": "vae.tiny", "width": width, "num_blocks": n, "latent_channels": config["latent_channels"]}
+        settings = {
+            "name": "vae.tiny",
+            "width": width,
+            "num_blocks": n,
+            "latent_channels": config["latent_channels"],
+        }
     else:
         n = len(config["block_out_channels"])
-        expected = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
+        expected = {
+            "down_block_types": ("DownEncoderBlock2D",) * n,
+            "up_block_types": ("UpDecoderBlock2D",) * n,
+        }
         settings = {"name": "vae.kl"} | {key: config[key] for key in KL}
     _refuse(directory, "vae", problems + _differing(config, expected))
     return settings, tensors
 
 
-def text_encoder(directory: str | os.PathLike, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
+def text_encoder(
+    directory: str | os.PathLike, variant: str | None = None
+) -> tuple[dict, Mapping[str, np.ndarray]]:
     """As `unet`, the text encoder of CLIP."""
     config, tensors = files.read(directory, "text_encoder", variant)
-    problems = _missing(config, ("model_type", *CLIP)) + _differing(config, {"model_type": "clip_text_model", "layer_norm_eps": 1e-5})
+    problems = _missing(config, ("model_type", *CLIP)) + _differing(
+        config, {"model_type": "clip_text_model", "layer_norm_eps": 1e-5}
+    )
     _refuse(directory, "text_encoder", problems)
     return {"name": "clip_text.clip"} | {ours: config[key] for key, ours in CLIP.items()}, tensors
 
@@ -153,15 +258,24 @@ def scheduler(directory: str | os.PathLike) -> dict:
     """
     if _is_instaflow(directory):
         return {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"}
-    config = {"prediction_type": "epsilon"} | files.read_json(files.folder(directory, "scheduler") / "scheduler_config.json")
+    config = {"prediction_type": "epsilon"} | files.read_json(
+        files.folder(directory, "scheduler") / "scheduler_config.json"
+    )
     if config["prediction_type"] == FLOW["prediction_type"]:
         _refuse(directory, "scheduler", _missing(config, FLOW) + _differing(config, FLOW))
         return {"process": {"name": "RectifiedFlow"}, "prediction": "flow"}
     problems = _missing(config, ("beta_schedule", "beta_start", "beta_end"))
-    expected = dict(beta_schedule="scaled_linear", num_train_timesteps=1000, trained_betas=None, rescale_betas_zero_snr=False)
+    expected = dict(
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        trained_betas=None,
+        rescale_betas_zero_snr=False,
+    )
     problems += _differing(config, expected)
     if config["prediction_type"] not in PREDICTIONS:
-        problems.append(f"prediction_type is {config['prediction_type']!r}, expected {', '.join(PREDICTIONS)} or {FLOW['prediction_type']}")
+        problems.append(
+            f"prediction_type is {config['prediction_type']!r}, expected {', '.join(PREDICTIONS)} or {FLOW['prediction_type']}"
+        )
     _refuse(directory, "scheduler", problems)
     process = {"name": "VP", "beta_min": config["beta_start"], "beta_max": config["beta_end"]}
     return {"process": process, "prediction": PREDICTIONS[config["prediction_type"]]}
@@ -202,7 +316,9 @@ def _checked(directory, name, config, *classes):
     _refuse(directory, name, _missing(config, taken))
     others = sorted(config.keys() - {*taken, *fixed, *HARMLESS})
     off = {key: config[key] for key in others if not key.startswith("_") and config[key]}
-    return config, _differing(config, fixed) + [f"{key} is {value!r}, expected none" for key, value in off.items()]
+    return config, _differing(config, fixed) + [
+        f"{key} is {value!r}, expected none" for key, value in off.items()
+    ]
 
 
 def _encoder(config, numbers):
@@ -215,8 +331,14 @@ def _encoder(config, numbers):
             problems.append(f"{key} is {config[key]!r}, expected one number")
     attention = tuple(kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"])
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
-    settings = {"channels": config["in_channels"], "attention": attention, "num_heads": config["attention_head_dim"]}
-    return settings | {key: config[key] for key in UNET}, problems + _differing(config, {"down_block_types": down})
+    settings = {
+        "channels": config["in_channels"],
+        "attention": attention,
+        "num_heads": config["attention_head_dim"],
+    }
+    return settings | {key: config[key] for key in UNET}, problems + _differing(
+        config, {"down_block_types": down}
+    )
 
 
 def _missing(config, keys):
@@ -224,9 +346,15 @@ def _missing(config, keys):
 
 
 def _differing(config, expected):
-    return [f"{key} is {config[key]!r}, expected {value!r}" for key, value in expected.items() if config.get(key, value) != value]
+    return [
+        f"{key} is {config[key]!r}, expected {value!r}"
+        for key, value in expected.items()
+        if config.get(key, value) != value
+    ]
 
 
 def _refuse(directory, name, problems):
     if problems:
-        raise ValueError(f"{directory}: its {name} is not supported: {'; '.join(problems)}; use another model.")
+        raise ValueError(
+            f"{directory}: its {name} is not supported: {'; '.join(problems)}; use another model."
+        )

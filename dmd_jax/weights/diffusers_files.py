@@ -10,11 +10,13 @@ from collections.abc import Mapping
 import numpy as np
 import safetensors
 
-from dmd_jax import storage
+from dmd_jax.runtime import storage
 
 STEM = {"text_encoder": "model"}  # how names of weight files begin; others:
 DEFAULT_STEM = "diffusion_pytorch_model"
-OLD = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0", norm="group_norm")  # of a VAE's attention, in files of 2022
+OLD = dict(
+    query="to_q", key="to_k", value="to_v", proj_attn="to_out.0", norm="group_norm"
+)  # of a VAE's attention, in files of 2022
 OLD |= dict(q="to_q", k="to_k", v="to_v", proj_out="to_out.0")  # and in those made of older ones
 NO_PARAMETERS = ("embeddings.position_ids",)
 
@@ -46,7 +48,9 @@ class Tensors(Mapping):
         return len(self.places)
 
 
-def read(directory: str | os.PathLike, name: str, variant: str | None = None) -> tuple[dict, Mapping[str, np.ndarray]]:
+def read(
+    directory: str | os.PathLike, name: str, variant: str | None = None
+) -> tuple[dict, Mapping[str, np.ndarray]]:
     """What is in the folder `name` of `directory`, or in `directory` itself if it is a network's own.
 
     Args:
@@ -69,20 +73,31 @@ def read(directory: str | os.PathLike, name: str, variant: str | None = None) ->
             with safetensors.safe_open(copy, framework="np") as opened:
                 places |= {_today(key): (copy, key) for key in opened.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own, and those of the system
-            raise ValueError(f"{file} is truncated or not a .safetensors file ({error}); get it again.") from error
+            raise ValueError(
+                f"{file} is truncated or not a .safetensors file ({error}); get it again."
+            ) from error
     promised = _weight_map(chosen) if chosen.suffix == ".json" else {}
-    if missing := [key for key in promised if places.get(_today(key)) != (copies[path / promised[key]], key)]:
+    if missing := [
+        key for key in promised if places.get(_today(key)) != (copies[path / promised[key]], key)
+    ]:
         raise ValueError(
             f"{chosen} promises {', '.join(missing[:5])} ({len(missing)} in all), which its files do not hold; get them again."
         )
-    return config, Tensors({key: place for key, place in places.items() if key not in NO_PARAMETERS})
+    return config, Tensors(
+        {key: place for key, place in places.items() if key not in NO_PARAMETERS}
+    )
 
 
-def weight_files(path: storage.Path, variant: str | None = None) -> tuple[storage.Path, list[storage.Path]]:
+def weight_files(
+    path: storage.Path, variant: str | None = None
+) -> tuple[storage.Path, list[storage.Path]]:
     """Of a network's folder: the file that stands for its weights, which may be an index, and the files that hold them."""
     stem, found = f"(?:{DEFAULT_STEM}|{'|'.join(STEM.values())})", {}
     for file in sorted(path.iterdir()):  # a single file comes before an index
-        if match := re.fullmatch(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json", file.name):
+        if match := re.fullmatch(
+            rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json",
+            file.name,
+        ):
             found.setdefault(match[1] or match[2], file)
     if not found and (pickled := sorted([*path.glob("*.bin"), *path.glob("*.ckpt")])):
         raise ValueError(
@@ -92,12 +107,17 @@ def weight_files(path: storage.Path, variant: str | None = None) -> tuple[storag
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))
     if variant not in found:
-        there = ", ".join(f"variant {name!r}" if name else "no variant" for name in found) or "none at all"
+        there = (
+            ", ".join(f"variant {name!r}" if name else "no variant" for name in found)
+            or "none at all"
+        )
         raise ValueError(
             f"{path} has no weights of {f'variant {variant!r}' if variant else 'no variant'}, in .safetensors; there are: {there}."
         )
     chosen = found[variant]
-    return chosen, [chosen] if chosen.suffix != ".json" else [path / name for name in sorted(set(_weight_map(chosen).values()))]
+    return chosen, [chosen] if chosen.suffix != ".json" else [
+        path / name for name in sorted(set(_weight_map(chosen).values()))
+    ]
 
 
 def _weight_map(index):
@@ -106,7 +126,11 @@ def _weight_map(index):
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no weight_map; get it again.")
     for name in set(names.values()):
-        if not isinstance(name, str) or pathlib.Path(name).name != name or not (index.parent / name).is_file():
+        if (
+            not isinstance(name, str)
+            or pathlib.Path(name).name != name
+            or not (index.parent / name).is_file()
+        ):
             raise ValueError(f"{index} names {name!r}, which is no file beside it; get it again.")
     return names
 
@@ -118,7 +142,9 @@ def folder(directory, name):
     if name != "scheduler" and (directory / "config.json").is_file():
         return directory
     there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "nothing"
-    raise ValueError(f"{directory} has no {name}/; expected a directory in the layout of diffusers, there is {there}.")
+    raise ValueError(
+        f"{directory} has no {name}/; expected a directory in the layout of diffusers, there is {there}."
+    )
 
 
 def read_json(path):
@@ -128,7 +154,9 @@ def read_json(path):
         raise ValueError(f"{path} is missing or damaged ({error}); get it again.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict; get it again.")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+    }
 
 
 def _today(name):

@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from dmd_jax import storage
-from dmd_jax.weights import convert, diffusers
+from dmd_jax.runtime import storage
+from dmd_jax.weights import diffusers, state_dict
 from dmd_jax.weights import diffusers_files as files
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -39,18 +39,27 @@ DDIM = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-FLOW = diffusers.FLOW | {
-    diffusers.ONE_STEP: True,
-    "_class_name": "DPMSolverMultistepScheduler",
-    "solver_order": 1,
-    "flow_shift": 1e17,  # takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64
-    "steps_offset": 1,
-}
+FLOW = (
+    diffusers.FLOW
+    | {
+        diffusers.ONE_STEP: True,
+        "_class_name": "DPMSolverMultistepScheduler",
+        "solver_order": 1,
+        "flow_shift": 1e17,  # takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64
+        "steps_offset": 1,
+    }
+)
 NEGATED = "_negated"  # in scheduler_config.json: whether the last convolution was written with the other sign
 METHODS = {  # by recipe: how a card calls it, and its tags
     "dmd": ("Distribution Matching Distillation (https://arxiv.org/abs/2311.18828)", "dmd"),
-    "distil": ("distillation on pairs of an ODE as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)", "instaflow"),
-    "reflow": ("reflow as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)", "rectified-flow"),
+    "distil": (
+        "distillation on pairs of an ODE as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)",
+        "instaflow",
+    ),
+    "reflow": (
+        "reflow as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)",
+        "rectified-flow",
+    ),
 }
 CARD = """---
 {front}library_name: diffusers
@@ -115,16 +124,26 @@ def write(
     for name, value, choices in (("dtype", dtype, DTYPES), ("method", method, METHODS)):
         if value not in choices:
             raise ValueError(f"no {name} {value!r}; there are: {', '.join(choices)}.")
-    if missing := [name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (teacher / name).is_dir()]:
-        raise ValueError(f"{teacher} has no {'/, '.join(missing)}/; expected a whole directory in the layout of diffusers.")
-    (unet_config, expected), (vae_config, _) = (files.read(teacher, name, variant) for name in ("unet", "vae"))
+    if missing := [
+        name
+        for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+        if not (teacher / name).is_dir()
+    ]:
+        raise ValueError(
+            f"{teacher} has no {'/, '.join(missing)}/; expected a whole directory in the layout of diffusers."
+        )
+    (unet_config, expected), (vae_config, _) = (
+        files.read(teacher, name, variant) for name in ("unet", "vae")
+    )
     trained_for = trained_for or diffusers.scheduler(teacher)
     scheduler = _scheduler(trained_for["process"], trained_for["prediction"])
     tensors = _unet(params, trained_for["prediction"], expected, DTYPES[dtype])
     with storage.writing(out) as new:
         (new / "unet").mkdir(parents=True)
         _write_json(new / "unet/config.json", unet_config)
-        safetensors.numpy.save_file(tensors, new / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        safetensors.numpy.save_file(
+            tensors, new / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+        )
         for name in ("vae", "text_encoder"):
             _copy_network(teacher / name, new / name, variant)
         (new / "tokenizer").mkdir()
@@ -133,27 +152,45 @@ def write(
         (new / "scheduler").mkdir()
         _write_json(new / "scheduler/scheduler_config.json", scheduler)
         classes = {"vae": vae_config["_class_name"], "scheduler": scheduler["_class_name"]}
-        _write_json(new / "model_index.json", INDEX | {name: ["diffusers", kind] for name, kind in classes.items()})
+        _write_json(
+            new / "model_index.json",
+            INDEX | {name: ["diffusers", kind] for name, kind in classes.items()},
+        )
         for file in _licence_files(teacher):
             shutil.copy(storage.local(file), new / file.name)
-        (new / "README.md").write_text(_card(teacher, base_model or storage.absolute(teacher).name, method, scheduler))
+        (new / "README.md").write_text(
+            _card(teacher, base_model or storage.absolute(teacher).name, method, scheduler)
+        )
 
 
 def _unet(params, prediction, expected, dtype):
     """PyTorch's tensors with the names and shapes of the teacher's; what they make has diffusers' sign."""
-    tensors, shapes = convert.to_torch(params), {name: expected.shape(name) for name in expected}
+    tensors, shapes = state_dict.to_torch(params), {name: expected.shape(name) for name in expected}
     if prediction == "flow_to_data":
-        tensors |= {name: -tensor for name, tensor in tensors.items() if name.startswith("conv_out.")}
-    problems = [f"missing {name}" for name in shapes if name not in tensors] + [f"unused {name}" for name in tensors if name not in shapes]
+        tensors |= {
+            name: -tensor for name, tensor in tensors.items() if name.startswith("conv_out.")
+        }
+    problems = [f"missing {name}" for name in shapes if name not in tensors] + [
+        f"unused {name}" for name in tensors if name not in shapes
+    ]
     if not problems:
-        differing = [name for name, shape in shapes.items() if _plain(tensors[name].shape) != _plain(shape)]
-        problems = [f"{name} has shape {tensors[name].shape}, expected {shapes[name]}" for name in differing]
+        differing = [
+            name for name, shape in shapes.items() if _plain(tensors[name].shape) != _plain(shape)
+        ]
+        problems = [
+            f"{name} has shape {tensors[name].shape}, expected {shapes[name]}" for name in differing
+        ]
     if problems:
         raise ValueError("the generator does not fit the teacher's UNet: " + "; ".join(problems))
     with np.errstate(over="ignore"):
-        tensors = {name: np.ascontiguousarray(tensors[name].reshape(shape), dtype) for name, shape in shapes.items()}
+        tensors = {
+            name: np.ascontiguousarray(tensors[name].reshape(shape), dtype)
+            for name, shape in shapes.items()
+        }
     if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise ValueError(f"the generator has values that are no finite {np.dtype(dtype).name}: {', '.join(lost[:5])}; use another dtype.")
+        raise ValueError(
+            f"the generator has values that are no finite {np.dtype(dtype).name}: {', '.join(lost[:5])}; use another dtype."
+        )
     return tensors
 
 
@@ -165,8 +202,15 @@ def _plain(shape):
 def _copy_config(source, target):
     """transformers would load halved weights as they are, diffusers the UNet in float32; the two do not go together."""
     target.mkdir()
-    config = {key: value for key, value in files.read_json(source / "config.json").items() if key != "dtype"}
-    _write_json(target / "config.json", config | ({"torch_dtype": "float32"} if "model_type" in config else {}))
+    config = {
+        key: value
+        for key, value in files.read_json(source / "config.json").items()
+        if key != "dtype"
+    }
+    _write_json(
+        target / "config.json",
+        config | ({"torch_dtype": "float32"} if "model_type" in config else {}),
+    )
 
 
 def _copy_network(source, target, variant):
@@ -174,15 +218,26 @@ def _copy_network(source, target, variant):
     _copy_config(source, target)
     chosen, parts = files.weight_files(source, variant)
     for file in {chosen, *parts}:
-        name = re.sub(r"\.safetensors\.index\.\w+\.json$", ".safetensors.index.json", file.name) if file == chosen else file.name
-        shutil.copy(storage.local(file), target / re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name))
+        name = (
+            re.sub(r"\.safetensors\.index\.\w+\.json$", ".safetensors.index.json", file.name)
+            if file == chosen
+            else file.name
+        )
+        shutil.copy(
+            storage.local(file),
+            target / re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name),
+        )
 
 
 def _scheduler(process, prediction):
     """The content of scheduler_config.json."""
     of_vp = {ours: theirs for theirs, ours in diffusers.PREDICTIONS.items()}
     if process["name"] == "VP" and prediction in of_vp:
-        return DDIM | {"beta_start": process["beta_min"], "beta_end": process["beta_max"], "prediction_type": of_vp[prediction]}
+        return DDIM | {
+            "beta_start": process["beta_min"],
+            "beta_end": process["beta_max"],
+            "prediction_type": of_vp[prediction],
+        }
     if process["name"] == "RectifiedFlow" and prediction in ("flow", "flow_to_data"):
         return FLOW | {NEGATED: prediction == "flow_to_data"}
     raise ValueError(
@@ -192,7 +247,11 @@ def _scheduler(process, prediction):
 
 
 def _licence_files(teacher):
-    return [file for file in sorted(teacher.iterdir()) if file.is_file() and re.match(r"licen[cs]e", file.name, re.IGNORECASE)]
+    return [
+        file
+        for file in sorted(teacher.iterdir())
+        if file.is_file() and re.match(r"licen[cs]e", file.name, re.IGNORECASE)
+    ]
 
 
 def _card(teacher, base_model, method, scheduler):
@@ -200,13 +259,28 @@ def _card(teacher, base_model, method, scheduler):
     readme = teacher / "README.md"
     header = re.match(r"---\n(.*?)\n---", readme.read_text() if readme.is_file() else "", re.DOTALL)
     lines = re.findall(r"^license(?:_name|_link)?:.*$", header[1] if header else "", re.MULTILINE)
-    name = ", ".join([*(line.split(":", 1)[1].strip() for line in lines), *(file.name for file in _licence_files(teacher))])
-    front = [*lines, f"base_model: {base_model}\nbase_model_relation: finetune"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) else lines
-    licence = KNOWN.format(base_model=base_model, name=name) if name else UNKNOWN.format(base_model=base_model)
+    name = ", ".join(
+        [
+            *(line.split(":", 1)[1].strip() for line in lines),
+            *(file.name for file in _licence_files(teacher)),
+        ]
+    )
+    front = (
+        [*lines, f"base_model: {base_model}\nbase_model_relation: finetune"]
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model)
+        else lines
+    )
+    licence = (
+        KNOWN.format(base_model=base_model, name=name)
+        if name
+        else UNKNOWN.format(base_model=base_model)
+    )
     method, tag = METHODS[method]
     flow = CARD_OF_FLOW if scheduler["_class_name"] == FLOW["_class_name"] else ""
     front = "".join(f"{line}\n" for line in front)
-    return CARD.format(front=front, base_model=base_model, licence=licence, method=method, tag=tag, flow=flow)
+    return CARD.format(
+        front=front, base_model=base_model, licence=licence, method=method, tag=tag, flow=flow
+    )
 
 
 def _write_json(path, content):
@@ -235,7 +309,11 @@ def write_changed(
       ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not finite.
     """
     check_vacant(out, directory)
-    sources = {path.name: path for path in sorted(storage.path(directory).iterdir()) if not path.name.startswith(".")} | dict(others)
+    sources = {
+        path.name: path
+        for path in sorted(storage.path(directory).iterdir())
+        if not path.name.startswith(".")
+    } | dict(others)
     with storage.writing(out) as new:
         new.mkdir()
         for name, source in sources.items():
@@ -262,11 +340,17 @@ def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
 
 def _write_network(source, target, tensors):
     if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise ValueError(f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; use smaller changes.")
+        raise ValueError(
+            f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; use smaller changes."
+        )
     _, old = files.read(source.parent, source.name)
     _copy_config(source, target)
     file = target / f"{files.STEM.get(target.name, files.DEFAULT_STEM)}.safetensors"
-    safetensors.numpy.save_file({old.places[name][1]: tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    safetensors.numpy.save_file(
+        {old.places[name][1]: tensor for name, tensor in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def _only_variant(folder):

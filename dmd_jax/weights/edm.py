@@ -9,13 +9,27 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dmd_jax import storage
-from dmd_jax.weights import convert, pickles
+from dmd_jax.runtime import storage
+from dmd_jax.weights import pickles, state_dict
 
 SUFFIXES = (".pkl", ".safetensors", ".npz")
-STATED = {"img_resolution": "size", "img_channels": "channels", "in_channels": "channels", "label_dim": "num_classes"}
-STATED |= {"model_channels": "width", "channel_mult": "multipliers", "num_blocks": "num_blocks", "augment_dim": "augment_dim"}
-CLASSES = {"unet_edm.ddpmpp": "SongUNet", "unet_edm.ncsnpp": "SongUNet", "unet_edm.adm": "DhariwalUNet"}
+STATED = {
+    "img_resolution": "size",
+    "img_channels": "channels",
+    "in_channels": "channels",
+    "label_dim": "num_classes",
+}
+STATED |= {
+    "model_channels": "width",
+    "channel_mult": "multipliers",
+    "num_blocks": "num_blocks",
+    "augment_dim": "augment_dim",
+}
+CLASSES = {
+    "unet_edm.ddpmpp": "SongUNet",
+    "unet_edm.ncsnpp": "SongUNet",
+    "unet_edm.adm": "DhariwalUNet",
+}
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
@@ -32,7 +46,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         raise ValueError(f"{path} is not a file.")
     readers = {".pkl": _read_pickle, ".safetensors": _read_safetensors, ".npz": _read_npz}
     if path.suffix not in readers:
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; rename it, or convert it.")
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; rename it, or convert it."
+        )
     try:
         tensors, stated = readers[path.suffix](path)
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
@@ -41,7 +57,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     except ValueError:
         raise
     except Exception as error:  # of a file that has something else where a network has its parts
-        raise ValueError(f"{path} holds no network of EDM ({type(error).__name__}: {str(error)[:200]}); download it again.") from error
+        raise ValueError(
+            f"{path} holds no network of EDM ({type(error).__name__}: {str(error)[:200]}); download it again."
+        ) from error
     return tensors, settings
 
 
@@ -50,18 +68,28 @@ def _check_statements(path, settings, stated):
     resolutions = [settings["size"] >> level for level in range(len(settings["multipliers"]))]
     name = settings["name"]
     if (class_name := stated.pop("class_name", CLASSES[name])) != CLASSES[name]:
-        raise ValueError(f"{path} holds a {class_name} with the tensors of {name}; download it again.")
+        raise ValueError(
+            f"{path} holds a {class_name} with the tensors of {name}; download it again."
+        )
     if stated.pop("sigma_data", 0.5) != 0.5:
-        raise ValueError(f"{path} has another sigma_data than 0.5; only EDM's own preconditioning is supported.")
-    if isinstance(stated.get("attention"), list | tuple):  # EDM's default also names resolutions that a network may not have
+        raise ValueError(
+            f"{path} has another sigma_data than 0.5; only EDM's own preconditioning is supported."
+        )
+    if isinstance(
+        stated.get("attention"), list | tuple
+    ):  # EDM's default also names resolutions that a network may not have
         stated["attention"] = [r for r in stated["attention"] if r in resolutions]
     try:
-        convert.check_settings(settings, stated)
+        state_dict.check_settings(settings, stated)
     except ValueError as error:
-        raise ValueError(f"{path} contradicts its own tensors; download it again. ({error})") from None
+        raise ValueError(
+            f"{path} contradicts its own tensors; download it again. ({error})"
+        ) from None
 
 
-def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "the checkpoint") -> dict:
+def settings_of(
+    tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "the checkpoint"
+) -> dict:
     """The settings of a network, from the names and the shapes of its tensors.
 
     Raises:
@@ -74,18 +102,30 @@ def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "th
         if found and len(shape) == 4:
             blocks.setdefault(int(found[1]), {})[int(found[2])] = shape[0]
     size = max(blocks, default=0)
-    first, mapping = shapes.get(f"enc.{size}x{size}_conv.weight", ()), shapes.get("map_layer0.weight", ())
+    first, mapping = (
+        shapes.get(f"enc.{size}x{size}_conv.weight", ()),
+        shapes.get("map_layer0.weight", ()),
+    )
     if len(first) != 4 or len(mapping) != 2 or 0 in (first + mapping):
-        raise ValueError(f"{path} has no dec.*_block*, enc.*_conv and map_layer0; expected the tensors of one of EDM's UNets.")
+        raise ValueError(
+            f"{path} has no dec.*_block*, enc.*_conv and map_layer0; expected the tensors of one of EDM's UNets."
+        )
     fourier, adm = "map_noise.freqs" in shapes, "out_conv.weight" in shapes
     width = mapping[1] if adm else first[0]
     resolutions = sorted(blocks, reverse=True)
-    counts, outputs = {len(block) for block in blocks.values()}, [{*blocks[r].values()} for r in resolutions]
+    counts, outputs = (
+        {len(block) for block in blocks.values()},
+        [{*blocks[r].values()} for r in resolutions],
+    )
     if resolutions != [size >> level for level in range(len(blocks))] or len(counts) != 1:
         found = ", ".join(f"{len(blocks[r])} at {r}x{r}" for r in resolutions)
-        raise ValueError(f"{path} has these blocks: {found}; expected as many at each resolution, and each half the one before.")
+        raise ValueError(
+            f"{path} has these blocks: {found}; expected as many at each resolution, and each half the one before."
+        )
     if any(len(output) != 1 or min(output) % width for output in outputs):
-        raise ValueError(f"{path} has blocks of {outputs} channels, expected one multiple of {width} per resolution.")
+        raise ValueError(
+            f"{path} has blocks of {outputs} channels, expected one multiple of {width} per resolution."
+        )
     return {
         "name": f"unet_edm.{'ncsnpp' if fourier else 'adm' if adm else 'ddpmpp'}",
         "size": size,
@@ -94,7 +134,9 @@ def settings_of(tensors: Mapping[str, np.ndarray], path: str | os.PathLike = "th
         "width": width,
         "multipliers": tuple(min(output) // width for output in outputs),
         "num_blocks": counts.pop() - 1,
-        "attention": tuple(r for r in resolutions if f"dec.{r}x{r}_block{max(blocks[r])}.qkv.weight" in shapes),
+        "attention": tuple(
+            r for r in resolutions if f"dec.{r}x{r}_block{max(blocks[r])}.qkv.weight" in shapes
+        ),
         "augment_dim": _inputs(shapes.get("map_augment.weight")),
     }
 
@@ -106,49 +148,81 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
       ValueError: names, shapes or filters differ; lists all of them.
     """
     filters = _filters(tensors)
-    wrong = [name for name, expected in filters.items() if name in tensors and not _equal(tensors[name], expected)]
+    wrong = [
+        name
+        for name, expected in filters.items()
+        if name in tensors and not _equal(tensors[name], expected)
+    ]
     if wrong:
         expected = [1, 3, 3, 1] if "map_noise.freqs" in tensors else [1, 1]
-        raise ValueError(f"the checkpoint resamples with other filters than {expected}, which is not supported: {', '.join(wrong)}")
+        raise ValueError(
+            f"the checkpoint resamples with other filters than {expected}, which is not supported: {', '.join(wrong)}"
+        )
     poor = [
-        name for name, tensor in tensors.items() if tensor.dtype.kind not in "fV" or not np.isfinite(np.asarray(tensor, np.float32)).all()
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype.kind not in "fV" or not np.isfinite(np.asarray(tensor, np.float32)).all()
     ]
     if poor:
-        raise ValueError(f"the checkpoint has values that are no finite numbers, in {', '.join(poor[:5])}; get it again.")
-    return convert.from_torch({name: tensor for name, tensor in tensors.items() if name not in filters}, abstract)
+        raise ValueError(
+            f"the checkpoint has values that are no finite numbers, in {', '.join(poor[:5])}; get it again."
+        )
+    return state_dict.from_torch(
+        {name: tensor for name, tensor in tensors.items() if name not in filters}, abstract
+    )
 
 
 def from_params(params: dict) -> dict[str, np.ndarray]:
     """The tensors of EDM's checkpoint of `params`, with the leading "model."."""
-    tensors = convert.to_torch(params)
-    return {f"model.{name}": np.ascontiguousarray(tensor) for name, tensor in (tensors | _filters(tensors)).items()}
+    tensors = state_dict.to_torch(params)
+    return {
+        f"model.{name}": np.ascontiguousarray(tensor)
+        for name, tensor in (tensors | _filters(tensors)).items()
+    }
 
 
 def write(path: str | os.PathLike, params: dict, settings: Mapping):
     """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata; whole or not at all."""
     with storage.writing(path) as file:
-        safetensors.numpy.save_file(from_params(params), file, metadata={"format": "pt", "config": json.dumps(dict(settings))})
+        safetensors.numpy.save_file(
+            from_params(params),
+            file,
+            metadata={"format": "pt", "config": json.dumps(dict(settings))},
+        )
 
 
 def _read_pickle(path):
     content = pickles.read(path)
     ema = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(ema, pickles.Stub) or not isinstance(ema.state, dict):
-        raise ValueError(f"{path} has no network 'ema'; expected one of EDM's network snapshots (network-snapshot-*.pkl, edm-*.pkl).")
+        raise ValueError(
+            f"{path} has no network 'ema'; expected one of EDM's network snapshots (network-snapshot-*.pkl, edm-*.pkl)."
+        )
     if ema.class_name != "EDMPrecond":
-        raise ValueError(f"{path} holds the preconditioning {ema.class_name}, expected EDMPrecond; only EDM's own is supported.")
+        raise ValueError(
+            f"{path} holds the preconditioning {ema.class_name}, expected EDMPrecond; only EDM's own is supported."
+        )
     tensors = pickles.state_dict(ema)
     model = ema.state["_modules"].get("model")
     if model is None or model.class_name not in CLASSES.values():
-        raise ValueError(f"{path} holds a {getattr(model, 'class_name', None)}, expected SongUNet or DhariwalUNet.")
+        raise ValueError(
+            f"{path} holds a {getattr(model, 'class_name', None)}, expected SongUNet or DhariwalUNet."
+        )
     statements = {}
     for stated in (model.state.get("_init_kwargs"), ema.state):
         statements |= {
-            key: stated[key] for key in (*STATED, "attn_resolutions", "sigma_data") if isinstance(stated, dict) and key in stated
+            key: stated[key]
+            for key in (*STATED, "attn_resolutions", "sigma_data")
+            if isinstance(stated, dict) and key in stated
         }
     stated = {STATED[key]: value for key, value in statements.items() if key in STATED}
-    stated |= {"attention": statements["attn_resolutions"]} if "attn_resolutions" in statements else {}
-    return tensors, stated | {"class_name": model.class_name, "sigma_data": statements.get("sigma_data", 0.5)}
+    stated |= (
+        {"attention": statements["attn_resolutions"]} if "attn_resolutions" in statements else {}
+    )
+    return tensors, stated | {
+        "class_name": model.class_name,
+        "sigma_data": statements.get("sigma_data", 0.5),
+    }
 
 
 def _read_safetensors(path):
@@ -157,7 +231,9 @@ def _read_safetensors(path):
             config = json.loads((file.metadata() or {}).get("config", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, dict(config)  # noqa: SIM118
     except Exception as error:  # safetensors raises its own, and those of its parser
-        raise ValueError(f"{path} is missing, truncated or not a .safetensors file ({error}); download it again.") from error
+        raise ValueError(
+            f"{path} is missing, truncated or not a .safetensors file ({error}); download it again."
+        ) from error
 
 
 def _read_npz(path):
@@ -165,7 +241,9 @@ def _read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             return dict(file), {}
     except Exception as error:  # numpy and zipfile raise all kinds for damaged files
-        raise ValueError(f"{path} is missing, truncated or not an .npz file ({error}); download it again.") from error
+        raise ValueError(
+            f"{path} is missing, truncated or not an .npz file ({error}); download it again."
+        ) from error
 
 
 def _filters(tensors):

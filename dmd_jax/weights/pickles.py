@@ -14,12 +14,36 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from dmd_jax import storage
+from dmd_jax.runtime import storage as storage_lib
 
 MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before it wrote zip archives
-DTYPES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long", "int32": "Int"}
-DTYPES |= {"int16": "Short", "int8": "Char", "uint8": "Byte", "bool": "Bool"}  # numpy's name: the start of the storage's
-REFUSED = {"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ_EX", "PERSID", "DUP", "FROZENSET", "NEXT_BUFFER", "READONLY_BUFFER"}
+DTYPES = {
+    "float64": "Double",
+    "float32": "Float",
+    "float16": "Half",
+    "bfloat16": "BFloat16",
+    "int64": "Long",
+    "int32": "Int",
+}
+DTYPES |= {
+    "int16": "Short",
+    "int8": "Char",
+    "uint8": "Byte",
+    "bool": "Bool",
+}  # numpy's name: the start of the storage's
+REFUSED = {
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "INST",
+    "OBJ",
+    "NEWOBJ_EX",
+    "PERSID",
+    "DUP",
+    "FROZENSET",
+    "NEXT_BUFFER",
+    "READONLY_BUFFER",
+}
 CHANGING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 MAX_NESTING, MAX_NODES, MAX_OPCODES, MAX_NAMES = 200, 10**7, 10**6, 10**5
 
@@ -45,15 +69,21 @@ def read(path: str | os.PathLike) -> object:
     Raises:
       ValueError: the file is damaged, or refers to anything but weights.
     """
-    path = storage.local(path)
+    path = storage_lib.local(path)
     try:
         data = path.read_bytes()
-        return _resolve(_read_zip(data) if data.startswith(b"PK\x03\x04") else _read_stream(data), {})
+        return _resolve(
+            _read_zip(data) if data.startswith(b"PK\x03\x04") else _read_stream(data), {}
+        )
     except _Refused as error:
-        raise ValueError(f"{path} {str(error)[:300]}. Do not trust this file; nothing in it was run.") from None
+        raise ValueError(
+            f"{path} {str(error)[:300]}. Do not trust this file; nothing in it was run."
+        ) from None
     except Exception as error:  # pickle and zipfile raise all kinds for damaged files
         reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise ValueError(f"{path} is missing, truncated or not a weight file ({reason}); download it again.") from error
+        raise ValueError(
+            f"{path} is missing, truncated or not a weight file ({reason}); download it again."
+        ) from error
 
 
 def state_dict(stub: Stub) -> dict[str, np.ndarray]:
@@ -67,19 +97,36 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         prefix, module, depth = todo.pop()
         where = prefix.rstrip(".") or "the root"
         if depth > 32 or visited > MAX_NAMES:
-            raise ValueError(f"the modules below {where[:100]} nest too deep, or contain themselves; expected a network of PyTorch.")
+            raise ValueError(
+                f"the modules below {where[:100]} nest too deep, or contain themselves; expected a network of PyTorch."
+            )
         state = module.state if isinstance(module, Stub) else None
-        parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")] if isinstance(state, dict) else []
+        parts = (
+            [state.get(key) for key in ("_parameters", "_buffers", "_modules")]
+            if isinstance(state, dict)
+            else []
+        )
         if not parts or not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, expected a module of PyTorch.")
+            raise ValueError(
+                f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, expected a module of PyTorch."
+            )
         visited += 1 + len(parts[0]) + len(parts[1])
         hidden = state.get("_non_persistent_buffers_set") or ()
-        for name, tensor in [*parts[0].items(), *((k, v) for k, v in parts[1].items() if k not in hidden)]:
+        for name, tensor in [
+            *parts[0].items(),
+            *((k, v) for k, v in parts[1].items() if k not in hidden),
+        ]:
             if tensor is not None and not isinstance(tensor, np.ndarray):
-                raise ValueError(f"{prefix}{name} is a {type(tensor).__name__}, expected a tensor; this is not a network of PyTorch.")
+                raise ValueError(
+                    f"{prefix}{name} is a {type(tensor).__name__}, expected a tensor; this is not a network of PyTorch."
+                )
             if tensor is not None:
                 tensors[f"{prefix}{name}"] = tensor
-        todo += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(parts[2].items()) if child is not None]
+        todo += [
+            (f"{prefix}{name}.", child, depth + 1)
+            for name, child in reversed(parts[2].items())
+            if child is not None
+        ]
     return tensors
 
 
@@ -122,7 +169,9 @@ class _Module:
     def __new__(cls, *args):
         return Stub(cls.__name__, {})
 
-    def __setstate__(self, state):  # found by BUILD on the class itself, then called with too few arguments
+    def __setstate__(
+        self, state
+    ):  # found by BUILD on the class itself, then called with too few arguments
         raise _Refused("changes a class")
 
 
@@ -179,24 +228,39 @@ class _Tensor:
 
     __slots__ = ("_args",)
 
-    def __init__(self, storage, offset, size, stride, requires_grad, hooks, dtype=None, metadata=None):
+    def __init__(
+        self, storage, offset, size, stride, requires_grad, hooks, dtype=None, metadata=None
+    ):
         dtype = storage.dtype if dtype is None else dtype.dtype
         if max(len(size), len(stride)) > 32:
             raise _Refused(f"holds a tensor of {len(size)} dimensions")
-        self._args = storage, dtype, _count(offset), [_count(n) for n in size], [_count(n) for n in stride]
+        self._args = (
+            storage,
+            dtype,
+            _count(offset),
+            [_count(n) for n in size],
+            [_count(n) for n in stride],
+        )
 
     def __setstate__(self, state):
         raise _Refused("changes a tensor")
 
     def resolve(self):
         storage, dtype, offset, size, stride = self._args
-        available, last = storage.data.size // dtype.itemsize, offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        available, last = (
+            storage.data.size // dtype.itemsize,
+            offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)),
+        )
         if math.prod(size) > available or (0 not in size and last >= available):
-            raise _Refused(f"holds a tensor of shape {tuple(size)} that reaches outside its storage of {available} elements")
+            raise _Refused(
+                f"holds a tensor of shape {tuple(size)} that reaches outside its storage of {available} elements"
+            )
         if 0 in size:
             return np.zeros(size, dtype)
         flat = storage.data[: available * dtype.itemsize].view(dtype)
-        return np.lib.stride_tricks.as_strided(flat[offset:], size, [s * dtype.itemsize for s in stride], writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            flat[offset:], size, [s * dtype.itemsize for s in stride], writeable=False
+        )
 
 
 def _array(data, dtype, shape, order):
@@ -212,13 +276,30 @@ def _count(n):
 
 
 CALLS = {f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")}
-CALLS |= {f"numpy.{core}.multiarray.scalar": lambda d, b: np.frombuffer(b, d.dtype)[0].item() for core in ("core", "_core")}
-CALLS |= {"numpy.dtype": _Dtype, "numpy.ndarray": lambda *_: None, "torch.device": lambda kind, *_: kind}
-CALLS |= {f"torch._utils._rebuild_tensor_v{n}": _Tensor for n in (2, 3)} | {"torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+CALLS |= {
+    f"numpy.{core}.multiarray.scalar": lambda d, b: np.frombuffer(b, d.dtype)[0].item()
+    for core in ("core", "_core")
+}
+CALLS |= {
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": lambda *_: None,
+    "torch.device": lambda kind, *_: kind,
+}
+CALLS |= {f"torch._utils._rebuild_tensor_v{n}": _Tensor for n in (2, 3)} | {
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor
+}
 CALLS |= {f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")}
 CALLS |= {f"{builtins}.bytes": lambda: b"" for builtins in ("builtins", "__builtin__")}
-CLASSES = {"collections.OrderedDict": _Dict, "dnnlib.util.EasyDict": _Dict, "dnnlib.EasyDict": _Dict}
-STORAGES = {f"{module}.{start}Storage": name for name, start in DTYPES.items() for module in ("torch", "torch.cuda")}
+CLASSES = {
+    "collections.OrderedDict": _Dict,
+    "dnnlib.util.EasyDict": _Dict,
+    "dnnlib.EasyDict": _Dict,
+}
+STORAGES = {
+    f"{module}.{start}Storage": name
+    for name, start in DTYPES.items()
+    for module in ("torch", "torch.cuda")
+}
 STORAGES |= {f"{module}.UntypedStorage": "uint8" for module in ("torch", "torch.storage")}
 STORAGES |= {f"torch.{name}": name for name in (*DTYPES, "uint16", "uint32", "uint64")}
 
@@ -237,7 +318,11 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         full = f"{module}.{name}"
-        own = {"torch.storage._load_from_bytes": self._load_from_bytes, "torch.Size": self._copy(tuple), "_codecs.encode": self._encode}
+        own = {
+            "torch.storage._load_from_bytes": self._load_from_bytes,
+            "torch.Size": self._copy(tuple),
+            "_codecs.encode": self._encode,
+        }
         own |= {"torch_utils.persistence._reconstruct_persistent_obj": _persistent}
         own |= {f"{builtins}.set": self._copy(set) for builtins in ("builtins", "__builtin__")}
         if full in CLASSES:
@@ -254,7 +339,12 @@ class _Unpickler(pickle.Unpickler):
         if pid[0] == "module":  # with the source of its class, which is left alone
             return pid[1]
         kind, dtype, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(dtype, _Dtype) or not isinstance(key, str) or any(v is not None for v in view):
+        if (
+            kind != "storage"
+            or not isinstance(dtype, _Dtype)
+            or not isinstance(key, str)
+            or any(v is not None for v in view)
+        ):
             raise _Refused("refers to something outside itself that is not a storage")
         return self.storages.setdefault(key, _Storage(dtype, numel))
 
@@ -290,7 +380,10 @@ def _persistent(meta):
 
 def _read_stream(data, *, budget=None, nested=False):
     """A plain pickle, or torch.save's format before zip archives: pickles, then the contents of the storages."""
-    file, budget = io.BytesIO(data), [2 * len(data)] if budget is None else budget  # protocol 2 spends the bytes of a storage twice
+    file, budget = (
+        io.BytesIO(data),
+        [2 * len(data)] if budget is None else budget,
+    )  # protocol 2 spends the bytes of a storage twice
     first, _ = _load(file, budget=budget, nested=nested)
     if type(first) is not int or first != MAGIC:
         return first
@@ -300,9 +393,16 @@ def _read_stream(data, *, budget=None, nested=False):
     result, storages = _load(file, budget=budget, nested=nested)
     for key in _load(file, budget=budget, nested=nested)[0]:
         storage, start = storages.pop(key), file.tell() + 8
-        if int.from_bytes(data[start - 8 : start], "little") * storage.dtype.itemsize != storage.nbytes:
+        if (
+            int.from_bytes(data[start - 8 : start], "little") * storage.dtype.itemsize
+            != storage.nbytes
+        ):
             raise ValueError(f"storage {key} has another size than announced")
-        storage.data = np.frombuffer(data, np.uint8, storage.nbytes, start) if storage.nbytes else np.zeros(0, np.uint8)
+        storage.data = (
+            np.frombuffer(data, np.uint8, storage.nbytes, start)
+            if storage.nbytes
+            else np.zeros(0, np.uint8)
+        )
         file.seek(start + storage.nbytes)
     if storages:
         raise ValueError(f"storages {sorted(storages)[:5]} are missing")
@@ -312,17 +412,28 @@ def _read_stream(data, *, budget=None, nested=False):
 def _read_zip(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > len(data):
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(
+            m.file_size for m in members
+        ) > len(data):
             raise _Refused("is compressed, which torch.save does not do")
-        (name,) = [m.filename for m in members if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
+        (name,) = [
+            m.filename
+            for m in members
+            if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")
+        ]
         folder = name.removesuffix("data.pkl")
-        if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
+        if (
+            folder + "byteorder" in archive.namelist()
+            and archive.read(folder + "byteorder") != b"little"
+        ):
             raise ValueError("big endian, expected little endian")
         result, storages = _load(io.BytesIO(archive.read(name)), budget=[len(data)], nested=False)
         for key, storage in storages.items():
             storage.data = np.frombuffer(archive.read(f"{folder}data/{key}"), np.uint8)
             if storage.data.size != storage.nbytes:
-                raise ValueError(f"storage {key} has {storage.data.size} bytes, expected {storage.nbytes}")
+                raise ValueError(
+                    f"storage {key} has {storage.data.size} bytes, expected {storage.nbytes}"
+                )
     return result
 
 
@@ -350,7 +461,9 @@ def _scan(file):
             raise _Refused(f"uses {op.name}, which no weight file needs")
         if count > MAX_OPCODES:
             raise _Refused(f"has more than {MAX_OPCODES} operations, more than any weight file")
-        if isinstance(arg, int) and abs(arg) >= 2**63 and arg != MAGIC:  # as keys, these can be made to have one hash
+        if (
+            isinstance(arg, int) and abs(arg) >= 2**63 and arg != MAGIC
+        ):  # as keys, these can be made to have one hash
             raise _Refused("holds an integer of more than 64 bits")
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(memo) if arg is None else arg
@@ -371,7 +484,10 @@ def _scan(file):
             if not op.stack_after:
                 continue
             whole, parts = (parts[0], parts[1:]) if op.name in CHANGING else ([0, 1], parts)
-            whole[:] = max(whole[0], *(1 + part[0] for part in parts), 0), whole[1] + sum(part[1] for part in parts)
+            whole[:] = (
+                max(whole[0], *(1 + part[0] for part in parts), 0),
+                whole[1] + sum(part[1] for part in parts),
+            )
             work += sum(part[1] for part in parts)
             if whole[0] > MAX_NESTING or whole[1] > MAX_NODES or work > 10 * MAX_NODES:
                 raise _Refused("nests more objects in one another than any weight file")

@@ -1,0 +1,407 @@
+"""Runs beside one another: a table of their evaluations, and a picture of what each makes of the same noise and conditions.
+
+python -m dmd_jax compare /tmp/digits /tmp/without_matching --out=compare.png
+python -m dmd_jax compare "both losses=/tmp/full-*" "without matching=/tmp/no_matching-*" --markdown --out=
+
+A row is a model: every teacher once, and the student of each run. NAME=DIRECTORY names a row; NAME=PATTERN puts several runs into one, such
+as those of other seeds: mean and standard deviation in the table, the first of them in the picture. Runs whose scores do not mean the same
+are refused.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import ml_collections
+import numpy as np
+
+from dmd_jax import generate
+from dmd_jax.data import pixels as pixels_lib
+from dmd_jax.evals import report
+from dmd_jax.experiment import build, evaluation, workdir
+from dmd_jax.experiment import model as model_lib
+from dmd_jax.runtime import storage
+
+WILD = "*?["  # in a pattern
+PROTOCOL = (
+    "name",
+    "count",
+    "ranges",
+    "quantisation",
+    "crop_to",
+    "neighbours",
+    "clip",
+    "prefix",
+    "diversity",
+)
+# What scores in one column have in common, by its place in evaluation.json.
+SAME = tuple(("protocol", key) for key in PROTOCOL)
+SAME += (
+    ("networks",),
+    ("reference_count",),
+    ("reference_digest",),
+    ("conditions",),
+    ("seed",),
+    ("extras", "retrieval"),
+)
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+      path: its directory.
+      config: of it.
+      result: what its evaluation.json holds.
+    """
+
+    path: storage.Path
+    config: ml_collections.ConfigDict
+    result: dict
+
+
+class Row(NamedTuple):
+    """A model of one or of several runs.
+
+    Attributes:
+      name: of the row.
+      role: "teacher" or "student".
+      runs: at least one.
+    """
+
+    name: str
+    role: str
+    runs: Sequence[Run]
+
+    def stage(self, run: Run) -> str:
+        return run.config.evaluate[self.role]
+
+    def values(self, key: str) -> list:
+        """What evaluation.json has of the model under `key`, for each run."""
+        return [run.result[key].get(self.stage(run)) for run in self.runs]
+
+
+def open_run(path: storage.Path) -> Run:
+    """The run of that directory.
+
+    Raises:
+      ValueError: it is none, or not evaluated.
+    """
+    config, _ = workdir.read_run(path)
+    file = path / "evaluation.json"
+    if not file.exists():
+        raise ValueError(f"{file} does not exist; let the run come to its evaluation first.")
+    run, of_rows = (
+        Run(path, config, storage.read_json(file)),
+        ("scores", "nfe", "seconds_per_image"),
+    )
+    stages = {config.evaluate.teacher, config.evaluate.student}
+    missing = {"training_seconds", "versions", "speedup"} - run.result.keys()
+    missing |= {
+        key
+        for key in of_rows
+        if not isinstance(run.result.get(key), dict) or stages - run.result[key].keys()
+    }
+    if missing:
+        raise ValueError(
+            f"{file} has no {', '.join(sorted(missing))}: an older version wrote it; evaluate the run again."
+        )
+    return run
+
+
+def matching(pattern: str) -> list[storage.Path]:
+    """The directories of runs that a pattern stands for, in order; what has no wildcards stands for itself.
+
+    Raises:
+      ValueError: there are none.
+    """
+    parts = pattern.rstrip("/").split("/")
+    first = next((i for i, part in enumerate(parts) if set(part) & set(WILD)), None)
+    if first is None:
+        return [storage.absolute(pattern)]
+    root = storage.absolute("/".join(parts[:first]) or ("/" if first else "."))
+    found = sorted(
+        path for path in root.glob("/".join(parts[first:])) if (path / "config.json").exists()
+    )
+    if not found:
+        raise ValueError(f"no run's directory matches {pattern}; quote the pattern, and check it.")
+    return found
+
+
+def open_rows(arguments: Sequence[str]) -> list[Row]:
+    """The rows of directories, or of NAME=PATTERN: every teacher once, then the students.
+
+    Raises:
+      ValueError: a run is missing or not evaluated, two rows have one name, or scores do not mean the same.
+    """
+    groups = {}
+    for argument in arguments:
+        name, equals, pattern = argument.partition("=")
+        if not equals or "/" in name:
+            name, pattern = storage.absolute(argument).name, argument
+        if not name:
+            raise ValueError(f"{argument} has no name before its =; expected NAME=DIRECTORY.")
+        if name in groups:
+            raise ValueError(f"two rows are named {name}; name them, such as other={pattern}.")
+        groups[name] = [open_run(path) for path in matching(pattern)]
+    refuse_unlike([run for runs in groups.values() for run in runs])
+    teachers = {}
+    for name, runs in groups.items():
+        if any(run.config.evaluate.teacher != run.config.evaluate.student for run in runs):
+            teachers.setdefault(frozenset(map(_identity, runs)), (name, runs))
+    named = [
+        ("teacher" if len(teachers) == 1 else f"teacher of {name}", runs)
+        for name, runs in teachers.values()
+    ]
+    return [Row(name, "teacher", runs) for name, runs in named] + [
+        Row(name, "student", runs) for name, runs in groups.items()
+    ]
+
+
+def refuse_unlike(runs: Sequence[Run]):
+    """Raises ValueError if the scores of some runs do not compare with those of the first one, saying why, for each of them."""
+    told, first = [], runs[0]
+    for run in runs[1:]:
+        differing = [keys for keys in SAME if _get(run, keys) != _get(first, keys)]
+        if differing:
+            values = ", ".join(
+                f"{' '.join(keys)} ({_short(_get(first, keys))}, {_short(_get(run, keys))})"
+                for keys in differing
+            )
+            told.append(f"{first.path} and {run.path} differ in {values}")
+    if told:
+        raise ValueError(
+            f"scores that do not mean the same: {'; '.join(told)}. Compare runs of one protocol, or evaluate them by one."
+        )
+
+
+def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The cells, the first row above the others: scores, network calls, milliseconds an image, seconds of training; means of several runs.
+
+    The row "real images" is of real ones, measured as if they were generated.
+    """
+    several = any(len(row.runs) > 1 for row in rows)
+    real = [run.result["scores"].get("real", {}) for run in rows[-1].runs]
+    scored = [found for row in rows for found in row.values("scores")]
+    names = list(dict.fromkeys(name for found in scored for name in found))
+    lines = [
+        (
+            "mean (standard deviation)" if several else "",
+            *names,
+            "NFE",
+            "ms an image",
+            "s of training",
+        )
+    ]
+    if any(real):
+        lines.append(
+            (
+                "real images",
+                *(_mean([report.value_of(found, name) for found in real], 3) for name in names),
+                "",
+                "",
+                "",
+            )
+        )
+    for row in rows:
+        name = f"{row.name}, {len(row.runs)} runs" if len(row.runs) > 1 else row.name
+        ms = [1e3 * seconds for seconds in row.values("seconds_per_image")]
+        costs = (
+            f"{np.mean(row.values('nfe')):.0f}",
+            _mean(ms, 3),
+            _mean(row.values("training_seconds"), 0),
+        )
+        lines.append(
+            (
+                name,
+                *(
+                    _mean([found.get(score) for found in row.values("scores")], 3)
+                    for score in names
+                ),
+                *costs,
+            )
+        )
+    return lines
+
+
+def sampled(rows: Sequence[Row], count: int, batch_size: int) -> tuple[list, list[np.ndarray]]:
+    """What each row's first run makes of the noise with which evaluations begin, and of the same conditions.
+
+    Args:
+      rows: the models.
+      count: images of each.
+      batch_size: images at once.
+
+    Returns:
+      The texts or the labels, and of each row the images [count, H, W, C] in [-1, 1].
+
+    Raises:
+      ValueError: the models have not the same shapes and conditions, or one has changed since its evaluation.
+    """
+    found = [_find(row) for row in rows]
+    kinds = [
+        (
+            model.shape,
+            model.image_shape,
+            "texts" if "text" in model.config else model.config.network.num_classes,
+        )
+        for model in found
+    ]
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind != kinds[0]:
+            told = " and ".join(
+                f"{shape} of noise, {image_shape} of images, labels {labels}"
+                for shape, image_shape, labels in (kinds[0], kind)
+            )
+            raise ValueError(
+                f"{rows[0].name} and {row.name} cannot stand in one picture: shapes {told}; leave one out, or give --out=."
+            )
+    conditions = _conditions(rows[0].runs[0], found[0], count)
+    noise = generate.inputs(build.EVALUATION_SEED, range(count), found[0].shape, [{"cond": 0}])["z"]
+    return conditions, [
+        model_lib.make_model(model, batch_size)(conditions, noise=noise) for model in found
+    ]
+
+
+def draw(
+    path: storage.Path, rows: Sequence[Row], conditions: Sequence, images: Sequence[np.ndarray]
+):
+    """The picture: a row a model, a column a condition; see `sampled`."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    side = min(max(images[0].shape[1], 96), 256) / 80  # inches
+    size = side * len(conditions) + 2, (side + 0.2) * len(rows) + 0.6
+    figure, axes = pyplot.subplots(
+        len(rows), len(conditions), figsize=size, squeeze=False, layout="constrained"
+    )
+    for (k, row), (i, condition) in itertools.product(enumerate(rows), enumerate(conditions)):
+        ax, pixels = axes[k, i], pixels_lib.to_uint8(images[k][i])
+        ax.imshow(
+            pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels, interpolation="nearest"
+        )
+        ax.set_xticks([])
+        ax.set_yticks([])
+        if k == 0:
+            ax.set_title("\n".join(textwrap.wrap(str(condition), int(12 * side))[:3]), fontsize=8)
+        if i == 0:
+            ax.set_ylabel(_label(row), rotation=0, ha="right", va="center", fontsize=9)
+    with storage.writing(path) as file:
+        figure.savefig(file, dpi=80)
+    pyplot.close(figure)
+
+
+def _find(row):
+    """The model of the row's first run, as it was evaluated."""
+    run = row.runs[0]
+    stage = row.stage(run)
+    then, now = run.result["versions"].get(stage), workdir.version(run.path / stage)
+    if then != now:
+        raise ValueError(
+            f"{run.path / 'evaluation.json'} is of {stage} at {then}, which is now at {now}; evaluate the run again."
+        )
+    return model_lib.find(str(run.path), stage=stage)
+
+
+def _conditions(run, model, count):
+    """The texts with which the evaluation begins, or labels 0, 1, 2 ..."""
+    if "text" not in model.config:
+        return [i % max(model.config.network.num_classes, 1) for i in range(count)]
+    texts = evaluation.conditions(run.config, run.path).texts
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def _label(row):
+    scores, nfe = row.values("scores")[0], row.values("nfe")[0]
+    name, value = next(iter(scores.items()))
+    return "\n".join((*textwrap.wrap(row.name, 20), f"NFE {nfe:.0f}", f"{name} {value:.3f}"))
+
+
+def _identity(run):
+    """What tells one teacher from another: an imported one's file, or everything that a trained one follows from."""
+    config, name = run.config, run.config.evaluate.teacher
+    version, sampler = run.result["versions"].get(name), config[name].sampler.to_dict()
+    trained = [
+        build.of_stage(config, name, key) for key in ("network", "process", "prediction")
+    ] + [config[name], config.seed]
+    return json.dumps(
+        [version, sampler, [] if isinstance(version, str) else trained],
+        default=lambda a: a.to_dict(),
+        sort_keys=True,
+    )
+
+
+def _get(run, keys):
+    """None if it is not there."""
+    return functools.reduce(
+        lambda found, key: found.get(key) if isinstance(found, dict) else None, keys, run.result
+    )
+
+
+def _short(value):
+    return textwrap.shorten(json.dumps(value), 80, placeholder=" ...")
+
+
+def _mean(values, digits):
+    """With the standard deviation, if there are several; minus nothing is nothing."""
+    values = [value for value in values if value is not None]
+    spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
+    return f"{np.mean(values).round(digits) + 0.0:.{digits}f}{spread}" if values else ""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmd_jax compare", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="directories, NAME=DIRECTORY, or NAME=PATTERN for a row of several runs",
+    )
+    parser.add_argument("--out", default="compare.png", help="the picture; nothing for none")
+    parser.add_argument("--count", type=int, default=8, help="images of each model in the picture")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="images at once, over as many devices as divide it",
+    )
+    parser.add_argument(
+        "--markdown",
+        dest="tell",
+        action="store_const",
+        const=report.markdown,
+        default=report.aligned,
+        help="the table so",
+    )
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace):
+    """Prints the table, and writes the picture."""
+    if min(arguments.count, arguments.batch_size) < 1:
+        raise ValueError(
+            f"--count is {arguments.count} and --batch_size {arguments.batch_size}; expected at least 1."
+        )
+    out = arguments.out and storage.path(arguments.out)
+    if out and (out.suffix not in (".png", ".jpg", ".webp") or not storage.has_parent(out)):
+        raise ValueError(
+            f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists, or nothing."
+        )
+    rows = open_rows(arguments.runs)
+    print(arguments.tell(table(rows)))
+    speedups = [
+        found.result["speedup"] for row in rows if row.role == "student" for found in row.runs
+    ]
+    print(
+        f"\nStudents are {np.mean(speedups):.1f} times as fast per image as their teachers ({min(speedups):.1f} to {max(speedups):.1f})."
+    )
+    if out:
+        draw(out, rows, *sampled(rows, arguments.count, arguments.batch_size))
+        print(out)

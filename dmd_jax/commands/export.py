@@ -1,0 +1,105 @@
+"""Writes what a stage has trained in the layout that its teacher came in: a diffusers directory, or safetensors of EDM's keys.
+
+python -m dmd_jax export --workdir=/data/coco --stage=dmd --out=student
+"""
+
+import argparse
+import dataclasses
+import os
+
+from dmd_jax.experiment import build
+from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.runtime import storage
+from dmd_jax.weights import diffusers_write, edm
+
+
+def export(
+    workdir: str | os.PathLike,
+    stage: str,
+    out: str | os.PathLike,
+    dtype: str = "float32",
+    base_model: str = "",
+):
+    """Raises ValueError if there is no such run or stage, or `out` cannot be written."""
+    workdir, out = storage.absolute(workdir), storage.path(out)
+    config, stage = workdir_lib.read_run(workdir, stage)
+    network, process, prediction = (
+        build.of_stage(config, stage, key) for key in ("network", "process", "prediction")
+    )
+    load = lambda: workdir_lib.load_params(config, f"{{workdir}}/{stage}", workdir)
+    if network.name == "unet_sd.unet":
+        teacher = workdir_lib.teacher_directory(config, workdir)
+        if teacher is None:
+            raise ValueError(
+                f"{workdir} did not start from a diffusers directory, whose autoencoder and text encoder an export needs."
+            )
+        if config[stage].sampler.name != "one_step":
+            raise ValueError(
+                f"{stage!r} needs many steps; only a one-step generator is exported as a diffusers directory."
+            )
+        if (units := network.get("stack", 1)) > 1:
+            raise ValueError(
+                f"{stage!r} trained a stack of {units} UNets, for which diffusers has no class; export a stage that has one."
+            )
+        if "recipe" not in config[stage]:
+            raise ValueError(
+                f"{stage!r} has trained nothing; use the directory that it was imported from, {teacher}."
+            )
+        process = build.make_denoiser(config, stage).process
+        trained_for = {
+            "process": {"name": type(process).__name__} | dataclasses.asdict(process),
+            "prediction": prediction,
+        }
+        options = dict(
+            dtype=dtype,
+            base_model=base_model or config.checkpoint,
+            trained_for=trained_for,
+            method=config[stage].recipe.name,
+        )
+        diffusers_write.write(out, teacher, load(), **options)
+    elif (
+        out.suffix != ".safetensors"
+        or (out.exists() and not out.is_file())
+        or not storage.has_parent(out)
+    ):
+        raise ValueError(
+            f"--out is {out}; expected a file that ends in .safetensors, in a directory that exists."
+        )
+    elif dtype != "float32":
+        raise ValueError(f"--dtype is {dtype}; EDM's checkpoints are float32.")
+    elif process.name != "EDM":
+        raise ValueError(
+            f"{stage!r} has the process {process.name}, which EDM's checkpoints cannot say; export one of the process EDM."
+        )
+    else:
+        edm.write(out, load(), network.to_dict())
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmd_jax export", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--stage", required=True, help="the stage whose weights are wanted")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="the directory to be written, or the file that ends in .safetensors",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=diffusers_write.DTYPES,
+        help="of a directory's weights",
+    )
+    parser.add_argument(
+        "--base_model", default="", help="what the model card of a directory calls the teacher"
+    )
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace):
+    """Writes what the command line asks for."""
+    export(arguments.workdir, arguments.stage, arguments.out, arguments.dtype, arguments.base_model)
+    print(arguments.out)

@@ -1,0 +1,65 @@
+"""Between images and what the networks see: autoencoders, by their settings in a config.
+
+Settings are {"checkpoint": a diffusers directory, ...} for the autoencoder that lies there, or {"name": ..., ...} for one of dmd_jax/models
+that has no parameters; None stands for none at all, when latents are images.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dmd_jax import lookup, sharding
+from dmd_jax.models import layers
+from dmd_jax.weights import diffusers, state_dict
+
+
+def load(settings: dict) -> tuple[layers.Network, dict]:
+    """The autoencoder, whose `apply` decodes, and its parameters."""
+    network, tensors = _open(settings)
+    return network, state_dict.from_torch(tensors, network.abstract)
+
+
+def make_decode(settings: dict | None, parallel: sharding.Parallel, batch_size: int) -> Callable:
+    """`latents [N, h, w, c] -> images [N, H, W, C]`, numpy, for any N."""
+    if settings is None:
+        return lambda latents: latents
+    network, params = load(settings)
+    return _in_batches("decoding batch_size", network.apply, params, parallel, batch_size)
+
+
+def make_encode(settings: dict, parallel: sharding.Parallel, batch_size: int) -> Callable:
+    """`images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N: the mean of the encoder's distribution, scaled."""
+    network, params = load(settings)
+    return _in_batches(
+        "encoding batch_size",
+        lambda params, x: network.bind(params).encode(x),
+        params,
+        parallel,
+        batch_size,
+    )
+
+
+def image_shape(settings: dict | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """[H, W, C] of the images that latents of `shape` stand for."""
+    if settings is None:
+        return shape
+    network, _ = _open(settings)
+    return jax.eval_shape(
+        network.apply, network.abstract, jax.ShapeDtypeStruct((1, *shape), np.float32)
+    ).shape[1:]
+
+
+def _open(settings):
+    """The network, and its tensors yet to be read."""
+    settings, tensors = dict(settings), {}
+    if checkpoint := settings.pop("checkpoint", ""):
+        found, tensors = diffusers.vae(diffusers.find(checkpoint))
+        settings = found | settings
+    return lookup.find("models", settings.pop("name"))(**settings), tensors
+
+
+def _in_batches(name, function, params, parallel, batch_size):
+    params = sharding.place(params, parallel.replicated)
+    run = parallel.in_batches(name, function, batch_size)
+    return lambda arrays: run(params, arrays)

@@ -1,0 +1,42 @@
+"""The text encoder of Stable Diffusion: CLIP's last hidden states after its final norm, of all positions."""
+
+import os
+
+from dmd_jax import encoders, lookup, sharding
+from dmd_jax.encoders import tokenizer
+from dmd_jax.weights import diffusers, digests, state_dict
+
+
+def make(
+    parallel: sharding.Parallel,
+    *,
+    checkpoint: str | os.PathLike,
+    batch_size: int = 32,
+    dtype: str = "float32",
+) -> encoders.Encoder:
+    """The encoder of a checkpoint.
+
+    Args:
+      parallel: the devices.
+      checkpoint: a directory in the layout of diffusers, with tokenizer/ and text_encoder/, or owner/name on the Hugging Face hub.
+      batch_size: prompts, over all devices.
+      dtype: inside the network.
+
+    Raises:
+      ValueError: files are missing, damaged or of another network; the devices cannot share a batch.
+    """
+    directory = diffusers.find(checkpoint)
+    settings, tensors = diffusers.text_encoder(directory)
+    length, width = settings["max_length"], settings["hidden_size"]
+    tokens = tokenizer.load(directory / "tokenizer", length=length)
+    network = lookup.find("models", settings.pop("name"))(**settings, dtype=dtype)
+    params = state_dict.from_torch(tensors, network.abstract)
+    run = parallel.in_batches("text batch_size", network.apply, batch_size)
+    digest = f"clip {digests.of_params(params)} {tokens.digest} {sorted(settings.items())} {dtype}"
+    params = sharding.place(params, parallel.replicated)
+    return encoders.Encoder(
+        lambda prompts: run(params, tokens.ids(prompts)),
+        (length, width),
+        encoders.digest(digest),
+        tokens.truncated,
+    )

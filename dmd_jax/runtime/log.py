@@ -1,0 +1,113 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, a progress bar and grids of images. Only the first process tells anything."""
+
+import json
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+import tqdm
+from PIL import Image
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
+
+from dmd_jax.runtime import storage
+
+
+class Writer:
+    """Writes the metrics of one stage, and shows its progress."""
+
+    def __init__(self, directory: str | os.PathLike, *, name: str, start: int, num_steps: int):
+        self._name, self._num_steps = name, num_steps
+        self._active = jax.process_index() == 0
+        if self._active:
+            self._files = storage.Growing(directory)
+            path = self._files.path / "metrics.jsonl"
+            kept = [
+                row for row in read(directory) if row["step"] <= start
+            ]  # those of steps about to be redone are dropped
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._file = path.open("a")
+            # Not SummaryWriter, whose thread dies on a full disk, and whose queue then waits for it for ever.
+            self._events = event_file_writer.EventsWriter(str(self._files.path / "events"))
+            restart = event_pb2.SessionLog(
+                status=event_pb2.SessionLog.START
+            )  # TensorBoard forgets the steps from here on
+            self._events.write_event(event_pb2.Event(step=start + 1, session_log=restart))
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            desc=name,
+            initial=start,
+            total=num_steps,
+            unit="step",
+            disable=not (self._active and self._terminal),
+        )
+
+    def write(self, step: int, values: dict[str, float]):
+        """Records scalars under `step`."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tell(step, summary.scalar(name, value))
+        self._events.flush()
+        self._files.grown()
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._terminal:
+            self._bar.set_postfix_str(text)
+        else:
+            print(f"{self._name} {step}/{self._num_steps}: {text}", flush=True)
+
+    def write_picture(self, step: int, picture: np.ndarray):
+        """Writes samples/<step>.png from a picture [H, W, 3] of bytes."""
+        if self._active:
+            path = self._files.path / "samples" / f"{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(path)
+            self._tell(step, summary.image("samples", picture, dataformats="HWC"))
+            self._events.flush()
+
+    def _tell(self, step, what):
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=what))
+
+    def advance(self, step: int):
+        """Moves the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def note(self, text: str):
+        """Shows a line."""
+        if self._active:
+            tqdm.tqdm.write(f"{self._name}: {text}", file=sys.stderr)
+
+    def flush(self):
+        """Puts everything where it is safe."""
+        if self._active:
+            self._files.flush()
+
+    def close(self):
+        self._bar.close()
+        if self._active:
+            self._file.close()
+            self._events.close()
+            self._files.close()
+
+
+def read(directory: str | os.PathLike) -> list[dict]:
+    """The rows of a stage's metrics.jsonl; a last line cut short by a crash is left out."""
+    path = storage.path(directory) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def seconds(directory: str | os.PathLike) -> float | None:
+    """How long the steps of a stage took, without compiling, by the speeds in its metrics.jsonl; None if there are none."""
+    rows = [row for row in read(directory) if "steps_per_second" in row]
+    if not rows:
+        return None
+    starts = [0, *(row["step"] for row in rows[:-1])]
+    return sum(
+        (row["step"] - start) / row["steps_per_second"]
+        for start, row in zip(starts, rows, strict=True)
+    )

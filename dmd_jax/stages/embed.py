@@ -1,0 +1,183 @@
+"""The stage that turns captions, and images where there are any, into what the networks take: embeddings of the text, and latents.
+
+Rows that cannot be read (a damaged image, an image that is not there, an empty caption) are left out, counted and listed; too many are
+refused.
+"""
+
+import math
+import warnings
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from dmd_jax.data import captions, records
+from dmd_jax.encoders import autoencoder as autoencoder_lib
+from dmd_jax.experiment import build
+from dmd_jax.runtime import distributed, storage
+from dmd_jax.weights import digests
+
+NULL = "null.npy"  # the embedding of the empty text
+
+
+def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
+    """Whether everything is there, of the captions that the config names and by its encoders."""
+    directory = workdir / stage
+    if not (directory / records.MANIFEST).exists():
+        return False
+    manifest, *_ = _prepare(config, stage, workdir)
+    records.claim(directory, manifest)
+    whole = (
+        (directory / NULL).exists()
+        and (directory / records.TEXTS).exists()
+        and not records.missing_shards(directory, manifest)
+    )
+    return whole and "count" in records.read_manifest(directory)
+
+
+def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
+    """Writes the shards that are missing, the texts of all rows and the embedding of the empty text.
+
+    Every process makes some of the shards, on its own devices.
+
+    Raises:
+      ValueError: too many rows cannot be read, the images do not fit the network, or the directory holds other captions.
+    """
+    settings, directory = config[stage], workdir / stage
+    manifest, source, encoder = _prepare(config, stage, workdir)
+    encode_images = None
+    if settings.latents:
+        encode_images = autoencoder_lib.make_encode(
+            build.autoencoder(config), build.make_local_parallel(config), settings.batch_size
+        )
+    if (directory / records.MANIFEST).exists():
+        records.claim(directory, manifest)
+    paths, skipped = records.shard_paths(directory, manifest), []
+    for first in tqdm.tqdm(
+        range(0, len(paths), jax.process_count()),
+        desc=stage,
+        unit="shard",
+        disable=jax.process_index() > 0,
+    ):
+        i = first + jax.process_index()
+        rows, bad = (
+            _read(source, paths[i], i, settings.shard_size) if i < len(paths) else (None, [])
+        )
+        skipped += bad
+        _refuse_if_many(skipped, len(source), directory)
+        if rows is None:
+            continue
+        texts = [row["text"] for row in rows.values()]
+        arrays = {"cond": encoder.encode(texts).astype(settings.dtype)} if rows else {}
+        if rows and encode_images:
+            arrays["image"] = _encode_images(
+                encode_images, rows, manifest["features"]["image"]["shape"], stage
+            )
+        records.claim(directory, manifest)  # not before the first shard is known to fit
+        cut = [texts[k] for k in encoder.truncated(texts)]
+        storage.write_json(_told(paths[i]), {"texts": texts, "skipped": bad, "truncated": cut})
+        records.write_shard(paths[i], arrays)
+    distributed.barrier("shards")
+    if jax.process_index() == 0:
+        _finish(directory, manifest, encoder.encode([""])[0].astype(settings.dtype))
+
+
+def _read(source, path, i, shard_size):
+    """The rows of shard i that can be read, or None if it is there, and why the others cannot."""
+    if path.exists():
+        return None, storage.read_json(_told(path))["skipped"]
+    return captions.readable(source, range(i * shard_size, min((i + 1) * shard_size, len(source))))
+
+
+def _refuse_if_many(skipped, count, directory):
+    """By all processes together. What there is goes: it could not be told from shards of the source once it is mended."""
+    elsewhere = distributed.gather(len(skipped)).sum() - len(skipped)
+    try:
+        captions.refuse_if_many([*skipped, *["told by another process"] * elsewhere], count)
+    except ValueError:
+        distributed.barrier("refused")  # none is writing any more
+        if jax.process_index() == 0:
+            storage.remove(directory)
+        raise
+
+
+def _encode_images(encode, rows, shape, stage):
+    """Latents [N, h, w, c] of images that all have the shape of the first."""
+    first, *_ = rows.values()
+    if "image" not in first:
+        raise ValueError(
+            f"{stage}: expected captions with images for latents, got texts alone; name the images, or set latents=False."
+        )
+    for i, row in rows.items():
+        if row["image"].shape != first["image"].shape:
+            got = f"{row['image'].shape} in row {i}, unlike {first['image'].shape} in row {next(iter(rows))}"
+            raise ValueError(
+                f"{stage}: expected images of one shape, got {got}; set {stage}.captions.size."
+            )
+    made = encode(np.stack([row["image"] for row in rows.values()]))
+    if list(made.shape[1:]) != shape:
+        got = f"{made.shape[1:]} of images {first['image'].shape}"
+        raise ValueError(
+            f"{stage}: expected latents {tuple(shape)} as the network's, got {got}; change {stage}.captions.size."
+        )
+    return made
+
+
+def _finish(directory, manifest, null):
+    """What the shards tell, in one place."""
+    told = [storage.read_json(_told(path)) for path in records.shard_paths(directory, manifest)]
+    whole = {
+        key: [item for shard in told for item in shard[key]]
+        for key in ("texts", "skipped", "truncated")
+    }
+    with storage.writing(directory / NULL) as file:
+        np.save(file, null)
+    storage.write_json(directory / records.TEXTS, whole)
+    storage.write_json(
+        directory / records.MANIFEST,
+        manifest | {"count": len(whole["texts"]), "skipped": len(whole["skipped"])},
+    )
+    for key, what in (
+        ("skipped", "rows were left out"),
+        ("truncated", "captions are longer than the encoder reads, and were cut"),
+    ):
+        if whole[key]:
+            examples = "; ".join(whole[key][:3])
+            warnings.warn(
+                f"{len(whole[key])} {what}; all are in {directory / records.TEXTS}: {examples}",
+                stacklevel=2,
+            )
+
+
+def _prepare(config, stage, workdir):
+    """The manifest, the captions and the encoder of text."""
+    settings = config[stage]
+    source = build.open_source(settings.captions, workdir)
+    encoder = build.make_text_encoder(config, build.make_local_parallel(config))
+    features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
+    autoencoder = build.autoencoder(config) if settings.latents else None
+    if settings.latents:
+        if autoencoder is None or "batch_size" not in settings:
+            raise ValueError(
+                f"{stage}: latents need config.autoencoder and {stage}.batch_size, the images encoded at once; set them, or latents=False."
+            )
+        autoencoder["checkpoint"] = digests.of_params(
+            autoencoder_lib.load(autoencoder)[1]
+        )  # not where it lies
+        features["image"] = {"shape": list(build.image_shape(config)), "dtype": "float32"}
+    manifest = {
+        "shards": math.ceil(len(source) / settings.shard_size),
+        "shard_size": settings.shard_size,
+        "captions": source.digest,
+        "rows": len(source),
+        "encoder": encoder.digest,
+        "autoencoder": autoencoder,
+        "features": features,
+    }
+    return manifest, source, encoder
+
+
+def _told(path):
+    """What a shard cannot hold."""
+    return path.with_suffix(".json")
