@@ -117,6 +117,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
                     scores = score(train_state.generator.weights)
                     writer.write(step, scores)
                 if step % settings.checkpoint_every == 0 or last or stop:
+                    watch.flush()  # a run that is killed has all rows up to its last checkpoint
                     writer.flush()
                     checkpoint.save(
                         manager, train_state, step, fingerprint=fingerprint, metrics=scores
