@@ -15,7 +15,7 @@ from dmd_jax.models import clip_text, lpips, vae
 from dmd_jax.plan import random_inputs
 from dmd_jax.weights import state_dict
 from tests import test_features
-from tests.helpers.runs import smoke
+from tests.helpers.runs import smoke, stage_of
 
 torch = pytest.importorskip("torch")
 
@@ -48,12 +48,12 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         np.savez(tmp_path / "lpips.npz", **state_dict.to_torch(lpips.make().init(0)))
         distance = dict(name="lpips", weights=str(tmp_path / "lpips.npz"), size=16)
     config = make_config(name, distance)
-    recipe = build.make_recipe(
-        config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path
+    recipe = build.recipe(
+        stage_of(config, "dmd"), sharding.Parallel(sharding.make_mesh(data=1)), tmp_path
     )
     params, batch = (
-        random_weights(build.make_network(config).abstract),
-        random_inputs.random_batch(config, "dmd", 4),
+        random_weights(stage_of(config, "teacher").network.abstract),
+        random_inputs.random_batch(stage_of(config, "dmd"), 4),
     )
     state = recipe.init(params)
     drawn = []
@@ -116,7 +116,7 @@ def test_the_unet_is_diffusers(toy):
     torch.set_num_threads(threads)
     assert found.difference < 1e-5
     assert found.parameters == sum(
-        math.prod(a.shape) for a in jax.tree.leaves(build.make_network(toy).abstract)
+        math.prod(a.shape) for a in jax.tree.leaves(stage_of(toy, "teacher").network.abstract)
     )
     assert len(found.seconds) == len(found.other[1]) == 2
 
@@ -138,7 +138,9 @@ def test_one_step_and_the_teacher_are_timed(toy):
 def test_one_unet_and_two_are_timed(toy, monkeypatch, capsys):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
     found = stable_diffusion.stack(toy, TEXT_ENCODER, decoder, batch_size=1, repeats=2)
-    count = sum(math.prod(a.shape) for a in jax.tree.leaves(build.make_network(toy).abstract))
+    count = sum(
+        math.prod(a.shape) for a in jax.tree.leaves(stage_of(toy, "teacher").network.abstract)
+    )
     lacking = 4 * 16 * 9 + 16 + 2 * 16 + 16 * 4 * 9 + 4  # conv_in, conv_norm_out, conv_out
     assert found.parameters == (count, 2 * count - lacking)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
