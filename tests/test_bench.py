@@ -55,7 +55,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         random_weights(build.make_network(config).abstract),
         random_inputs.random_batch(config, "dmd", 4),
     )
-    state = recipe.init(params)
+    state = recipe.init(params, recipe.others)
     drawn = []
     right = sharding.Parallel.split
     monkeypatch.setattr(
