@@ -190,7 +190,7 @@ def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(
         features,
         "features",
-        lambda *_, **__: features.Found([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
+        lambda *_, **__: features.Times([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
     )
     bench.features(bench.parse(["features", "--images=16", "--against=torch"]))
     printed = capsys.readouterr().out
