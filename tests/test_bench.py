@@ -55,7 +55,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         random_weights(stage_of(config, "teacher").network.abstract),
         random_inputs.random_batch(stage_of(config, "dmd"), 4),
     )
-    state = recipe.init(params)
+    state = recipe.init(params, recipe.others)
     drawn = []
     right = sharding.Parallel.split
     monkeypatch.setattr(
@@ -192,7 +192,7 @@ def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(
         features,
         "features",
-        lambda *_, **__: features.Found([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
+        lambda *_, **__: features.Times([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
     )
     bench.features(bench.parse(["features", "--images=16", "--against=torch"]))
     printed = capsys.readouterr().out
