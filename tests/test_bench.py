@@ -69,7 +69,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
     )
     (after, metrics), fresh = step(state, batch)
 
-    other = torch_step.Step(config, jax.device_get(state.frozen), batch)
+    other = torch_step.Step(stage_of(config, "dmd"), jax.device_get(state.frozen), batch)
     fresh = {k: torch.tensor(np.asarray(v)) for k, v in fresh.items() if k != "cond"}
     fresh = {k: v.permute(0, 3, 1, 2) if v.ndim == 4 else v for k, v in fresh.items()}
     for key, value in other.update(fresh).items():
@@ -92,7 +92,7 @@ def random_weights(abstract):
 def test_a_config_that_does_not_exist():
     with pytest.raises(
         ValueError,
-        match=r"no config .*cifar11\.py; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\.",
+        match=r"no config cifar11.*; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\.",
     ):
         configs.load("cifar11")
 
@@ -112,7 +112,9 @@ def test_the_unet_is_diffusers(toy):
     toy.network.update(block_out_channels=(16, 32), attention=(True, False))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = stable_diffusion.forward(toy, batch_size=2, repeats=2, against="torch")
+    found = stable_diffusion.forward(
+        stage_of(toy, "teacher"), batch_size=2, repeats=2, against="torch"
+    )
     torch.set_num_threads(threads)
     assert found.difference < 1e-5
     assert found.parameters == sum(
@@ -129,7 +131,7 @@ def test_weights_at_random_are_nowhere_zero():
 def test_one_step_and_the_teacher_are_timed(toy):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
     found = stable_diffusion.sample(
-        toy, TEXT_ENCODER, decoder, batch_size=1, teacher_steps=2, repeats=2
+        stage_of(toy, "teacher"), TEXT_ENCODER, decoder, batch_size=1, teacher_steps=2, repeats=2
     )
     assert (found.calls, found.nfe) == (3, 5)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
@@ -137,7 +139,9 @@ def test_one_step_and_the_teacher_are_timed(toy):
 
 def test_one_unet_and_two_are_timed(toy, monkeypatch, capsys):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
-    found = stable_diffusion.stack(toy, TEXT_ENCODER, decoder, batch_size=1, repeats=2)
+    found = stable_diffusion.stack(
+        stage_of(toy, "teacher"), TEXT_ENCODER, decoder, batch_size=1, repeats=2
+    )
     count = sum(
         math.prod(a.shape) for a in jax.tree.leaves(stage_of(toy, "teacher").network.abstract)
     )

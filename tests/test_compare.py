@@ -245,7 +245,8 @@ def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
 def test_weights_that_are_not_those_of_the_scores(workdir):
     result = storage.read_json(workdir / "evaluate/evaluation.json")
     storage.write_json(
-        workdir / "evaluate/evaluation.json", result | {"versions": result["versions"] | {"dmd": 10}}
+        workdir / "evaluate/evaluation.json",
+        result | {"versions": result["versions"] | {"dmd": 10}},
     )
     with pytest.raises(
         ValueError,

@@ -41,7 +41,7 @@ def test_more_that_cannot_work():
         (
             "distil",
             dict(network=dict(smoke().network, channels=3)),
-            "distil.network.channels is 3, expected 1, as config.network has it",
+            "distil.network.channels is 3, expected 1, as network has it",
         ),
         (
             "evaluate",
@@ -51,12 +51,12 @@ def test_more_that_cannot_work():
         (
             "evaluate",
             dict(others=dict(row=dict(stage="distil"))),
-            "others.row is .*expected stage, sampler",
+            "evaluate.others.row.sampler is missing",
         ),
         (
             "evaluate",
             dict(straightness=dict(stages=("distil",))),
-            "straightness is .*, expected stages, num_steps and count",
+            "evaluate.straightness.num_steps is missing.*straightness.count is missing",
         ),
         (
             "reflow_1",

@@ -52,7 +52,10 @@ def test_the_report_says_whether_images_show_their_captions(workdir):
         found = scores["scores"][model]
         assert names <= found.keys() and all(0 <= found[name] <= 1 for name in names)
     assert scores["nfe"] == {"teacher": 3, "dmd": 1}
-    assert Image.open(workdir / "evaluate/captions.png").size[0] > 800 and (workdir / "evaluate/report.png").exists()
+    assert (
+        Image.open(workdir / "evaluate/captions.png").size[0] > 800
+        and (workdir / "evaluate/report.png").exists()
+    )
 
 
 def test_prompts_that_were_never_seen(workdir):

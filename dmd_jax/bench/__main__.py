@@ -33,16 +33,16 @@ from collections.abc import Callable
 from dmd_jax.bench import data, stable_diffusion
 from dmd_jax.bench import features as features_lib
 from dmd_jax.bench import step as step_lib
-from dmd_jax.experiment import configs
+from dmd_jax.experiment import build, configs
 from dmd_jax.models import clip_text, vae
 from dmd_jax.runtime import timing
 
 
 def forward(arguments: argparse.Namespace):
     """Times the UNet of Stable Diffusion, and compares it with diffusers'."""
-    config = _load_stable_diffusion(arguments)
+    stage = _load_stable_diffusion(arguments)
     result = stable_diffusion.forward(
-        config,
+        stage,
         batch_size=arguments.batch_size,
         repeats=arguments.repeats,
         against=arguments.against,
@@ -62,10 +62,10 @@ def forward(arguments: argparse.Namespace):
 
 def sample(arguments: argparse.Namespace):
     """Times one step against the teacher's sampler, from texts to images."""
-    config = _load_stable_diffusion(arguments)
+    stage = _load_stable_diffusion(arguments)
     times = stable_diffusion.sample(
-        config,
-        *_text_encoder_and_decoder(arguments, config),
+        stage,
+        *_text_encoder_and_decoder(arguments, stage),
         batch_size=arguments.batch_size,
         teacher_steps=arguments.teacher_steps,
         repeats=arguments.repeats,
@@ -90,10 +90,10 @@ def sample(arguments: argparse.Namespace):
 
 def stack(arguments: argparse.Namespace):
     """Times one step of one UNet against one of two in series, from texts to images."""
-    config = _load_stable_diffusion(arguments)
+    stage = _load_stable_diffusion(arguments)
     times = stable_diffusion.stack(
-        config,
-        *_text_encoder_and_decoder(arguments, config),
+        stage,
+        *_text_encoder_and_decoder(arguments, stage),
         batch_size=arguments.batch_size,
         repeats=arguments.repeats,
     )
@@ -177,7 +177,7 @@ def _ratios(times, first, second):
 
 
 def _load_stable_diffusion(arguments):
-    """Loads the config, and prints the first lines."""
+    """Loads the teacher of a config, and prints the first lines."""
     if min(arguments.repeats, arguments.batch_size) < 1:
         raise ValueError(
             f"repeats is {arguments.repeats} and batch_size {arguments.batch_size}; "
@@ -192,21 +192,21 @@ def _load_stable_diffusion(arguments):
     config.network.dtype = arguments.dtype
     print(timing.devices())
     print(f"{arguments.network}, {config.network.dtype}, batch {arguments.batch_size}", flush=True)
-    return config
+    return build.stages(config)["teacher"]
 
 
-def _text_encoder_and_decoder(arguments, config):
+def _text_encoder_and_decoder(arguments, stage):
     """Makes the text encoder and the autoencoder of Stable Diffusion."""
-    if config.text.name != "clip":
+    if stage.run.text["name"] != "clip":
         raise ValueError(
-            f"{arguments.network} takes its texts from {config.text.name}, expected clip; "
+            f"{arguments.network} takes its texts from {stage.run.text['name']}, expected clip; "
             "use --network=coco."
         )
-    width = config.network.cross_attention_dim
+    width = stage.run.network["cross_attention_dim"]
     encoder = clip_text.clip(
         hidden_size=width, intermediate_size=4 * width, num_heads=max(width // 64, 1)
     )
-    return encoder, vae.kl(latent_channels=config.network.channels)
+    return encoder, vae.kl(latent_channels=stage.run.network["channels"])
 
 
 def _start_data(arguments, *counts):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dmd_jax import generate, lookup, sharding
+from dmd_jax import generate, lookup
 from dmd_jax.experiment import build
 from dmd_jax.models import layers
 from dmd_jax.plan import random_inputs
@@ -36,18 +36,18 @@ class Forward(NamedTuple):
     difference: float
 
 
-def forward(config, *, batch_size: int, repeats: int, against: str) -> Forward:
-    """Times the UNet of `config` on noise, in turn with diffusers' if `against` is "torch".
+def forward(stage: build.Stage, *, batch_size: int, repeats: int, against: str) -> Forward:
+    """Times the UNet of a stage on noise, in turn with diffusers' if `against` is "torch".
 
     Raises:
       ValueError: something is not finite, or diffusers is missing.
     """
-    network = build.make_network(config)
+    network = stage.network
     params = random_inputs.random_params(network.abstract)
-    shape = (batch_size, *build.image_shape(config))
+    shape = (batch_size, *stage.image_shape)
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     noise = np.linspace(999, 1, batch_size, dtype=np.float32)
-    cond = random_inputs.random_cond(config, batch_size).astype(np.float32)
+    cond = random_inputs.random_cond(stage.run, batch_size).astype(np.float32)
     inputs = (x, noise, cond)
     compile_seconds, program = timing.timed(
         lambda: jax.jit(network.apply).lower(params, *inputs).compile()
@@ -62,7 +62,7 @@ def forward(config, *, batch_size: int, repeats: int, against: str) -> Forward:
             raise ValueError(
                 f'--against=torch needs diffusers ({error}); run: pip install "dmd_jax[torch]"'
             ) from error
-        functions.append(torch_unet.unet(config.network.to_dict(), params, inputs))
+        functions.append(torch_unet.unet(stage.model.network, params, inputs))
         expected = functions[1]().cpu().numpy()
         difference = float(np.abs(output - expected).max() / np.abs(expected).max())
     if not np.isfinite(output).all() or not math.isfinite(difference):
@@ -98,7 +98,7 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    config,
+    stage: build.Stage,
     encoder: layers.Network,
     decoder: layers.Network,
     *,
@@ -111,27 +111,27 @@ def sample(
     Each part runs on its own and in turn with the others, after one run that compiles.
 
     Args:
-      config: of a network whose conditions are texts.
+      stage: a teacher, of a network whose conditions are texts.
       encoder: of texts, `(params, ids [B, L]) -> cond`.
       decoder: of latents.
       batch_size: texts at once, over all devices.
-      teacher_steps: of the teacher's sampler; 0 for the config's number.
+      teacher_steps: of the teacher's sampler; 0 for the stage's number.
       repeats: runs that are timed.
 
     Raises:
       ValueError: the batch or the steps do not fit, or something is not finite.
     """
-    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
-    encode, inputs, decode = _around(config, encoder, decoder, parallel, batch_size)
-    denoiser = build.make_denoiser(config)
-    params = _random_params(build.make_network(config), parallel)
-    settings = config.teacher.sampler.to_dict()
+    parallel = build.parallel(stage)
+    encode, inputs, decode = _around(stage, encoder, decoder, parallel, batch_size)
+    denoiser = stage.denoiser
+    params = _random_params(stage.network, parallel)
+    settings = dict(stage.settings.sampler)
     null_cond = inputs["cond"][0]
-    nfe = build.build_sampler(denoiser, settings, null_cond, "teacher.sampler").nfe
+    nfe = build.guided_sampler(denoiser, settings, null_cond, "teacher.sampler").nfe
     if teacher_steps:
         settings["num_steps"] = teacher_steps
-    teacher = build.build_sampler(denoiser, settings, null_cond, "teacher_steps")
-    one_step = build.build_sampler(denoiser, {"name": "one_step"}, None, "one_step")
+    teacher = build.guided_sampler(denoiser, settings, null_cond, "teacher_steps")
+    one_step = build.guided_sampler(denoiser, {"name": "one_step"}, None, "one_step")
     sample_one_step = generate.make_sample(one_step, parallel, batch_size)
     sample_teacher = generate.make_sample(teacher, parallel, batch_size)
     parts = (
@@ -162,14 +162,19 @@ class Stacked(NamedTuple):
 
 
 def stack(
-    config, encoder: layers.Network, decoder: layers.Network, *, batch_size: int, repeats: int
+    stage: build.Stage,
+    encoder: layers.Network,
+    decoder: layers.Network,
+    *,
+    batch_size: int,
+    repeats: int,
 ) -> Stacked:
     """Times images of texts by one step of one UNet and of two in series, as `sample` does.
 
     The one UNet shares its weights with the two.
 
     Args:
-      config: of a UNet of Stable Diffusion.
+      stage: of a UNet of Stable Diffusion.
       encoder: of texts, `(params, ids [B, L]) -> cond`.
       decoder: of latents.
       batch_size: texts at once, over all devices.
@@ -178,18 +183,18 @@ def stack(
     Raises:
       ValueError: the batch does not fit, or something is not finite.
     """
-    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
-    encode, inputs, decode = _around(config, encoder, decoder, parallel, batch_size)
+    parallel = build.parallel(stage)
+    encode, inputs, decode = _around(stage, encoder, decoder, parallel, batch_size)
 
-    settings = config.network.to_dict()
+    settings = dict(stage.model.network)
     make = lookup.find("models", settings.pop("name"))
     networks = [make(**settings | {"stack": units}) for units in (1, 2)]
     two = _random_params(networks[1], parallel)
     one = two["units"]["1"] | two["units"]["0"]
 
     def step(network, params):
-        denoiser = dataclasses.replace(build.make_denoiser(config), network=network.apply)
-        sampler = build.build_sampler(denoiser, {"name": "one_step"}, None, "one_step")
+        denoiser = dataclasses.replace(stage.denoiser, network=network.apply)
+        sampler = build.guided_sampler(denoiser, {"name": "one_step"}, None, "one_step")
         sample = generate.make_sample(sampler, parallel, batch_size)
         return lambda: sample(params, inputs)
 
@@ -197,7 +202,7 @@ def stack(
     return Stacked(*_in_turn(parts, repeats), parameters=(_count(one), _count(two)))
 
 
-def _around(config, encoder, decoder, parallel, batch_size):
+def _around(stage, encoder, decoder, parallel, batch_size):
     """Returns a function that encodes texts, inputs of a sampler, and one that decodes latents."""
     encoder_params = _random_params(encoder, parallel)
     decoder_params = _random_params(decoder, parallel)
@@ -205,7 +210,7 @@ def _around(config, encoder, decoder, parallel, batch_size):
     decode = parallel.in_batches("batch_size", decoder.apply, batch_size)
     ids = np.random.default_rng(0).integers(0, 1000, (batch_size, random_inputs.LENGTH), np.int32)
     conditions = [{"cond": row} for row in encode(encoder_params, ids)]
-    inputs = generate.inputs(0, range(batch_size), build.image_shape(config), conditions)
+    inputs = generate.inputs(0, range(batch_size), stage.image_shape, conditions)
     return (
         lambda: encode(encoder_params, ids),
         inputs,

@@ -10,7 +10,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import recipes, sharding
+from dmd_jax import recipes
 from dmd_jax.experiment import build, configs
 from dmd_jax.plan import random_inputs
 from dmd_jax.runtime import checkpoint, flops, timing
@@ -32,13 +32,14 @@ def step(arguments: argparse.Namespace):
             f"--against=torch knows the networks of unet_edm alone, not {config.network.name}; "
             "for that one use forward."
         )
+    stage = build.stages(config)["dmd"]
     with tempfile.TemporaryDirectory() as directory:
         recipe, compiled, state, batch = make_step(
-            config, arguments.batch_size, pathlib.Path(directory)
+            stage, arguments.batch_size, pathlib.Path(directory)
         )
         torch_step = None
         if arguments.against:
-            torch_step = _make_torch_step(config, state, arguments.batch_size)
+            torch_step = _make_torch_step(stage, state, arguments.batch_size)
     print(timing.devices())
     print(
         f"{arguments.network}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}"
@@ -83,25 +84,24 @@ def step(arguments: argparse.Namespace):
     print(f"peak memory: {timing.peak_memory()}")
 
 
-def make_step(config, batch_size: int, directory: pathlib.Path):
-    """Compiles the step of `config`.
+def make_step(stage: build.Stage, batch_size: int, directory: pathlib.Path):
+    """Compiles the step of a training stage.
 
     Args:
-      config: with a stage "dmd".
+      stage: of the recipe dmd.
       batch_size: fresh images, and as many pairs, over all devices.
       directory: where the random files are written that the step reads.
 
     Returns:
       The recipe, the compiled step, its state and a batch.
     """
-    parallel = sharding.Parallel(sharding.make_mesh(**config.mesh))
+    parallel = build.parallel(stage)
     parallel.check_batch("batch_size", batch_size)
-    random_inputs.write_files(config, "dmd", directory)
-    recipe = build.make_recipe(config, "dmd", parallel, directory)
-    params = build.make_network(config).init(0)
+    recipe = build.recipe(random_inputs.write_files(stage, directory), parallel, directory)
+    params = stage.network.init(0)
     _, shardings = train.abstract_state(recipe, params, parallel)
     state = train.first_state(recipe, params, shardings)
-    batch = random_inputs.random_batch(config, "dmd", batch_size)
+    batch = random_inputs.random_batch(stage, batch_size)
     batch = jax.device_put(batch, parallel.batch_sharding)
     seconds, compiled = timing.timed(
         lambda: train.compile_step(recipe.train_step, state, batch, shardings).program
@@ -123,11 +123,11 @@ def time_products(recipe: recipes.Recipe, state, batch) -> float:
     return total
 
 
-def _make_torch_step(config, state, batch_size):
+def _make_torch_step(stage, state, batch_size):
     from dmd_jax.bench import torch_step  # torch is no requirement
 
-    batch = random_inputs.random_batch(config, "dmd", batch_size)
-    return torch_step.Step(config, jax.device_get(state.frozen), batch)
+    batch = random_inputs.random_batch(stage, batch_size)
+    return torch_step.Step(stage, jax.device_get(state.frozen), batch)
 
 
 def _print_sizes(compiled, state):

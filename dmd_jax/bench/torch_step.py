@@ -18,36 +18,35 @@ class Step:
     """A function that makes one step per call.
 
     Args:
-      config: has a stage `dmd`, and a network DDPM++ or ADM.
+      stage: of the recipe dmd, with a network DDPM++ or ADM.
       frozen: parameters of the teacher and the distance, as in the recipe's state.
       batch: a batch of the recipe.
     """
 
     version = torch.__version__
 
-    def __init__(self, config, frozen: dict, batch: dict):
+    def __init__(self, stage: build.Stage, frozen: dict, batch: dict):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 on a GPU, like JAX's default
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.settings = config.dmd.recipe
-        self.dtype = getattr(torch, config.network.dtype)
-        network = build.make_network(config)
-        self.module = network.bind(network.abstract)
+        self.settings = stage.settings.recipe
+        self.dtype = getattr(torch, stage.model.network["dtype"])
+        self.module = stage.network.bind(stage.network.abstract)
         self.teacher = self._tensors(frozen["real_score"])
         self.lpips = None
         if frozen["distance"] is not None:
             self.lpips = self._tensors(frozen["distance"])
-        self.size = self.settings.distance.get("size", 224)
+        self.size = self.settings["distance"].get("size", 224)
         self.generator = _trainable(self.teacher)
         self.fake_score = _trainable(self.teacher)
         self.ema = []
-        if self.settings.ema_decay:
+        if self.settings["ema_decay"]:
             self.ema = [v.detach().clone() for v in self.generator.values()]
         self.optimizers = [
-            _adamw(self.generator, self.settings.optimizer),
-            _adamw(self.fake_score, self.settings.fake_score_optimizer),
+            _adamw(self.generator, self.settings["optimizer"]),
+            _adamw(self.fake_score, self.settings["fake_score_optimizer"]),
         ]
-        process = build.make_denoiser(config).process
+        process = stage.denoiser.process
         self.levels = self._tensor(process.level(slice(None)))
         self.sigma_max = process.sigma_max
         pairs = batch["pairs"]
@@ -62,8 +61,8 @@ class Step:
         n = len(self.cond)
         fresh = {name: torch.randn_like(self.pairs["noise"]) for name in ("z", "eps", "fake_eps")}
         for name, (low, high) in (
-            ("t", self.settings.matching_levels),
-            ("fake_t", self.settings.fake_score_levels),
+            ("t", self.settings["matching_levels"]),
+            ("fake_t", self.settings["fake_score_levels"]),
         ):
             fresh[name] = self.levels[torch.randint(low, high + 1, (n,), device=self.device)]
         losses = self.update(fresh)
@@ -84,12 +83,13 @@ class Step:
         matching = 0.5 * F.mse_loss(x, (x - g).detach())
         regression = self.distance(x_pairs, self.pairs["image"]).mean()
         loss = (
-            self.settings.matching_weight * matching + self.settings.regression_weight * regression
+            self.settings["matching_weight"] * matching
+            + self.settings["regression_weight"] * regression
         )
         self._optimize(0, self.generator, loss)
         if self.ema:
             torch._foreach_lerp_(
-                self.ema, [p.data for p in self.generator.values()], 1 - self.settings.ema_decay
+                self.ema, [p.data for p in self.generator.values()], 1 - self.settings["ema_decay"]
             )
 
         x = x.detach()
@@ -225,7 +225,9 @@ class Step:
         grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         for p, grad in zip(params.values(), grads, strict=True):
             p.grad = torch.zeros_like(p) if grad is None else grad
-        clip = (self.settings.optimizer, self.settings.fake_score_optimizer)[i].get("clip", 10.0)
+        clip = (self.settings["optimizer"], self.settings["fake_score_optimizer"])[i].get(
+            "clip", 10.0
+        )
         torch.nn.utils.clip_grad_norm_(params.values(), clip)
         self.optimizers[i].step()
 
@@ -255,7 +257,7 @@ def _adamw(params, settings):
     betas = settings.get("beta1", 0.9), settings.get("beta2", 0.999)
     return torch.optim.AdamW(
         params.values(),
-        settings.learning_rate,
+        settings["learning_rate"],
         betas,
         weight_decay=settings.get("weight_decay", 0.01),
         fused=True,
