@@ -208,6 +208,8 @@ def _check_evaluation(stage):
     for role in ("teacher", "student"):
         _check_sampled(stage, getattr(settings, role), f"{stage.name}.{role}")
     evaluation.check(stage, settings.protocol, settings.count, stage.name)
+    for metric in settings.metrics:
+        lookup.find("evals", metric)
     for name, row in settings.others.items():
         where = f"{stage.name}.others.{name}"
         if name in ("real", settings.teacher, settings.student):

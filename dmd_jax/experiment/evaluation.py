@@ -160,7 +160,10 @@ def score(
     """
     batches = _batches(stage, suite.protocol, indices, draw, conditions)
     fake = suite_lib.collect(suite, batches, len(indices), name=name)
-    return suite.protocol.named(suite_lib.compare(suite, real, fake), len(indices))
+    scores = suite_lib.compare(suite, real, fake)
+    for metric in stage.settings.metrics:
+        scores |= lookup.find("evals", metric)(real, fake)
+    return suite.protocol.named(scores, len(indices))
 
 
 def _batches(stage, protocol, indices, draw, conditions):

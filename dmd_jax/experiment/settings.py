@@ -201,6 +201,8 @@ class Evaluate(Stage):
     lpips: str = setting("", may_change=True, file=True)
     batch_size: int = setting(least=1, may_change=True)  # images, over all devices
     timing_repeats: int = setting(3, least=1, may_change=True)  # the median counts
+    # Further metrics, `(real, generated) -> scores` of two `suite.Collected`, by dotted names.
+    metrics: tuple = setting((), may_change=True)
     others: dict = setting({}, may_change=True)  # a `Row` for each further model
     straightness: Straightness | None = setting(None, may_change=True)
     retrieval: Retrieval | None = setting(None, may_change=True)

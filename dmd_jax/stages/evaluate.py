@@ -230,7 +230,7 @@ def _asked(stage, workdir):
     models = _models(stage)
     straight = stage.settings.straightness.stages if stage.settings.straightness else ()
     names = dict.fromkeys((*(model.stage for model in models.values()), *straight))
-    extras = ("clip", "lpips", "retrieval", "straightness")
+    extras = ("clip", "lpips", "metrics", "retrieval", "straightness")
     decoder = digests.of_params(autoencoder_lib.load(autoencoder)[1]) if autoencoder else None
     asked = {
         "protocol": dataclasses.asdict(protocol) | {"count": settings["count"] or protocol.count},
