@@ -1,9 +1,12 @@
-"""Runs the stages of a config in order, or the one named by --stage. The same command again goes on where it stopped.
+"""Runs the stages of a config in order, or the one named by --stage.
+
+The same command again goes on where it stopped.
 
 python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
 
-Several processes, each with its own devices, run it together: started by srun, by mpirun or on a Cloud TPU they find one another;
-elsewhere give each --coordinator_address=host:port --num_processes=2 --process_id=0, or 1. They share the workdir.
+Several processes, each with its own devices, run it together. Started by srun, by mpirun or on a
+Cloud TPU they find one another; elsewhere give each --coordinator_address=host:port
+--num_processes=2 --process_id=0, or 1. They share the workdir.
 """
 
 import json
@@ -141,7 +144,8 @@ def run(
       dry_run: whether to print the whole config and what would run, and stop.
 
     Raises:
-      ValueError: there is no stage `only`, the workdir belongs to another config, or a stage refuses.
+      ValueError: there is no stage `only`, the workdir belongs to another config, or a stage
+        refuses.
     """
     config = settings_lib.complete(config.copy_and_resolve_references())
     stages = build.stages(config)
@@ -203,7 +207,7 @@ def _check_mesh(stage):
 
 
 def parse(argv: list[str]) -> ml_collections.ConfigDict:
-    """Reads the flags, and the config with what they override; ends the process where they are wrong.
+    """Reads the flags, and the config with what they override; ends the process if they are wrong.
 
     The config is filled up with defaults first, so that every key can be overridden.
     """

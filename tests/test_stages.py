@@ -571,3 +571,18 @@ def test_a_network_that_does_not_fit_where_it_starts_from(workdir):
         match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as",
     ):
         train.run(stage_of(config, "dmd"), workdir)
+
+
+def test_a_checkpoint_has_all_rows_of_metrics_up_to_it(tmp_path, monkeypatch):
+    """A process that is killed right after a checkpoint was written loses none of them."""
+    config = smoke()
+    last_rows = []
+    save = checkpoint.save
+
+    def saving(manager, train_state, step, **arguments):
+        last_rows.append((step, log.read(tmp_path / "teacher")[-1]["step"]))
+        save(manager, train_state, step, **arguments)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    train.run(stage_of(config, "teacher"), tmp_path)
+    assert last_rows == [(10, 10), (20, 20), (30, 30)]

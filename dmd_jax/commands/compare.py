@@ -1,11 +1,12 @@
-"""Runs beside one another: a table of their evaluations, and a picture of what each makes of the same noise and conditions.
+"""Compares runs: a table of their scores, and a picture of their images from the same noise.
 
 python -m dmd_jax compare /tmp/digits /tmp/without_matching --out=compare.png
-python -m dmd_jax compare "both losses=/tmp/full-*" "without matching=/tmp/no_matching-*" --markdown --out=
+python -m dmd_jax compare "both=/tmp/full-*" "no matching=/tmp/no_matching-*" --markdown --out=
 
-A row is a model: every teacher once, and the student of each run. NAME=DIRECTORY names a row; NAME=PATTERN puts several runs into one, such
-as those of other seeds: mean and standard deviation in the table, the first of them in the picture. Runs whose scores do not mean the same
-are refused.
+A row is a model: every teacher once, and the student of each run. NAME=DIRECTORY names a row.
+NAME=PATTERN puts several runs into one row, such as those of other seeds: the table has their mean
+and standard deviation, the picture the first of them. Runs are refused where their scores do not
+mean the same.
 """
 
 import argparse
@@ -112,13 +113,16 @@ def open_run(path: storage.Path) -> Run:
     }
     if missing:
         raise ValueError(
-            f"{file} has no {', '.join(sorted(missing))}: an older version wrote it; evaluate the run again."
+            f"{file} has no {', '.join(sorted(missing))}: an older version wrote it; evaluate the "
+            "run again."
         )
     return run
 
 
 def matching(pattern: str) -> list[storage.Path]:
-    """The directories of runs that a pattern stands for, in order; what has no wildcards stands for itself.
+    """Returns the directories of runs that match a pattern, in order.
+
+    A pattern without wildcards stands for itself.
 
     Raises:
       ValueError: there are none.
@@ -140,7 +144,8 @@ def open_rows(arguments: Sequence[str]) -> list[Row]:
     """The rows of directories, or of NAME=PATTERN: every teacher once, then the students.
 
     Raises:
-      ValueError: a run is missing or not evaluated, two rows have one name, or scores do not mean the same.
+      ValueError: a run is missing or not evaluated, two rows have one name, or scores do not mean
+        the same.
     """
     groups = {}
     for argument in arguments:
@@ -167,7 +172,11 @@ def open_rows(arguments: Sequence[str]) -> list[Row]:
 
 
 def refuse_unlike(runs: Sequence[Run]):
-    """Raises ValueError if the scores of some runs do not compare with those of the first one, saying why, for each of them."""
+    """Checks that the scores of all runs mean the same.
+
+    Raises:
+      ValueError: those of some runs do not compare with those of the first one; says why.
+    """
     told, first = [], runs[0]
     for run in runs[1:]:
         differing = [keys for keys in SAME if _get(run, keys) != _get(first, keys)]
@@ -179,12 +188,16 @@ def refuse_unlike(runs: Sequence[Run]):
             told.append(f"{first.path} and {run.path} differ in {values}")
     if told:
         raise ValueError(
-            f"scores that do not mean the same: {'; '.join(told)}. Compare runs of one protocol, or evaluate them by one."
+            f"scores that do not mean the same: {'; '.join(told)}. Compare runs of one protocol, "
+            "or evaluate them by one."
         )
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The cells, the first row above the others: scores, network calls, milliseconds an image, seconds of training; means of several runs.
+    """Returns the cells of the table, its header first.
+
+    The columns are scores, network calls, milliseconds an image and seconds of training; several
+    runs in one row have their means.
 
     The row "real images" is of real ones, measured as if they were generated.
     """
@@ -233,7 +246,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def sampled(rows: Sequence[Row], count: int, batch_size: int) -> tuple[list, list[np.ndarray]]:
-    """What each row's first run makes of the noise with which evaluations begin, and of the same conditions.
+    """Makes images with each row's first run, from the noise and conditions of evaluations.
 
     Args:
       rows: the models.
@@ -244,7 +257,8 @@ def sampled(rows: Sequence[Row], count: int, batch_size: int) -> tuple[list, lis
       The texts or the labels, and of each row the images [count, H, W, C] in [-1, 1].
 
     Raises:
-      ValueError: the models have not the same shapes and conditions, or one has changed since its evaluation.
+      ValueError: the models have not the same shapes and conditions, or one has changed since its
+        evaluation.
     """
     found = [_find(row) for row in rows]
     kinds = [
@@ -262,7 +276,8 @@ def sampled(rows: Sequence[Row], count: int, batch_size: int) -> tuple[list, lis
                 for shape, image_shape, labels in (kinds[0], kind)
             )
             raise ValueError(
-                f"{rows[0].name} and {row.name} cannot stand in one picture: shapes {told}; leave one out, or give --out=."
+                f"{rows[0].name} and {row.name} cannot stand in one picture: shapes {told}; leave "
+                "one out, or give --out=."
             )
     conditions = _conditions(rows[0].runs[0], found[0], count)
     shape = found[0].stage.image_shape
@@ -308,7 +323,8 @@ def _find(row):
     now = workdir.version(run.path / stage)
     if then != now:
         raise ValueError(
-            f"the evaluation of {run.path} is of {stage} at {then}, which is now at {now}; evaluate the run again."
+            f"the evaluation of {run.path} is of {stage} at {then}, which is now at {now}; "
+            "evaluate the run again."
         )
     return model_lib.find(str(run.path), stage=stage)
 
@@ -398,12 +414,14 @@ def run(arguments: argparse.Namespace):
     """Prints the table, and writes the picture."""
     if min(arguments.count, arguments.batch_size) < 1:
         raise ValueError(
-            f"--count is {arguments.count} and --batch_size {arguments.batch_size}; expected at least 1."
+            f"--count is {arguments.count} and --batch_size {arguments.batch_size}; expected at "
+            "least 1."
         )
     out = arguments.out and storage.path(arguments.out)
     if out and (out.suffix not in (".png", ".jpg", ".webp") or not storage.has_parent(out)):
         raise ValueError(
-            f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists, or nothing."
+            f"--out is {out}; expected a .png, .jpg or .webp in a directory that exists, or "
+            "nothing."
         )
     rows = open_rows(arguments.runs)
     print(arguments.tell(table(rows)))
@@ -411,7 +429,8 @@ def run(arguments: argparse.Namespace):
         found.result["speedup"] for row in rows if row.role == "student" for found in row.runs
     ]
     print(
-        f"\nStudents are {np.mean(speedups):.1f} times as fast per image as their teachers ({min(speedups):.1f} to {max(speedups):.1f})."
+        f"\nStudents are {np.mean(speedups):.1f} times as fast per image as their teachers "
+        f"({min(speedups):.1f} to {max(speedups):.1f})."
     )
     if out:
         draw(out, rows, *sampled(rows, arguments.count, arguments.batch_size))

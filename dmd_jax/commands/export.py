@@ -1,4 +1,4 @@
-"""Writes what a stage has trained in the layout that its teacher came in: a diffusers directory, or safetensors of EDM's keys.
+"""Writes the weights of a stage as a diffusers directory, or as safetensors with EDM's keys.
 
 python -m dmd_jax export --workdir=/data/coco --stage=dmd --out=student
 """
@@ -28,19 +28,23 @@ def export(
         teacher = workdir_lib.teacher_directory(stage, workdir)
         if teacher is None:
             raise ValueError(
-                f"{workdir} did not start from a diffusers directory, whose autoencoder and text encoder an export needs."
+                f"{workdir} did not start from a diffusers directory, whose autoencoder and text "
+                "encoder an export needs."
             )
         if stage.settings.sampler["name"] != "one_step":
             raise ValueError(
-                f"{stage.name!r} needs many steps; only a one-step generator is exported as a diffusers directory."
+                f"{stage.name!r} needs many steps; only a one-step generator is exported as a "
+                "diffusers directory."
             )
         if (units := network.get("stack", 1)) > 1:
             raise ValueError(
-                f"{stage.name!r} trained a stack of {units} UNets, for which diffusers has no class; export a stage that has one."
+                f"{stage.name!r} trained a stack of {units} UNets, for which diffusers has no "
+                "class; export a stage that has one."
             )
         if stage.settings.program != "train":
             raise ValueError(
-                f"{stage.name!r} has trained nothing; use the directory that it was imported from, {teacher}."
+                f"{stage.name!r} has trained nothing; use the directory that it was imported from, "
+                f"{teacher}."
             )
         process = stage.denoiser.process
         trained_for = {
@@ -60,13 +64,15 @@ def export(
         or not storage.has_parent(out)
     ):
         raise ValueError(
-            f"--out is {out}; expected a file that ends in .safetensors, in a directory that exists."
+            f"--out is {out}; expected a file that ends in .safetensors, in a directory that "
+            "exists."
         )
     elif dtype != "float32":
         raise ValueError(f"--dtype is {dtype}; EDM's checkpoints are float32.")
     elif stage.model.process["name"] != "EDM":
         raise ValueError(
-            f"{stage.name!r} has the process {stage.model.process['name']}, which EDM's checkpoints cannot say; export one of the process EDM."
+            f"{stage.name!r} has the process {stage.model.process['name']}, which EDM's "
+            "checkpoints cannot say; export one of the process EDM."
         )
     else:
         edm.write(out, load(), network)

@@ -1,12 +1,13 @@
-"""What an image takes by the teacher and by the student: one protocol, so that the figure means the same everywhere.
+"""Times an image by the teacher and by the student, always in the same way.
 
 python -m dmd_jax latency --workdir=/data/coco --out=latency.json
 python -m dmd_jax latency --model=student --against=stable-diffusion-v1-5 --dtype=bfloat16
 
-Text encoder, network and decoder, each alone and all together, from what is on the host to what is there again; noise is drawn before. The
-first call of every shape, which compiles, is thrown away; then the median of some runs counts, the models in turn. Batch 1, on one device,
-says milliseconds an image. Then batches grow, on as many devices as divide them, until two in a row take no less an image than the best
-before them, or memory is short: the best of them says images a second.
+Text encoder, network and decoder are timed, each alone and all together, from what is on the host to
+what is there again; the noise is drawn before. The first call of every shape compiles and does not
+count; then the median of some runs counts, the models in turn. Batch 1, on one device, gives
+milliseconds an image. Then the batch size is raised, on as many devices as divide it, until two
+sizes in a row are no faster per image, or memory runs out; the best gives images per second.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Row(NamedTuple):
 
 
 def parts(model: model_lib.Model, batch_size: int, *, decodes: bool) -> dict[str, Callable]:
-    """What an image takes, as functions without arguments that end when their result is on the host.
+    """Returns the parts of making images, as functions that end when their result is on the host.
 
     Args:
       model: made for this batch size.
@@ -68,7 +69,8 @@ def parts(model: model_lib.Model, batch_size: int, *, decodes: bool) -> dict[str
       decodes: whether there is something between latents and images.
 
     Returns:
-      "text" and "decoder" where there are such, "network", and "together" where that is more than the network.
+      "text" and "decoder" where there are such, "network", and "together" where that is more than
+      the network.
     """
     texts, encode = [PROMPT] * batch_size, model.encoder and model.encoder.encode
     cond = (
@@ -139,7 +141,7 @@ def search(
 def measure(
     ready: Mapping[str, Mapping[str, Callable]], batch_size: int, repeats: int
 ) -> list[Row]:
-    """The rows of models whose `parts` have been called before: `repeats` times each part, one model after another."""
+    """Times the parts of models, which have been called before, `repeats` times in turn."""
     names = [
         (name, part)
         for part in (TEXT, NETWORK, DECODER, TOGETHER)
@@ -173,7 +175,10 @@ def _built(build, batch_size, later):
 
 
 def _would_not_fit():
-    """On the host: whether twice as much as ever is more than there is. Linux would end the process, and say nothing."""
+    """Returns whether twice the peak of memory is more than the host has.
+
+    Linux would end the process without a word.
+    """
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (
         jax.default_backend() == "cpu"
@@ -237,7 +242,8 @@ def table(result: dict) -> str:
         ratio, sizes = result[key]["ratio"], result[key]["batch_size"]
         alone = f"; the network alone {ratio[NETWORK]:.1f} times" if TOGETHER in columns else ""
         told.append(
-            f"{name.format(sizes[teacher], sizes[student])}: {student} is {ratio[TOGETHER]:.1f} times as fast as {teacher}{alone}"
+            f"{name.format(sizes[teacher], sizes[student])}: {student} is {ratio[TOGETHER]:.1f} "
+            f"times as fast as {teacher}{alone}"
         )
     return "\n".join(told)
 
@@ -251,7 +257,8 @@ def compare(found: Mapping[str, model_lib.Found], batch_sizes: Sequence[int], re
     shapes = {name: model.image_shape for name, model in found.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(
-            f"the images have the shapes {', '.join(f'{s} ({name})' for name, s in shapes.items())}; expected the same."
+            "the images have the shapes "
+            f"{', '.join(f'{s} ({name})' for name, s in shapes.items())}; expected the same."
         )
 
     def builder(model):
@@ -314,7 +321,8 @@ def find(arguments: argparse.Namespace) -> dict[str, model_lib.Found]:
         }
     if arguments.workdir or any(stages) or not (arguments.model and arguments.against):
         raise ValueError(
-            "expected either --workdir, and --teacher and --student if wanted, or --model and --against."
+            "expected either --workdir, and --teacher and --student if wanted, or --model and "
+            "--against."
         )
     paths = {"teacher": arguments.against, "student": arguments.model}
     return {name: model_lib.find(path, dtype=arguments.dtype) for name, path in paths.items()}
@@ -348,7 +356,8 @@ def run(arguments: argparse.Namespace):
     batch_sizes = [int(n) if n.strip().isdecimal() else 0 for n in arguments.batch_sizes.split(",")]
     if batch_sizes[0] != 1 or batch_sizes != sorted(set(batch_sizes)):
         raise ValueError(
-            f"--batch_sizes is {arguments.batch_sizes}; expected growing numbers from 1 on, such as 1,2,4,8."
+            f"--batch_sizes is {arguments.batch_sizes}; expected growing numbers from 1 on, such "
+            "as 1,2,4,8."
         )
     if arguments.repeats < 1:
         raise ValueError(f"--repeats is {arguments.repeats}; expected at least 1.")
@@ -359,7 +368,8 @@ def run(arguments: argparse.Namespace):
     result = compare(found, batch_sizes, arguments.repeats)
     dtypes = ", ".join(dict.fromkeys(model["dtype"] for model in result["models"].values()))
     print(
-        f"{'x'.join(map(str, result['resolution']))} pixels, {dtypes}; medians (least to most) of {arguments.repeats} runs"
+        f"{'x'.join(map(str, result['resolution']))} pixels, {dtypes}; medians (least to most) of "
+        f"{arguments.repeats} runs"
     )
     print(table(result))
     if arguments.out:

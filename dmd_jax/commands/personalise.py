@@ -1,9 +1,9 @@
-"""Gives a model, of one step or many, what others have trained on top of its ancestor: LoRA files, or a model fine-tuned by DreamBooth.
+"""Adds LoRA files, or the difference of a fine-tuned model, to a model of one step or many.
 
 python -m dmd_jax personalise --model=student --lora=style.safetensors:0.8 --out=styled
-python -m dmd_jax personalise --model=student --custom=dreamshaper --base=stable-diffusion-v1-5 --out=dreams
+python -m dmd_jax personalise --model=student --custom=CUSTOM --base=BASE --out=OUT
 
-    W += multiplier * (alpha / rank) * up @ down,    W += alpha * (W_custom - W_base)            see `weights.lora`
+    W += multiplier * (alpha / rank) * up @ down,    W += alpha * (W_custom - W_base)
 """
 
 import argparse
@@ -42,7 +42,7 @@ def personalise(
     base: str | os.PathLike | None = None,
     alpha: float = 1.0,
 ):
-    """Writes the directory `out`: `model` with other weights, in float32; its settings and its scheduler stay.
+    """Writes `model` with other weights, in float32, as the directory `out`.
 
     Args:
       model: a diffusers directory, or a name on the hub, as are `custom` and `base`.
@@ -53,11 +53,13 @@ def personalise(
       alpha: of the difference of the two.
 
     Raises:
-      ValueError: there is nothing to do; something is missing, damaged or of another architecture; or `out` cannot be made.
+      ValueError: there is nothing to do; something is missing, damaged or of another architecture;
+        or `out` cannot be made.
     """
     if (custom is None) != (base is None):
         raise ValueError(
-            f"custom is {custom} and base is {base}; what is added is the difference of the two: give both, or none."
+            f"custom is {custom} and base is {base}; what is added is the difference of the two: "
+            "give both, or none."
         )
     if not loras and custom is None:
         raise ValueError("there is nothing to do; give a LoRA, or a custom model and its base.")
@@ -67,7 +69,8 @@ def personalise(
         )
     if not all(map(math.isfinite, (alpha, *(multiplier for _, multiplier in loras)))):
         raise ValueError(
-            f"alpha is {alpha}, multipliers are {[multiplier for _, multiplier in loras]}; expected finite numbers."
+            f"alpha is {alpha}, multipliers are {[multiplier for _, multiplier in loras]}; "
+            "expected finite numbers."
         )
     diffusers_write.check_vacant(out, model)
     model, custom, base = (
@@ -107,7 +110,7 @@ def personalise(
 
 
 def _turned(directory, tensors):
-    """The last convolution with the sign that it was trained with, and back: what is added to it knows no other."""
+    """Turns the sign of the last convolution to that of its training, and back."""
     scheduler = directory / "scheduler/scheduler_config.json"
     if not scheduler.exists() or not diffusers_files.read_json(scheduler).get(
         diffusers_write.NEGATED
@@ -121,7 +124,8 @@ def _turned(directory, tensors):
 def _check_folders(directory, names):
     if missing := [name for name in names if not (directory / name).is_dir()]:
         raise ValueError(
-            f"{directory} has no {'/, '.join(missing)}/; expected a whole directory in the layout of diffusers."
+            f"{directory} has no {'/, '.join(missing)}/; expected a whole directory in the layout "
+            "of diffusers."
         )
 
 

@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace):
         prompts += [line.strip() for line in lines if line.strip()]
     if bool(prompts) == bool(arguments.label) or arguments.count < 1 or arguments.repeats < 0:
         raise ValueError(
-            "expected either texts, by --prompt or --prompts, or --label; --count of at least 1, --repeats of at least 0."
+            "expected either texts, by --prompt or --prompts, or --label; --count of at least 1, "
+            "--repeats of at least 0."
         )
     prompts = prompts or arguments.label
     changes = {
@@ -124,7 +125,8 @@ def run(arguments: argparse.Namespace):
             else f"{model.sampler.nfe} network calls each"
         )
         print(
-            f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), {calls}"
+            f"{len(images)} images in {sum(model.seconds.values()):.3f} s{compiled} ({parts}), "
+            f"{calls}"
         )
     columns = min(len(images), 8)
     with storage.writing(out) as file:
@@ -137,6 +139,7 @@ def _read_control(path):
     with Image.open(storage.local(path)) as picture:
         if picture.mode not in ("1", "L", "RGB") or "transparency" in picture.info:
             raise ValueError(
-                f"{path} has mode {picture.mode}, expected RGB or grey without transparency; convert it first."
+                f"{path} has mode {picture.mode}, expected RGB or grey without transparency; "
+                "convert it first."
             )
         return np.asarray(picture.convert("RGB"), np.float32) / 255

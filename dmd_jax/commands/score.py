@@ -145,7 +145,8 @@ def _images(protocol, path, count):
     height = source[0]["image"].shape[0]
     if protocol.sizes and height not in protocol.sizes:
         raise ValueError(
-            f"{path}: the images have {height}x{height} pixels, expected {' or '.join(map(str, protocol.sizes))} for the protocol "
+            f"{path}: the images have {height}x{height} pixels, expected "
+            f"{' or '.join(map(str, protocol.sizes))} for the protocol "
             f"{protocol.name}; choose another one."
         )
     if count < suite.LEAST:
@@ -154,7 +155,8 @@ def _images(protocol, path, count):
     if len(source) < needed:
         ranges = f", {count} of each of {protocol.ranges} ranges of seeds" * (protocol.ranges > 1)
         raise ValueError(
-            f"{path} has {len(source)} images, but {protocol.name} measures {needed}{ranges}; make more of them, or give another --count, "
+            f"{path} has {len(source)} images, but {protocol.name} measures {needed}{ranges}; make "
+            "more of them, or give another --count, "
             "which then stands in the names of the scores."
         )
     return source
@@ -169,12 +171,14 @@ def _captions(arguments, count):
         lines = storage.local(arguments.captions).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"--captions={arguments.captions} is no text file in UTF-8 ({error}); give one with a caption a line."
+            f"--captions={arguments.captions} is no text file in UTF-8 ({error}); give one with a "
+            "caption a line."
         ) from error
     texts = [line.strip() for line in lines if line.strip()]
     if len(texts) != count:
         raise ValueError(
-            f"{arguments.captions} has {len(texts)} captions, but there are {count} images; give one line for each image."
+            f"{arguments.captions} has {len(texts)} captions, but there are {count} images; give "
+            "one line for each image."
         )
     return texts
 
@@ -186,7 +190,8 @@ def _suite(protocol, parallel, arguments):
     if protocol.features["name"] == "classifier":
         if arguments.weights:
             raise ValueError(
-                f"the protocol {protocol.name} trains its features itself, expected no --weights; leave them out."
+                f"the protocol {protocol.name} trains its features itself, expected no --weights; "
+                "leave them out."
             )
         features = {
             "path": str(storage.cache("statistics") / f"{protocol.name.partition(':')[0]}.npz")
@@ -213,7 +218,8 @@ def _real(protocol, settings, path, images):
     )
     if path and "path" not in parameters:
         raise ValueError(
-            f"the protocol {protocol} has real images of its own, expected no --reference, got {path}; leave it out."
+            f"the protocol {protocol} has real images of its own, expected no --reference, got "
+            f"{path}; leave it out."
         )
     if path:
         settings["path"] = path

@@ -1,4 +1,4 @@
-"""Builds what a config describes: its stages, and for each of them samplers, recipes, data and devices.
+"""Builds what a config describes: its stages, and for each its sampler, recipe, data and devices.
 
 Nothing outside of this folder and `main` sees a config: a stage's program gets a `Stage`.
 """
@@ -31,7 +31,7 @@ FITS = {
     "flow": process_lib.RectifiedFlow,
     "flow_to_data": process_lib.RectifiedFlow,
 }
-# The prediction of a stage that is a rectified flow by the change of variables from the run's process.
+# The prediction of a rectified flow by the change of variables from the run's process.
 RECTIFIED = "rectified"
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 EVALUATION_SEED = 2**32  # far from the seeds of runs
@@ -102,7 +102,7 @@ class Stage:
         return evaluations[0] if evaluations else None
 
     def changed(self, run: dict | None = None, **settings) -> "Stage":
-        """Returns the stage with other settings, of its run or of its own; its network stays as it is."""
+        """Returns the stage with other settings of its run and its own; its network stays."""
         return dataclasses.replace(
             self,
             run=dataclasses.replace(self.run, **(run or {})),
@@ -211,7 +211,7 @@ def quantized(stage: Stage, params: dict, cond: np.ndarray) -> tuple[denoiser_li
 
 
 def flow(stage: Stage) -> denoiser_lib.Denoiser:
-    """Builds the denoiser of a stage as a rectified flow: by the change of variables if it is none."""
+    """Builds a stage's denoiser as a rectified flow, by the change of variables if need be."""
     denoiser = stage.denoiser
     if isinstance(denoiser.process, process_lib.RectifiedFlow):
         return denoiser
@@ -254,7 +254,7 @@ def distance(name: str, **settings) -> tuple[Callable, dict | None]:
     """Builds a distance `(params, x, y) -> [B]`, and its parameters.
 
     Args:
-      name: "lpips", a function of dmd_jax/losses.py, or a `make` of the user's own that returns both.
+      name: "lpips", a function of dmd_jax/losses.py, or the user's own, which returns both.
       **settings: of `lpips_distance`, or of that `make`.
     """
     if name == "lpips":
@@ -293,7 +293,7 @@ def text_encoder(run: settings_lib.Run, parallel: sharding.Parallel) -> encoders
 
 
 def null_cond(run: settings_lib.Run, workdir: storage.Path):
-    """Returns the condition that stands for none: a label, or what is in the file that the run names.
+    """Returns the condition that stands for none: a label, or the content of a file.
 
     Raises:
       ValueError: there is no such file yet.
@@ -321,7 +321,7 @@ def sampler_for_stage(stage: Stage, workdir: storage.Path) -> samplers.Sampler:
 
 
 def straightness(stage: Stage, workdir: storage.Path, num_steps: int) -> Callable:
-    """Builds `samplers.straightness` of a stage's model as a rectified flow, guided as its sampler is."""
+    """Builds `samplers.straightness` of a stage as a flow, guided as its sampler is."""
     denoiser = flow(stage)
     null = null_for(stage.settings.sampler, stage.run, workdir)
     denoise = denoiser_lib.guided(denoiser, stage.guidance_scale, null)
@@ -346,7 +346,7 @@ def guided_sampler(
 def sampler_from_settings(
     settings: dict, denoise: Callable | None, process, name: str
 ) -> samplers.Sampler:
-    """As `guided_sampler`, of a function that is guided already; None for one that is never called."""
+    """Builds a sampler of a function that is guided already; None if it is never called."""
     if not isinstance(settings, Mapping) or "name" not in settings:
         raise ValueError(
             f"{name} is {settings!r}, expected the name of a sampler and its settings."
@@ -375,7 +375,7 @@ def open_source(settings: dict, workdir: storage.Path):
 
 
 def checked_source(stage: Stage, settings: dict, workdir: storage.Path):
-    """As `open_source`, for what the run's networks take or are compared with.
+    """Opens a source of what the run's networks take or are compared with; see `open_source`.
 
     Raises:
       ValueError: there is no such source, or some of its images or labels do not fit the networks.

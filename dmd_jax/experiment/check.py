@@ -217,7 +217,8 @@ def _check_evaluation(stage):
         _check_sampled(stage, row.stage, f"{where}.stage")
         if row.stage not in stage.run.stages:
             raise ValueError(
-                f"{where}.stage {row.stage!r} is not among the stages: {', '.join(stage.run.stages)}."
+                f"{where}.stage {row.stage!r} is not among the stages: "
+                f"{', '.join(stage.run.stages)}."
             )
         process = stage.stages[row.stage].denoiser.process
         build.sampler_from_settings(row.sampler, None, process, f"{where}.sampler")

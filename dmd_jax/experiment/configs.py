@@ -20,8 +20,8 @@ def load(name: str) -> ml_collections.ConfigDict:
     """Loads a config, filled up with the defaults of what it does not say.
 
     Args:
-      name: of one that the package has, such as "digits", or the path of a file with `get_config`; a
-        word after a colon picks a variant.
+      name: of one that the package has, such as "digits", or the path of a file with
+        `get_config`; a word after a colon picks a variant.
 
     Raises:
       ValueError: there is no such config, or it has no such variant.

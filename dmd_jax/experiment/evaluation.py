@@ -133,7 +133,7 @@ def floor(
 
 
 def conditions(stage: build.Stage, workdir: storage.Path):
-    """Opens the data source of what generated images are to show, that of the evaluation's protocol."""
+    """Opens the data source of what generated images are to show."""
     settings = filled(stage, protocols.find(stage.settings.protocol), "conditions")
     return build.checked_source(stage, settings, workdir)
 

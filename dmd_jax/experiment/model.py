@@ -1,10 +1,8 @@
 """Images from prompts or labels, by what a run has trained or by a diffusers directory.
 
-python -m dmd_jax sample --workdir=/data/coco --prompt="a photograph of an astronaut riding a horse" --out=astronaut.png
-
-    import dmd_jax
-    model = dmd_jax.load("/data/coco")
-    images = model(["a photograph of an astronaut riding a horse"], seed=0)     # [1, 512, 512, 3] float32 in [-1, 1]
+import dmd_jax
+model = dmd_jax.load("/data/coco")
+images = model(["a red apple"], seed=0)  # [1, 512, 512, 3] float32 in [-1, 1]
 """
 
 import dataclasses
@@ -72,7 +70,8 @@ class Model(NamedTuple):
           prompts: of text, or class labels.
           seed: image i follows from (seed, i), the weights and prompt i.
           noise: unit Gaussian [N, h, w, c] in place of the seed's.
-          control: what the ControlNet is shown, RGB [H, W, 3] in [0, 1]: an image for each prompt, or one for all of them.
+          control: what the ControlNet is shown, RGB [H, W, 3] in [0, 1]: an image for each
+            prompt, or one for all of them.
           control_scale: what its residuals are multiplied by; 0 is the UNet alone.
 
         Raises:
@@ -109,14 +108,16 @@ class Model(NamedTuple):
                 or labels.max() >= max(self.num_classes, 1)
             ):
                 raise ValueError(
-                    f"expected labels from 0 to {max(self.num_classes, 1) - 1}, got {prompts}; this network knows no texts."
+                    f"expected labels from 0 to {max(self.num_classes, 1) - 1}, got {prompts}; "
+                    "this network knows no texts."
                 )
             return labels.astype(np.int32)
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"expected texts, got {prompts}.")
         for i in self.encoder.truncated(prompts):
             warnings.warn(
-                f"prompt {i} is longer than {self.encoder.shape[0]} tokens and is cut: {prompts[i][:60]!r}...",
+                f"prompt {i} is longer than {self.encoder.shape[0]} tokens and is cut: "
+                f"{prompts[i][:60]!r}...",
                 stacklevel=4,
             )
         return self.encoder.encode(prompts)
@@ -132,25 +133,30 @@ class Model(NamedTuple):
         if self.control_shape is None:
             if images is not None or scale != 1:
                 raise ValueError(
-                    "control needs a ControlNet, expected none here; load the model with controlnet=directory."
+                    "control needs a ControlNet, expected none here; load the model with "
+                    "controlnet=directory."
                 )
             return {}
         if images is None:
             raise ValueError(
-                f"expected control, images {self.control_shape} for the ControlNet; give one, or load the model without it."
+                f"expected control, images {self.control_shape} for the ControlNet; give one, or "
+                "load the model without it."
             )
         for i, image in enumerate(images):
             if np.shape(image) != self.control_shape:
                 raise ValueError(
-                    f"control image {i} has shape {np.shape(image)}, expected {self.control_shape}; resize the images first."
+                    f"control image {i} has shape {np.shape(image)}, expected "
+                    f"{self.control_shape}; resize the images first."
                 )
             if not (np.min(image) >= 0 and np.max(image) <= 1):
                 raise ValueError(
-                    f"control image {i} is from {np.min(image)} to {np.max(image)}, expected 0 to 1; divide bytes by 255."
+                    f"control image {i} is from {np.min(image)} to {np.max(image)}, expected 0 to "
+                    "1; divide bytes by 255."
                 )
         if len(images) not in (1, n) or not math.isfinite(scale):
             raise ValueError(
-                f"got {len(images)} control images of scale {scale} for {n} prompts; expected 1 or {n}, of a finite scale."
+                f"got {len(images)} control images of scale {scale} for {n} prompts; expected 1 or "
+                f"{n}, of a finite scale."
             )
         control = np.asarray(images, np.float32)
         return {
@@ -199,9 +205,11 @@ def load(
       stage: of a workdir; the evaluation's student if not given.
       batch_size: images that are made at once; spread over as many devices as divide it.
       dtype: of the network; the config's, or float32, if not given.
-      sampler: what differs from the stage's own settings, such as dict(num_steps=20) or dict(name="ddim", num_steps=50). Of a directory
-        they are PIPELINE, or one step where `export` has written it or model_index.json names a RectifiedFlowPipeline: InstaFlow, from
-        which a 2-rectified flow cannot be told: give it dict(name="euler", num_steps=25, guidance_scale=1.5).
+      sampler: what differs from the stage's own settings, such as dict(num_steps=20) or
+        dict(name="ddim", num_steps=50). Those of a directory are PIPELINE; they are one step where
+        `export` has written it, or where model_index.json names a RectifiedFlowPipeline, which
+        InstaFlow is. A 2-rectified flow has the same name, but needs
+        dict(name="euler", num_steps=25, guidance_scale=1.5).
       controlnet: the diffusers directory of a ControlNet, or its name on the hub.
       quantize: "int8" for weights and activations in eight bits.
 
@@ -293,7 +301,7 @@ def make_model(found: Found, batch_size: int) -> Model:
 
 
 def _with_controlnet(path, stage, params, parallel):
-    """A stage's network with a ControlNet, the parameters of both, and the shape of a control image."""
+    """A network with a ControlNet, the parameters of both, and the shape of a control image."""
     settings, tensors = diffusers.controlnet(diffusers.find(path))
     network = lookup.find("models", settings.pop("name"))(
         **settings, dtype=stage.run.network["dtype"]
@@ -318,7 +326,8 @@ def _override(settings, changes):
     if "num_steps" not in inspect.signature(make).parameters:
         if "num_steps" in changes:
             raise ValueError(
-                f"num_steps is {changes['num_steps']}, but the sampler is {settings['name']}; name another one."
+                f"num_steps is {changes['num_steps']}, but the sampler is {settings['name']}; name "
+                "another one."
             )
         settings.pop("num_steps", None)
     elif "num_steps" not in settings:

@@ -1,10 +1,10 @@
-"""What a config may say: the settings of a run, and of a stage by its `program`, with their defaults.
+"""What a config may say: the settings of a run, and of a stage by its `program`, with defaults.
 
-A config (ml_collections) says what differs from these. `complete` fills it up, so that every key can
-be overridden from the command line, and `read` turns it into frozen dataclasses, once.
+A config (ml_collections) says what differs from these. `complete` fills it up, so that every key
+can be overridden from the command line, and `read` turns it into frozen dataclasses, once.
 
-A dict is the arguments of a function that is named in it (`name`, or `source` for data); the function's
-own signature is what it is checked against.
+A dict holds the arguments of a function that is named in it (`name`, or `source` for data); it is
+checked against the signature of that function.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ class Train(Stage):
     batch_size: int = setting(least=1)  # of each stream, over all devices
     num_steps: int = setting(least=1, may_change=True)  # the last step
     init_from: str = setting("")  # the stage whose weights it starts from; "" = random weights
-    # The stage whose optimizers and critic are taken too, and whose steps are counted on; "" = none.
+    # The stage whose optimizers and critic it takes, and whose steps it counts on; "" = none.
     continues: str = setting("")
     # Pieces that each device cuts its share of the batch into.
     accumulation: int = setting(1, least=1, may_change=True)
@@ -146,7 +146,7 @@ class Train(Stage):
     preview_images: int = setting(100, least=1, may_change=True)
     scores: Scores | None = setting(None)  # None = the stage is not measured while it trains
     best_metric: str = setting("")  # also keep the checkpoint that has the lowest; "" = none
-    # The evaluation whose conditions, reference and features previews and scores use; "" = the first.
+    # The evaluation whose conditions and real images previews and scores use; "" = the first.
     evaluation: str = setting("", may_change=True)
 
 
@@ -232,7 +232,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def stage_names(config: Mapping) -> tuple[str, ...]:
-    """Returns the names of the stages that run, in order, and of those that a config has besides."""
+    """Returns the names of the stages that run, in order, and of a config's other stages."""
     others = [key for key, value in config.items() if hasattr(value, "keys") and "program" in value]
     return tuple(dict.fromkeys((*config.get("stages", ()), *others)))
 
@@ -257,7 +257,7 @@ def read(config: Mapping) -> tuple[Run, dict[str, Stage]]:
     """Reads a config, given as plain dicts, as the settings of its run and of each of its stages.
 
     Raises:
-      ValueError: a key is unknown or missing, or a value has another type or is too low; all at once.
+      ValueError: keys are unknown or missing, or values have another type or are too low.
     """
     faults = []
     if not config.get("stages"):

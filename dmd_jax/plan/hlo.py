@@ -213,7 +213,8 @@ def _groups(i, devices):
     elif found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", a):
         groups = _tiles(numbers(found[2]), numbers(found[3] or "")).reshape(numbers(found[1]))
     elif found := re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(['\w,]*)\}",
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+        r"\{(['\w,]*)\}",
         a,
     ):
         axes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}

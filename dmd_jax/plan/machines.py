@@ -101,7 +101,8 @@ def find(name: str) -> Target:
     )
     gpus = ", ".join(f"gpu:Nx{chip}" for chip in GPUS)
     raise ValueError(
-        f"no machine {name!r}; there are: {slices}; {gpus} with N = 1 to {PER_HOST} or a multiple of {PER_HOST}; cpu:N."
+        f"no machine {name!r}; there are: {slices}; {gpus} with N = 1 to {PER_HOST} or a multiple "
+        f"of {PER_HOST}; cpu:N."
     )
 
 
@@ -212,7 +213,8 @@ def _cpu(count):
     devices = jax.devices()
     if len(devices) < int(count):
         raise ValueError(
-            f"jax has started with {len(devices)} CPU devices; cpu:{count} needs a process of its own."
+            f"jax has started with {len(devices)} CPU devices; cpu:{count} needs a process of its "
+            "own."
         )
     about = f"{count} CPU devices; memory and traffic are those of the compiler for CPUs, which computes in float32 what is bfloat16"
     return Target(f"cpu:{count}", devices[: int(count)], None, about, None, {})

@@ -60,7 +60,8 @@ def describe(stage: build.Stage, machine: machines.Target, plan: Plan) -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = [
         "",
-        f"{stage.name}: {plan.parameters:,} parameters; batch {batch}, accumulation {plan.accumulation}: {pieces} at a time on each of {chips}",
+        f"{stage.name}: {plan.parameters:,} parameters; batch {batch}, accumulation "
+        f"{plan.accumulation}: {pieces} at a time on each of {chips}",
         f"mesh {mesh}",
         ", ".join(f"{what} {s:.1f} s" for what, s in plan.seconds.items())
         + f", at most {gib(peak)} GiB of this machine's memory",
@@ -99,15 +100,18 @@ def gib(size: float) -> str:
 def _work(plan):
     lines = [
         "",
-        f"a step, on each chip: {plan.operations / 1e12:.4g} TFLOP in convolutions and matrix products, counted",
+        f"a step, on each chip: {plan.operations / 1e12:.4g} TFLOP in convolutions and matrix "
+        "products, counted",
     ]
     if plan.compiled_operations:
         lines.append(
-            f"  {plan.compiled_operations / 1e12:.4g} TFLOP in all, compiled, and the rounds of loops after the first, counted"
+            f"  {plan.compiled_operations / 1e12:.4g} TFLOP in all, compiled, and the rounds of "
+            "loops after the first, counted"
         )
     if plan.accessed:
         lines.append(
-            f"  {plan.accessed / 1e9:.4g} GB accessed, compiled; loops repeated in proportion to what their text moves, derived"
+            f"  {plan.accessed / 1e9:.4g} GB accessed, compiled; loops repeated in proportion to "
+            "what their text moves, derived"
         )
     return lines
 
@@ -123,7 +127,8 @@ def _sent(plan):
         row[:] = row[0] + c.count, row[1] + c.count * c.size, row[2] + c.sent
     lines = [
         "",
-        "collectives of a step, counted in the compiled program; whole arrays, and what each chip sends, in MB",
+        "collectives of a step, counted in the compiled program; whole arrays, and what each chip "
+        "sends, in MB",
     ]
     if not rows:
         return [*lines, "  none"]
@@ -134,7 +139,8 @@ def _sent(plan):
         rows.items(), key=lambda row: -row[1][2]
     ):
         lines.append(
-            f"  {kind:<20}{name:<7}{among:>6}{count:>7}{size / 1e6:>11.3f}{sent / 1e6:>11.3f}  {what}"
+            f"  {kind:<20}{name:<7}{among:>6}{count:>7}{size / 1e6:>11.3f}{sent / 1e6:>11.3f}  "
+            f"{what}"
         )
     total, whole = sum(c.sent for c in plan.collectives), 4 * plan.parameters
     share = f"the parameters of one network are {whole / 1e6:.3f} MB in float32: {total / whole:.2f} times"
@@ -187,6 +193,8 @@ def _bound(stage, machine, plan):
     length = f"{hours:.3g} hours, {hours * chips:.3g} chip-hours"
     return [
         "",
-        f"no step is faster than these figures at the chip's published peaks, in seconds, derived: {each}; bound by {limit}",
-        f"at that bound {rows:.0f} rows/s; {steps:,} steps of {stage.name} in {length}; the other stages are not in it",
+        "no step is faster than these figures at the chip's published peaks, in seconds, derived: "
+        f"{each}; bound by {limit}",
+        f"at that bound {rows:.0f} rows/s; {steps:,} steps of {stage.name} in {length}; the other "
+        "stages are not in it",
     ]

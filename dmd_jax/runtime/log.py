@@ -1,4 +1,7 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, a progress bar and grids of images. Only the first process tells anything."""
+"""Writes what a run reports: metrics.jsonl, TensorBoard events, a progress bar and pictures.
+
+Only the first process writes.
+"""
 
 import json
 import os
@@ -24,12 +27,11 @@ class Writer:
         if self._active:
             self._files = storage.Growing(directory)
             path = self._files.path / "metrics.jsonl"
-            kept = [
-                row for row in read(directory) if row["step"] <= start
-            ]  # those of steps about to be redone are dropped
+            # Rows of steps that are about to be redone are dropped.
+            kept = [row for row in read(directory) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
-            # Not SummaryWriter, whose thread dies on a full disk, and whose queue then waits for it for ever.
+            # Not SummaryWriter: its thread dies on a full disk, and its queue then waits for ever.
             self._events = event_file_writer.EventsWriter(str(self._files.path / "events"))
             restart = event_pb2.SessionLog(
                 status=event_pb2.SessionLog.START
@@ -51,7 +53,7 @@ class Writer:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tell(step, summary.scalar(name, value))
+            self._write_event(step, summary.scalar(name, value))
         self._events.flush()
         self._files.grown()
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -66,10 +68,10 @@ class Writer:
             path = self._files.path / "samples" / f"{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
-            self._tell(step, summary.image("samples", picture, dataformats="HWC"))
+            self._write_event(step, summary.image("samples", picture, dataformats="HWC"))
             self._events.flush()
 
-    def _tell(self, step, what):
+    def _write_event(self, step, what):
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=what))
 
     def advance(self, step: int):
@@ -102,7 +104,10 @@ def read(directory: str | os.PathLike) -> list[dict]:
 
 
 def seconds(directory: str | os.PathLike) -> float | None:
-    """How long the steps of a stage took, without compiling, by the speeds in its metrics.jsonl; None if there are none."""
+    """Returns how long the steps of a stage took, without compiling, by its metrics.jsonl.
+
+    It is None where there are no speeds.
+    """
     rows = [row for row in read(directory) if "steps_per_second" in row]
     if not rows:
         return None

@@ -1,7 +1,7 @@
-"""The stage that turns captions, and images where there are any, into what the networks take: embeddings of the text, and latents.
+"""The stage that turns captions into embeddings, and their images, if there are any, into latents.
 
-Rows that cannot be read (a damaged image, an image that is not there, an empty caption) are left out, counted and listed; too many are
-refused.
+Rows that cannot be read (a damaged or missing image, an empty caption) are left out, counted and
+listed; too many are refused.
 """
 
 import math
@@ -21,7 +21,7 @@ NULL = "null.npy"  # the embedding of the empty text
 
 
 def done(stage: build.Stage, workdir: storage.Path) -> bool:
-    """Whether everything is there, of the captions that the config names and by its encoders."""
+    """Returns whether everything is there, of the config's captions and by its encoders."""
     directory = workdir / stage.name
     if not (directory / records.MANIFEST).exists():
         return False
@@ -41,7 +41,8 @@ def run(stage: build.Stage, workdir: storage.Path):
     Every process makes some of the shards, on its own devices.
 
     Raises:
-      ValueError: too many rows cannot be read, the images do not fit the network, or the directory holds other captions.
+      ValueError: too many rows cannot be read, the images do not fit the network, or the directory
+        holds other captions.
     """
     settings = stage.settings
     directory = workdir / stage.name
@@ -76,7 +77,7 @@ def run(stage: build.Stage, workdir: storage.Path):
             )
         records.claim(directory, manifest)  # not before the first shard is known to fit
         cut = [texts[k] for k in encoder.truncated(texts)]
-        storage.write_json(_told(paths[i]), {"texts": texts, "skipped": bad, "truncated": cut})
+        storage.write_json(_sidecar(paths[i]), {"texts": texts, "skipped": bad, "truncated": cut})
         records.write_shard(paths[i], arrays)
     distributed.barrier("shards")
     if jax.process_index() == 0:
@@ -86,12 +87,15 @@ def run(stage: build.Stage, workdir: storage.Path):
 def _read(source, path, i, shard_size):
     """The rows of shard i that can be read, or None if it is there, and why the others cannot."""
     if path.exists():
-        return None, storage.read_json(_told(path))["skipped"]
+        return None, storage.read_json(_sidecar(path))["skipped"]
     return captions.readable(source, range(i * shard_size, min((i + 1) * shard_size, len(source))))
 
 
 def _refuse_if_many(skipped, count, directory):
-    """By all processes together. What there is goes: it could not be told from shards of the source once it is mended."""
+    """Refuses too many skipped rows, counted over all processes, and removes the shards.
+
+    They could not be told from shards of the source once it is mended.
+    """
     elsewhere = distributed.gather(len(skipped)).sum() - len(skipped)
     try:
         captions.refuse_if_many([*skipped, *["told by another process"] * elsewhere], count)
@@ -107,11 +111,13 @@ def _encode_images(encode, rows, shape, stage):
     first, *_ = rows.values()
     if "image" not in first:
         raise ValueError(
-            f"{stage}: expected captions with images for latents, got texts alone; name the images, or set latents=False."
+            f"{stage}: expected captions with images for latents, got texts alone; name the "
+            "images, or set latents=False."
         )
     for i, row in rows.items():
         if row["image"].shape != first["image"].shape:
-            got = f"{row['image'].shape} in row {i}, unlike {first['image'].shape} in row {next(iter(rows))}"
+            others = f"{first['image'].shape} in row {next(iter(rows))}"
+            got = f"{row['image'].shape} in row {i}, unlike {others}"
             raise ValueError(
                 f"{stage}: expected images of one shape, got {got}; set {stage}.captions.size."
             )
@@ -119,14 +125,15 @@ def _encode_images(encode, rows, shape, stage):
     if list(made.shape[1:]) != shape:
         got = f"{made.shape[1:]} of images {first['image'].shape}"
         raise ValueError(
-            f"{stage}: expected latents {tuple(shape)} as the network's, got {got}; change {stage}.captions.size."
+            f"{stage}: expected latents {tuple(shape)} as the network's, got {got}; change "
+            f"{stage}.captions.size."
         )
     return made
 
 
 def _finish(directory, manifest, null):
     """What the shards tell, in one place."""
-    told = [storage.read_json(_told(path)) for path in records.shard_paths(directory, manifest)]
+    told = [storage.read_json(_sidecar(path)) for path in records.shard_paths(directory, manifest)]
     whole = {
         key: [item for shard in told for item in shard[key]]
         for key in ("texts", "skipped", "truncated")
@@ -178,6 +185,6 @@ def _prepare(stage, workdir):
     return manifest, source, encoder
 
 
-def _told(path):
-    """What a shard cannot hold."""
+def _sidecar(path):
+    """Returns the path of the JSON beside a shard."""
     return path.with_suffix(".json")

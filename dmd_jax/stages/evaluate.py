@@ -1,4 +1,6 @@
-"""The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir.
+"""The stage that measures the one-step generator against its teacher.
+
+It writes evaluation.json and report.png into its directory of the workdir.
 
 python -m dmd_jax score measures images in files; see dmd_jax/commands/score.py.
 """
@@ -42,7 +44,7 @@ class Measured(NamedTuple):
 
 
 def done(stage: build.Stage, workdir: storage.Path) -> bool:
-    """Returns whether the result is about the checkpoints that are there now, by the same protocol."""
+    """Returns whether the result is of the checkpoints that are there, by the same protocol."""
     path = workdir / stage.name / RESULT
     written = path.exists() and (workdir / stage.name / REPORT).exists()
     result = storage.read_json(path) if written else {}
@@ -249,7 +251,7 @@ def _asked(stage, workdir):
 
 
 def _content(settings, workdir):
-    """What a source is known by: its content if it knows that, wherever it lies; else its settings."""
+    """What identifies a source: its content if it knows that, else its settings."""
     if not settings or settings.get("path") == "":
         return settings
     digest = getattr(build.open_source(settings, workdir), "digest", None)

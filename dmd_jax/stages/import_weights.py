@@ -1,6 +1,7 @@
 """The stage that brings a public checkpoint into the workdir.
 
-EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted; a diffusers directory is checked and used where it lies.
+EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted; a diffusers directory
+is checked and used where it lies.
 """
 
 import json
@@ -14,7 +15,11 @@ from dmd_jax.weights import diffusers, edm, published, state_dict
 
 
 def done(stage: build.Stage, workdir: storage.Path) -> bool:
-    """Whether the weights are there, whole, and those of the file that the config names, if that is still at hand."""
+    """Returns whether the weights are there and whole.
+
+    Raises:
+      ValueError: they are not those of the file that the config names.
+    """
     source, weights = (
         workdir / stage.name / name for name in (workdir_lib.SOURCE, workdir_lib.WEIGHTS)
     )
@@ -38,7 +43,8 @@ def run(stage: build.Stage, workdir: storage.Path):
     """Imports `checkpoint`, by process 0.
 
     Raises:
-      ValueError: there is no such file, it is not safe to read, or it is of another network or process than the config's.
+      ValueError: there is no such file, it is not safe to read, or it is of another network or
+        process than the config's.
     """
     if jax.process_index() > 0:
         return

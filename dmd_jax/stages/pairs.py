@@ -1,4 +1,7 @@
-"""The stage that runs the teacher's ODE from noise to images and keeps both (DMD, arXiv 2311.18828, section 3.3)."""
+"""The stage that runs the teacher's ODE from noise to images and keeps both.
+
+That is section 3.3 of DMD (arXiv 2311.18828).
+"""
 
 import math
 
@@ -15,7 +18,7 @@ from dmd_jax.weights import digests
 
 
 def done(stage: build.Stage, workdir: storage.Path) -> bool:
-    """Whether every shard is there, made by the teacher that is there now."""
+    """Returns whether every shard is there, made by the teacher that is there now."""
     directory = workdir / stage.name
     if not (directory / records.MANIFEST).exists():
         return False

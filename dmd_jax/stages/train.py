@@ -36,8 +36,8 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
     """Returns whether the stage has its last checkpoint.
 
     Raises:
-      ValueError: it was trained on other data than there are now, such as pairs that were made again
-        by another teacher.
+      ValueError: it was trained on other data than there are now, such as pairs that were made
+        again by another teacher.
     """
     directory = workdir / stage.name
     if max(checkpoint.all_steps(directory), default=0) < stage.settings.num_steps:
@@ -50,7 +50,8 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
     now = pipeline.fingerprint(streams, seed=stage.run.seed)
     if fingerprint and not fingerprint.startswith(now):
         raise ValueError(
-            f"{directory} was trained on other data than its sources have now; use another workdir, "
+            f"{directory} was trained on other data than its sources have now; use another "
+            "workdir, "
             "or delete it and what was made from it to train it again."
         )
     return True
@@ -137,7 +138,7 @@ def run(stage: build.Stage, workdir: storage.Path):
 
 
 def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
-    """Shapes and shardings of what a checkpoint holds, and the shardings of the whole state."""
+    """Returns shapes and shardings of what a checkpoint holds, and shardings of the whole state."""
     shapes = jax.eval_shape(recipe.init, params, recipe.others)
     shardings = parallel.state_shardings(shapes)
     kept = jax.tree.map(
@@ -152,9 +153,14 @@ def first_state(
     shardings: state.TrainState,
     restored: state.TrainState | None = None,
 ):
-    """The state at step 0, or `restored` with the frozen parameters that a checkpoint leaves out, spread over the devices.
+    """Returns the state at step 0, spread over the devices.
 
-    `params`, and the recipe's others, are the same in every process, or are on the devices already.
+    Args:
+      recipe: of the stage.
+      params: the initial parameters; they and the recipe's others are the same in every process,
+        or are on the devices already.
+      shardings: of the state.
+      restored: a checkpoint, to which only the frozen parameters are added; None for none.
     """
     if restored is None:
         return jax.jit(recipe.init, out_shardings=shardings)(params, recipe.others)
@@ -165,7 +171,7 @@ def first_state(
 
 
 def compile_step(train_step: Callable, train_state, batch, shardings) -> Step:
-    """The step as one program over the mesh, compiled once; its first argument is donated."""
+    """Compiles the step as one program over the mesh; its first argument is donated."""
     began = time.perf_counter()
     traced = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)).trace(
         train_state, batch
@@ -291,6 +297,8 @@ class _Watch:
         self._writer.write(step, values)
         if values["skipped"] > self._max_skipped:
             raise FloatingPointError(
-                f"{values['skipped']:.0f} updates up to step {step} had gradients that were not finite, more than max_skipped_updates = "
-                f"{self._max_skipped}; lower the learning rate or use float32, and start again in another workdir."
+                f"{values['skipped']:.0f} updates up to step {step} had gradients that were not "
+                "finite, more than max_skipped_updates = "
+                f"{self._max_skipped}; lower the learning rate or use float32, and start again in "
+                "another workdir."
             )
