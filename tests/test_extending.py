@@ -179,5 +179,5 @@ def test_two_evaluations_have_two_results(config, tmp_path):
 
 def test_a_name_that_the_package_does_not_have(config, tmp_path):
     config.student.recipe.name = "my_package.methd"
-    with pytest.raises(ValueError, match="no module my_package.methd"):
+    with pytest.raises(ValueError, match=r"no module my_package\.methd"):
         main.run(config, tmp_path / "run")

@@ -75,9 +75,8 @@ def test_it_is_that_of_the_step_that_trains(tmp_path):
         2 * 4 * a.size // 2 for a in jax.tree.leaves(params) if a.size >= sharding.MIN_SPLIT
     )
     assert {report.axis(c.groups, found.mesh) for c in gathered} == {"fsdp"}
-    assert "parameters gathered" in report.describe(
-        config, "teacher", machines.find("cpu:8"), found
-    )
+    described = report.describe(stage_of(config, "teacher"), machines.find("cpu:8"), found)
+    assert "parameters gathered" in described
 
 
 def test_what_a_loop_repeats_is_counted():
@@ -94,7 +93,7 @@ def test_the_parts_of_a_state(tmp_path):
     recipe = build.recipe(
         stage_of(config, "dmd"), build.parallel(stage_of(config, "dmd")), tmp_path
     )
-    state = jax.eval_shape(recipe.init, stage_of(config, "teacher").network.abstract)
+    state = jax.eval_shape(recipe.init, stage_of(config, "teacher").network.abstract, recipe.others)
     found = step.at_rest(state, build.parallel(stage_of(config, "dmd")).state_shardings(state))
     assert found.keys() == {
         "generator",
@@ -159,10 +158,10 @@ def test_compilers_that_are_missing(monkeypatch):
 
 def test_the_machine_is_found_before_anything_can_start_jax(monkeypatch):
     calls = []
-    for module, name in ((machines, "find"), (check, "config"), (step, "run")):
+    for module, name in ((machines, "find"), (build, "stages"), (check, "stages"), (step, "run")):
         monkeypatch.setattr(module, name, lambda *_, name=name: calls.append(name))
-    main._plan()
-    assert calls == ["find", "config", "run"]
+    main._plan(toy())
+    assert calls == ["find", "stages", "stages", "run"]
 
 
 def test_a_gpu_has_what_jax_takes_of_it(monkeypatch):
@@ -267,10 +266,11 @@ def test_what_would_fit_instead(memory, expected, monkeypatch, capsys):
     config, tried = toy(), []
     config.dmd.update(batch_size=64)
 
-    def make(config, stage, machine):
-        tried.append(config)
-        assert config.network.remat
-        return of(config, memory(8 // config.dmd.accumulation, config.mesh.fsdp))
+    def make(stage, machine):
+        tried.append(stage)
+        assert stage.model.network["remat"]
+        rows = 8 // stage.settings.accumulation
+        return of(config, memory(rows, stage.run.mesh.fsdp), mesh=build.parallel(stage).mesh)
 
     monkeypatch.setattr(step, "make", make)
     step.advise(stage_of(config, "dmd"), machine(), of(config, 99.0))
@@ -284,7 +284,7 @@ def test_what_has_failed_is_not_tried_again(monkeypatch, capsys):
     config.network.remat = True
     config.dmd.update(batch_size=64, accumulation=8)
     monkeypatch.setattr(
-        step, "make", lambda config, *_: tried.append(config.mesh.fsdp) or of(config, 5.0)
+        step, "make", lambda stage, *_: tried.append(stage.run.mesh.fsdp) or of(config, 5.0)
     )
     step.advise(stage_of(config, "dmd"), machine(), of(config, 99.0, accumulation=8))
     assert tried == [8]
@@ -301,15 +301,14 @@ def test_the_bound_is_the_narrowest(capsys):
         {"computing": 0.1, "memory": 0.5, "links": 0.07}
     )
     config.dmd.num_steps = 7200
-    printed = report.describe(config, "dmd", machine(), found)
+    printed = report.describe(stage_of(config, "dmd"), machine(), found)
     assert (
         "bound by memory" in printed
         and "256 rows/s; 7,200 steps of dmd in 1 hours, 8 chip-hours" in printed
     )
     config.dmd.update(dict(continues="teacher"))
-    assert f"{7200 - config.teacher.num_steps:,} steps of dmd" in report.describe(
-        config, "dmd", machine(), found
-    )
+    printed = report.describe(stage_of(config, "dmd"), machine(), found)
+    assert f"{7200 - config.teacher.num_steps:,} steps of dmd" in printed
 
 
 def test_chips_by_their_names():

@@ -287,9 +287,9 @@ def test_lookup_names_what_exists():
     ):
         lookup.find("recipes", "dmb")
     with pytest.raises(
-        ValueError, match=r"dmd_jax/data/images.py has no 'digit' \(did you mean 'digits'\?\)"
+        ValueError, match=r"dmd_jax/data/labels.py has no 'evry' \(did you mean 'every'\?\)"
     ):
-        lookup.find("data", "images.digit")
+        lookup.find("data", "labels.evry")
 
 
 def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
@@ -305,11 +305,11 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
     [
         ("teacher.keep_checkpoints", 0, r"^teacher\.keep_checkpoints is 0; expected at least 1\.$"),
         ("mesh.fsdp", 0, r"^mesh\.fsdp is 0; expected at least 1\.$"),
-        ("seed", -1, r"^seed is -1; expected 0 to 2\^32 - 1\.$"),
+        ("seed", -1, r"^seed is -1; expected at least 0\.$"),
         (
             "dmd.program",
             "trian",
-            r"^stage 'dmd' needs a key of that name with a program, one of convert, embed, train, pairs, evaluate\.$",
+            r"^stage 'dmd' needs a key of that name with a program, one of import_weights, embed, pairs, train, evaluate; its",
         ),
         ("network.name", "unet", r"^dmd_jax/models has no file 'unet'"),
         (
@@ -379,11 +379,15 @@ def test_a_best_metric_that_is_not_measured(finished):
 def test_without_a_running_mean(workdir):
     config = smoke()
     config.dmd.recipe.ema_decay = 0.0
-    config.dmd.update(num_steps=2, preview_every=0, best_metric="", scores={})
+    config.dmd.update(num_steps=2, preview_every=0, best_metric="")
+    del config.dmd.scores
     shutil.rmtree(workdir / "dmd")
     train.run(stage_of(config, "dmd"), workdir)
     recipe = build.recipe(stage_of(config, "dmd"), sharding.Parallel(sharding.make_mesh()), workdir)
-    assert jax.eval_shape(recipe.init, params_of(config, workdir, "teacher")).generator.ema is None
+    assert (
+        jax.eval_shape(recipe.init, params_of(config, workdir, "teacher"), None).generator.ema
+        is None
+    )
     params = params_of(config, workdir, "dmd")
     assert np.isfinite(params["map_layer0"]["kernel"]).all()
     evaluate.run(stage_of(config, "evaluate"), workdir)
@@ -400,7 +404,7 @@ def test_data_that_the_network_does_not_take(tmp_path):
     config.network.size = 16
     with pytest.raises(
         ValueError,
-        match=r"^images\.digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one",
+        match=r"^digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one",
     ):
         train.run(stage_of(config, "teacher"), tmp_path)
 
@@ -568,7 +572,7 @@ def test_a_network_that_does_not_fit_where_it_starts_from(workdir):
     config.dmd.network = dict(config.network, width=16)
     with pytest.raises(
         ValueError,
-        match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as",
+        match=r"the network of dmd does not fit what teacher has.*\d+ parameters differ, such as",
     ):
         train.run(stage_of(config, "dmd"), workdir)
 
