@@ -1,10 +1,10 @@
 """Finds the function that a config names: one of this package, or one of the user's own.
 
-Names in a folder such as `recipes` are "file" or "file.function"; names in a file such as
-`samplers.py` are "function". Any other name with a dot is a module of the user's own, to be imported.
+In a folder such as `recipes` a name is "file" or "file.function", in a file such as `samplers.py`
+it is "function". Any other name with a dot is that of a module of the user's own.
 
-Names that begin with an underscore are private. A module may list in CHOICES the names that a config
-may use; without it these are the public functions that it defines.
+Names that begin with an underscore are private. A module may list in CHOICES the names that a
+config may use; without it these are the public functions that it defines.
 """
 
 import difflib

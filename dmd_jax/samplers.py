@@ -1,12 +1,14 @@
-"""Samplers turn unit Gaussian noise into images with any denoiser `(params, x_t, t, cond) -> x_hat`.
+"""Samplers turn unit Gaussian noise into images with a denoiser `(params, x_t, t, cond) -> x_hat`.
 
-All but `one_step` follow the probability flow ODE dx = x_hat dalpha + eps_hat dsigma. Its Euler step
+All but `one_step` follow the probability flow ODE dx = x_hat dalpha + eps_hat dsigma. Its Euler
+step
 
     x_s = alpha_s x_hat + sigma_s eps_hat,    eps_hat = (x_t - alpha_t x_hat) / sigma_t
 
-is Euler on EDM's ODE, Euler on the flow ODE, and DDIM with eta = 0. `euler` and `heun` take the grid
-of any process and begin with sigma z. `ddim`, `pndm` and `dpm_solver_pp` are Stable Diffusion's:
-they go from timestep to timestep of `VP` and begin with z. `rk45` chooses its own times.
+is Euler on EDM's ODE, Euler on the flow ODE, and DDIM with eta = 0. `euler` and `heun` take the
+grid of any process and begin with sigma z. `ddim`, `pndm` and `dpm_solver_pp` are Stable
+Diffusion's: they go from timestep to timestep of `VP` and begin with z. `rk45` chooses its own
+times.
 
 The denoiser computes in float32. The state is float64 where JAX has it enabled, as in EDM, and
 float32 elsewhere.
@@ -214,8 +216,8 @@ def straightness(
 ) -> Callable:
     """Makes a measure of how straight the paths from noise to images are.
 
-    It is the mean of ((Z_0 - Z_1) - v_i)^2 over the steps i of Euler's method and the elements of an
-    image, and 0 if and only if one step is enough. Z_0 is the noise, Z_1 the image, and v_i the
+    It is the mean of ((Z_0 - Z_1) - v_i)^2 over the steps i of Euler's method and the elements of
+    an image, and 0 if and only if one step is enough. Z_0 is the noise, Z_1 the image, and v_i the
     velocity at step i; time may run either way. The papers do not say whether theirs is a mean or
     a sum over the elements.
 
@@ -254,8 +256,8 @@ def straightness(
 def heun(denoise: Callable, process: process_lib.Process, *, num_steps: int) -> Sampler:
     """Makes Heun's method (EDM, arXiv 2206.00364, Algorithm 1).
 
-    Each Euler step is redone with the mean of the predictions at its two ends. The last step is not:
-    it ends without noise, where there is no second prediction.
+    Each Euler step is redone with the mean of the predictions at its two ends. The last step is
+    not: it ends without noise, where there is no second prediction.
     """
     grid = process.grid(num_steps)
 

@@ -1,4 +1,7 @@
-"""What a training run carries from step to step. There is no random state: every key is a function of (seed, step)."""
+"""The state that a training run carries from step to step.
+
+It has no random state: every key is a function of (seed, step).
+"""
 
 from typing import Any
 
@@ -13,9 +16,9 @@ class Net:
 
     Attributes:
       params: nested dict of float32 arrays.
-      opt_state: of the optimizer.
+      opt_state: state of the optimizer.
       ema: the running mean of `params`; None if none is kept.
-      skipped: int32 count of updates that were left out because a gradient was not finite.
+      skipped: int32 count of the updates that were skipped because a gradient was not finite.
     """
 
     params: dict
@@ -25,19 +28,19 @@ class Net:
 
     @property
     def weights(self) -> dict:
-        """What images are made with: the running mean, or the parameters themselves where none is kept."""
+        """The parameters that make images: the running mean, or `params` if none is kept."""
         return self.params if self.ema is None else self.ema
 
 
 @struct.dataclass
 class TrainState:
-    """Roles that a method does not use are None.
+    """The networks of a method; those that it does not use are None.
 
     Attributes:
-      step: int32, the number of steps done.
-      generator: the network that a run is about.
+      step: int32 count of the steps done.
+      generator: the network that the run trains.
       fake_score: the denoiser of generated images (DMD).
-      frozen: parameters that no step changes, such as the teacher's; a checkpoint leaves them out.
+      frozen: parameters that no step changes, such as the teacher's; checkpoints leave them out.
     """
 
     step: jax.Array
@@ -47,11 +50,14 @@ class TrainState:
 
 
 def create(params: dict, tx, *, ema: bool) -> Net:
-    """A network about to be trained, in buffers of its own: `params` may be used elsewhere, and states are donated."""
+    """Returns a network that no step has trained yet.
+
+    It has buffers of its own, because states are donated and `params` may be used elsewhere.
+    """
     params = jax.tree.map(jnp.array, params)
     return Net(
-        params,
-        tx.init(params),
-        jax.tree.map(jnp.array, params) if ema else None,
-        jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.array, params) if ema else None,
+        skipped=jnp.zeros((), jnp.int32),
     )

@@ -1,5 +1,5 @@
-"""Reflow: a flow learns to go straight from the noise of each pair to its image, so its paths become
-straighter (Liu et al., arXiv 2209.03003, equation 1; InstaFlow, arXiv 2309.06380, equation 5):
+"""Reflow: a flow learns to go straight from the noise of each pair to its image (Liu et al., arXiv
+2209.03003, equation 1; InstaFlow, arXiv 2309.06380, equation 5). Its paths become straighter:
 
     min E || (eps - x) - v(x_t, t, cond) ||^2,    x_t = (1 - t) x + t eps,    t uniform
 

@@ -1,4 +1,7 @@
-"""Checkpoints by Orbax: asynchronous, atomic, the last few and the best, each with the fingerprint of what it was trained on."""
+"""Checkpoints by Orbax, asynchronous and atomic: the last few and the best.
+
+Each has the fingerprint of the data and the parameters with which it was trained.
+"""
 
 import contextlib
 import json
@@ -17,17 +20,25 @@ from dmd_jax.runtime import distributed, storage
 def open_manager(
     directory: str | os.PathLike, *, keep: int = 2, best: str = ""
 ) -> ocp.CheckpointManager:
-    """A manager of `directory`/checkpoints that keeps the last `keep` checkpoints and the one with the lowest metric `best`, if named."""
-    policies, measure = [preservation_policy.LatestN(keep)], None
+    """Opens a manager of `directory`/checkpoints.
+
+    Args:
+      directory: of a stage.
+      keep: number of last checkpoints that are kept.
+      best: name of a metric; the checkpoint with its lowest value is kept, too. "" for none.
+    """
+    policies = [preservation_policy.LatestN(keep)]
+    metric = None
     if best:
-        measure = lambda metrics: metrics.get(best, np.inf)
-        best_one = dict(
-            get_metric_fn=measure, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        metric = lambda metrics: metrics.get(best, np.inf)
+        policies.append(
+            preservation_policy.BestN(
+                get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+            )
         )
-        policies.append(preservation_policy.BestN(**best_one))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-        best_fn=measure,  # without it metrics are not written, and forgotten at the end
+        best_fn=metric,  # without it Orbax does not write metrics, and the next run has none
         best_mode="min",
         cleanup_tmp_directories=True,
     )
@@ -42,21 +53,27 @@ def save(
     fingerprint: str,
     metrics: dict[str, float],
 ):
-    """Starts writing; the frozen teacher is left out.
+    """Starts to write a checkpoint, without the frozen parameters.
+
+    Args:
+      manager: from `open_manager`.
+      train_state: the state.
+      step: its number.
+      fingerprint: of the data and the parameters with which it was trained.
+      metrics: scores at this step, for the metric `best` of the manager.
 
     Raises:
       ValueError: the disk has no room for it, or an earlier write failed.
     """
     train_state = train_state.replace(frozen=None)
-    needed = (
-        sum(a.nbytes for a in jax.tree.leaves(train_state)) + 2**20
-    )  # the arrays, and what Orbax writes about them
+    size = sum(a.nbytes for a in jax.tree.leaves(train_state))
+    size += 2**20  # for Orbax's own files
     free = storage.free(manager.directory) if jax.process_index() == 0 else 0
-    free = float(distributed.gather(np.float32(free))[0])  # one verdict
-    if free < needed:
+    free = float(distributed.gather(np.float32(free))[0])  # all processes decide alike
+    if free < size:
         raise ValueError(
-            f"the checkpoint of step {step} needs {needed / 1e6:.1f} MB, but {manager.directory} has {free / 1e6:.1f} MB free; "
-            "make room and run the same command again."
+            f"the checkpoint of step {step} needs {size / 1e6:.1f} MB, but {manager.directory} "
+            f"has {free / 1e6:.1f} MB free; make room and run the same command again."
         )
     meta = {
         "fingerprint": fingerprint,
@@ -65,7 +82,7 @@ def save(
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(train_state), meta=ocp.args.JsonSave(meta)
     )
-    with _told_clearly(manager):
+    with _clear_errors(manager):
         saved = manager.save(step, args=arguments, metrics=metrics or None, force=True)
     if not saved:
         raise ValueError(
@@ -74,54 +91,56 @@ def save(
 
 
 def wait(manager: ocp.CheckpointManager):
-    """Until what is being written is on the disk.
+    """Waits until all checkpoints are on the disk.
 
     Raises:
-      ValueError: it cannot be written.
+      ValueError: one cannot be written.
     """
-    with _told_clearly(manager):
+    with _clear_errors(manager):
         manager.wait_until_finished()
 
 
 @contextlib.contextmanager
 def closing(manager: ocp.CheckpointManager):
-    """Closes it at the end, once everything is written; after an error of one process among several it would wait for the others."""
+    """Closes the manager at the end of the context, once all checkpoints are written."""
     try:
         yield
     except Exception:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1:  # one process of several would wait for the others
             manager.close()
         raise
     manager.close()
 
 
 @contextlib.contextmanager
-def _told_clearly(manager):
-    """What an earlier asynchronous write has raised comes out here as well."""
+def _clear_errors(manager):
+    """Raises ValueError for any error of Orbax, also that of an earlier asynchronous write."""
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise all kinds
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )[:300]
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = (lines or [type(error).__name__])[0][:300]
         raise ValueError(
-            f"a checkpoint cannot be written to {manager.directory}: {reason}; what was saved before is whole. Make room, or make it "
-            "writable, and run the same command again."
+            f"a checkpoint cannot be written to {manager.directory}: {reason}; earlier checkpoints "
+            "are complete. Make room, or make it writable, and run the same command again."
         ) from error
 
 
 def restore(
     manager: ocp.CheckpointManager, abstract: state.TrainState, *, fingerprint: str | None
 ) -> state.TrainState | None:
-    """The newest checkpoint that is whole, or None if there is none at all; unreadable ones are put aside, and said so.
+    """Reads the newest checkpoint that is complete; returns None if there is no checkpoint.
+
+    Unreadable checkpoints are moved aside, with a warning.
 
     Args:
       manager: from `open_manager`.
       abstract: the state's shapes, dtypes and shardings, without `frozen`.
-      fingerprint: of the data and the teacher that the run is about to use; None for whatever it was.
+      fingerprint: of the data and the parameters that the run will use; None accepts any.
 
     Raises:
-      ValueError: there are checkpoints, but none can be read, or it was trained on other data or from another teacher.
+      ValueError: there are checkpoints, but none can be read; or it was trained on other data or
+        from another teacher.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
@@ -132,10 +151,11 @@ def restore(
             restored = manager.restore(step, args=arguments)
         except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
             reason = str(error).split("\n")[0][:200]
-            if jax.process_count() > 1:  # the others may have read it, and wait for this one
-                _put_aside(manager, [step] if step != steps[-1] else [])
+            if jax.process_count() > 1:  # other processes may have read it, and wait for this one
+                _move_aside(manager, [step] if step != steps[-1] else [])
                 raise ValueError(
-                    f"checkpoint {step} in {manager.directory} cannot be read ({reason}); run the same command again."
+                    f"checkpoint {step} in {manager.directory} cannot be read ({reason}); "
+                    "run the same command again."
                 ) from error
             logging.warning(
                 "checkpoint %d cannot be read (%s); trying the one before it.", step, reason
@@ -143,29 +163,31 @@ def restore(
             continue
         if fingerprint not in (None, restored["meta"]["fingerprint"]):
             raise ValueError(
-                f"{manager.directory} was trained on other data, in another order or from another teacher than now "
-                f"(fingerprint {restored['meta']['fingerprint']}, expected {fingerprint}); use another workdir."
+                f"{manager.directory} was trained on other data, in another order or from another "
+                f"teacher than now (fingerprint {restored['meta']['fingerprint']}, expected "
+                f"{fingerprint}); use another workdir."
             )
-        _put_aside(manager, [s for s in steps if s > step])
+        _move_aside(manager, [s for s in steps if s > step])
         return restored["state"]
     if steps:
         raise ValueError(
-            f"no checkpoint in {manager.directory} can be read (steps {steps}); delete the directory to start again."
+            f"no checkpoint in {manager.directory} can be read (steps {steps}); "
+            "delete the directory to start again."
         )
     return None
 
 
 def read_fingerprint(directory: str | os.PathLike) -> str | None:
-    """That of the newest checkpoint, see `restore`; None if it is damaged."""
+    """Reads the fingerprint of the newest checkpoint, see `restore`; None if it is damaged."""
     path = storage.path(directory) / "checkpoints"
     try:
         return _meta(path, max(all_steps(directory)))["fingerprint"]
-    except (OSError, ValueError, KeyError):  # whoever reads the state says so
+    except (OSError, ValueError, KeyError):  # the code that reads the state raises an error
         return None
 
 
 def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> state.TrainState:
-    """The newest state of another stage, for one that goes on from it; without `frozen`.
+    """Reads the newest state of a stage, without `frozen`, for another stage that continues it.
 
     Raises:
       ValueError: the stage has no checkpoint.
@@ -179,17 +201,17 @@ def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> stat
 
 
 def all_steps(directory: str | os.PathLike) -> list[int]:
-    """The steps of a stage's checkpoints that were written to the end."""
+    """Lists the steps of a stage's complete checkpoints."""
     return sorted(ocp.utils.checkpoint_steps(storage.path(directory) / "checkpoints"))
 
 
 def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
-    """What the generator makes images with, in the newest (or the given) checkpoint of a stage: see `state.Net.weights`.
+    """Reads the generator's `state.Net.weights` from a checkpoint of a stage.
 
     Args:
       directory: of the stage.
       abstract: the parameters' shapes, dtypes and shardings.
-      step: of the checkpoint.
+      step: of the checkpoint; None for the newest one.
 
     Raises:
       ValueError: there is no such checkpoint, it is damaged, or it holds another network.
@@ -197,10 +219,10 @@ def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None 
     steps = all_steps(directory)
     path = storage.absolute(directory) / "checkpoints"
     if not steps or step not in (None, *steps):
-        raise ValueError(
-            f"no checkpoint{f' of step {step}' if steps else ''} in {path}; run the stage {path.parent.name!r} first."
-        )
-    step = max(steps) if step is None else step
+        which = f"checkpoint of step {step}" if steps else "checkpoint"
+        raise ValueError(f"no {which} in {path}; run the stage {path.parent.name!r} first.")
+    if step is None:
+        step = max(steps)
     try:
         name = _meta(path, step)["weights"]
         target = {"generator": {name: abstract}}
@@ -210,7 +232,8 @@ def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None 
     except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
-            f"checkpoint {step} in {path} is damaged or of another network ({reason}); delete {path / str(step)} and run the stage again."
+            f"checkpoint {step} in {path} is damaged or of another network ({reason}); "
+            f"delete {path / str(step)} and run the stage again."
         ) from error
     return restored["generator"][name]
 
@@ -219,10 +242,10 @@ def _meta(path, step):
     return json.loads((path / str(step) / "meta" / "metadata").read_text())
 
 
-def _put_aside(manager, steps):
+def _move_aside(manager, steps):
     for step in steps:
         path = storage.path(manager.directory)
-        with contextlib.suppress(FileNotFoundError):  # another process was first
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
             path.joinpath(str(step)).rename(path.parent / f"unreadable_{step}")
         logging.warning("checkpoint %d was moved to %s.", step, path.parent / f"unreadable_{step}")
     if steps and jax.process_count() == 1:

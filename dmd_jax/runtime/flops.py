@@ -1,8 +1,10 @@
-"""The convolutions and matrix products of a program, from its jaxpr, and the operations that they take.
+"""Counts the convolutions and matrix products in a program's jaxpr, and their operations.
 
-    matrix product: 2 x outputs x terms of each sum;    convolution: the same, without the terms that are padding or holes
+    matrix product: 2 x outputs x terms of each sum
+    convolution: the same, without the terms that are padding or holes
 
-A loop's body counts as often as it runs, unlike in XLA's own `cost_analysis`. Shapes inside of `shard_map` are those of one device.
+A loop's body counts as often as it runs, unlike in XLA's own `cost_analysis`. Shapes inside
+`shard_map` are those of one device.
 """
 
 import collections
@@ -14,55 +16,67 @@ import numpy as np
 
 
 def trips(eqn) -> int:
-    """How often the inner program of an equation runs."""
+    """Returns how often the inner program of an equation runs."""
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
 
 def once(eqn) -> int:
-    """As if every loop ran once, which is how XLA counts."""
+    """Returns 1, as if every loop ran once, which is how XLA counts."""
     del eqn
     return 1
 
 
 def products(jaxpr, times: Callable = trips) -> collections.Counter:
-    """How often a program runs each convolution and matrix product.
+    """Counts how often a program runs each convolution and matrix product.
 
     Args:
       jaxpr: the program.
-      times: `equation -> int`, how often to count what is inside it.
+      times: `equation -> int`, how often its inner program is counted.
 
     Returns:
       {(primitive, shapes, parameters): count}.
     """
-    found = collections.Counter()
+    counts = collections.Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
             avals = tuple((v.aval.shape, str(v.aval.dtype)) for v in eqn.invars)
-            found[eqn.primitive, avals, tuple(sorted(eqn.params.items(), key=str))] += 1
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                inner, n = products(value, times), times(eqn)
-                found.update({product: n * count for product, count in inner.items()})
-    return found
+            counts[eqn.primitive, avals, tuple(sorted(eqn.params.items(), key=str))] += 1
+        for inner in _inner_programs(eqn):
+            n = times(eqn)
+            inner_counts = products(inner, times)
+            counts.update({product: n * count for product, count in inner_counts.items()})
+    return counts
 
 
-def total(found: collections.Counter) -> int:
-    """Operations of `products`; an addition and a multiplication are two."""
+def _inner_programs(eqn):
+    def is_program(value):
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+        program = getattr(value, "jaxpr", value)
+        if hasattr(program, "eqns"):
+            yield program
+
+
+def total(counts: collections.Counter) -> int:
+    """Returns the operations of `products`; an addition and a multiplication are two."""
     return sum(
         count * _flops(primitive.name, [shape for shape, _ in avals], dict(params))
-        for (primitive, avals, params), count in found.items()
+        for (primitive, avals, params), count in counts.items()
     )
 
 
 def of_program(traced: jax.stages.Traced, compiled: jax.stages.Compiled) -> float:
-    """Operations of a program on each device, as its compiler counts them, with those of loops as often as they run; where it does not
-    say, those of `products`."""
-    counted, once_each = (total(products(traced.jaxpr.jaxpr, times)) for times in (trips, once))
+    """Returns the operations of a program on each device.
+
+    It is the compiler's count, corrected for loops; if the compiler has none, that of `products`.
+    """
+    operations = total(products(traced.jaxpr.jaxpr, trips))
+    operations_once = total(products(traced.jaxpr.jaxpr, once))
     cost = compiled.cost_analysis() or {}
-    return cost["flops"] + counted - once_each if "flops" in cost else counted
+    if "flops" not in cost:
+        return operations
+    return cost["flops"] + operations - operations_once
 
 
 def _flops(name, shapes, params):
@@ -87,8 +101,10 @@ def _flops(name, shapes, params):
 
 
 def _terms(size, kernel, stride, padding, hole, spread):
-    """Pairs of an output and an element of the kernel that meet an input, along one axis."""
-    padded, reach = (size - 1) * hole + 1 + sum(padding), (kernel - 1) * spread + 1
-    outputs = np.arange((padded - reach) // stride + 1)
-    at = outputs[:, None] * stride + np.arange(kernel)[None, :] * spread - padding[0]
-    return int(((at >= 0) & (at <= (size - 1) * hole) & (at % hole == 0)).sum())
+    """Counts the pairs of an output and a kernel element that meet an input, along one axis."""
+    length = (size - 1) * hole + 1
+    padded_length = length + sum(padding)
+    reach = (kernel - 1) * spread + 1
+    outputs = np.arange((padded_length - reach) // stride + 1)
+    position = outputs[:, None] * stride + np.arange(kernel)[None, :] * spread - padding[0]
+    return int(((position >= 0) & (position < length) & (position % hole == 0)).sum())

@@ -1,7 +1,8 @@
-"""What happens when the machine is wanted back: by SIGTERM, or by a notice of Google Cloud.
+"""A run ends when its machine is needed elsewhere: on SIGTERM, or a notice of Google Cloud.
 
-While a network is trained, all processes agree on a step, save it and end; anywhere else there is nothing to save, as files are whole or
-not there, and the process ends at once. Either way it ends with EXIT_CODE, and the same command goes on.
+While a network is trained, all processes agree on a step, save it and end. At any other time there
+is nothing to save, because files are written atomically, and the process ends at once. Either way
+the exit code is EXIT_CODE, and the same command continues the run.
 """
 
 import collections
@@ -21,13 +22,14 @@ from jax.sharding import PartitionSpec as P
 from dmd_jax.runtime import distributed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-LATE = 2  # steps after which the flags of a step are read, so that the host need not wait for the devices
+LATE = 2  # steps until the flags of a step are read, so that the host does not wait for the devices
 METADATA = "metadata.google.internal"
+# keys of the metadata server, and their values on a notice
 NOTICES = {
     "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
     "preempted": "TRUE",
-}  # keys of the metadata server
-PERIOD = 5.0  # seconds between two looks at them
+}
+PERIOD = 5.0  # seconds between two requests to the metadata server
 
 
 class Preempted(Exception):
@@ -35,20 +37,27 @@ class Preempted(Exception):
 
 
 def watch():
-    """From now on SIGTERM and SIGINT end this process at once, and a notice of Google Cloud is as SIGTERM; `deferred` makes exceptions."""
+    """Makes SIGTERM and SIGINT end this process at once, except inside `deferred`.
+
+    A notice of Google Cloud sends SIGTERM.
+    """
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _interrupt)
     signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    # The handler alone would not run before the main thread comes back from C++, where it may compile for minutes.
+    # The handler runs in the main thread, and only after C++ code, which may compile for minutes.
+    # So a thread reads the signals, too.
     threading.Thread(target=_leave_on_signal, args=(reading, writing), daemon=True).start()
     threading.Thread(target=_watch_google_cloud, daemon=True).start()
 
 
 @contextlib.contextmanager
 def deferred():
-    """Within, a notice does no more than set the event that this yields; if nobody has raised `Preempted`, it takes effect afterwards."""
+    """Inside this context SIGTERM only sets the yielded event.
+
+    If the block ends without raising `Preempted`, SIGTERM is sent again.
+    """
     notice = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: notice.set())
     try:
@@ -60,9 +69,10 @@ def deferred():
 
 
 def make_agreement(mesh: jax.sharding.Mesh) -> Callable[[bool], bool]:
-    """`whether there is a notice here -> whether to stop`, to be called once a step by all processes, which get the same answer.
+    """Makes `agree(notice) -> stop`: whether this process has a notice -> whether to stop.
 
-    With several processes it is the answer to what they said LATE steps before.
+    All processes call it once a step, and get the same answer. With several processes it is the
+    answer to their notices LATE steps before.
     """
     if jax.process_count() == 1:
         return bool
@@ -89,7 +99,7 @@ def _interrupt(*_):
 
 
 def _leave_on_signal(reading, writing):
-    """`writing` is here to stay open."""
+    """Ends the process on a signal; `writing` is an argument so that it stays open."""
     while number := reading.recv(1):
         if number[0] == signal.SIGINT:
             _interrupt()
@@ -98,11 +108,11 @@ def _leave_on_signal(reading, writing):
 
 
 def _watch_google_cloud():
-    """Sends SIGTERM on the first notice; one that already stands at the start has been acted on by whoever ran before."""
+    """Sends SIGTERM on the first new notice; an earlier run has reacted to an older one."""
     try:
         before = {key: _metadata(key, 1.0) for key in NOTICES}
     except OSError:
-        return  # another machine than Google Cloud's
+        return  # the machine is not Google Cloud's
     while True:
         time.sleep(PERIOD)
         for key, notice in NOTICES.items():
@@ -114,14 +124,12 @@ def _watch_google_cloud():
 
 
 def _metadata(key, timeout):
-    """Raises OSError if there is no such server, or it has no such value."""
+    """Reads a value; raises OSError if there is no metadata server or no such value."""
     host = os.environ.get("GCE_METADATA_HOST", METADATA)
-    request = urllib.request.Request(
-        f"http://{host}/computeMetadata/v1/instance/{key}", headers={"Metadata-Flavor": "Google"}
-    )
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        request, timeout=timeout
-    ) as answer:
+    url = f"http://{host}/computeMetadata/v1/instance/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout) as answer:
         if answer.headers.get("Metadata-Flavor") != "Google":
             raise OSError(f"{host} is not a metadata server of Google Cloud.")
         return answer.read().decode().strip()

@@ -1,4 +1,4 @@
-"""Traces of some steps of a run, for XProf: `pip install xprof`, then `xprof --logdir=DIRECTORY`."""
+"""Traces of some steps, for XProf: `pip install xprof`, then `xprof --logdir=DIRECTORY`."""
 
 import contextlib
 import os
@@ -10,25 +10,30 @@ from dmd_jax.runtime import storage
 
 
 class Trace:
-    """Writes a trace of the steps "first:last" of a run, counted from where it started; None for none.
+    """A trace of some steps of a run.
+
+    Args:
+      steps: "first:last", counted from 1 at the start of the run; None for no trace.
+      directory: where the trace is written.
 
     Raises:
       ValueError: `steps` is something else.
     """
 
     def __init__(self, steps: str | None, directory: str | os.PathLike):
-        first, last = (0, 0) if steps is None else parse(steps)
-        self._first, self._last, self._directory, self._files = first, last, directory, None
+        self._first, self._last = (0, 0) if steps is None else parse(steps)
+        self._directory = directory
+        self._files = None
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
-        """Around the dispatch of the step that is the `number`-th of the run."""
+        """Returns a context for the dispatch of step `number`; starts the trace at the first."""
         if number == self._first:
             self._files = storage.Growing(self._directory)
             jax.profiler.start_trace(self._files.path)
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def finish(self, number: int, values):
-        """After that step; waits for its `values` where the trace ends."""
+        """Ends the trace after its last step, whose `values` it waits for."""
         if self._files and number >= self._last:
             jax.block_until_ready(values)
             jax.profiler.stop_trace()
@@ -37,9 +42,13 @@ class Trace:
 
 
 def parse(steps: str) -> tuple[int, int]:
-    """ "10:20" as numbers."""
-    found = re.fullmatch(r"(\d+):(\d+)", steps)
-    first, last = (int(n) for n in found.groups()) if found else (0, 0)
+    """Reads "10:20" as numbers.
+
+    Raises:
+      ValueError: `steps` is something else.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    first, last = (int(n) for n in match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
         raise ValueError(
             f"profile is {steps!r}, expected the first and the last step to trace, such as 10:20."

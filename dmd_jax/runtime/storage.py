@@ -1,7 +1,8 @@
-"""Files in directories or in Google Cloud Storage: a path may be gs://bucket/name wherever one is accepted.
+"""Files in directories or in Google Cloud Storage: any path may be gs://bucket/name.
 
-What reads and writes files sees local ones: `local` copies what lies in a bucket once per host, `writing` sends there what was written.
-A bucket has no directories but only objects with "/" in their names; an object appears whole, and nothing can be appended to it.
+Code that reads and writes files sees local ones: `local` copies files from a bucket, once per host,
+and `writing` sends files to it. A bucket has no directories, only objects with "/" in their names.
+An object appears at once with all its bytes, and nothing can be appended to it.
 """
 
 import contextlib
@@ -30,14 +31,14 @@ GCS = "gs://"
 EVERY = 10.0  # seconds between two copies of one file; Google allows one a second
 Path = pathlib.Path | epath.Path
 
-os.environ.setdefault(
-    "EPATH_USE_TF", "false"
-)  # where TensorFlow is installed, epath would go through it
-fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)  # others write, too
+# Otherwise epath would use TensorFlow if it is installed.
+os.environ.setdefault("EPATH_USE_TF", "false")
+# Other hosts write to the bucket, too.
+fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
 
 def path(name: str | os.PathLike) -> Path:
-    """The path of that name; a leading ~ is the home directory.
+    """Returns the path of that name; a leading ~ is the home directory.
 
     Raises:
       ValueError: it is in a bucket that cannot be read, or in a storage of another kind.
@@ -47,74 +48,77 @@ def path(name: str | os.PathLike) -> Path:
         return epath.Path(name)
     if re.match(r"\w+://", os.fspath(name)):
         raise ValueError(
-            f"{name} is of an unknown kind; expected the name of a file or a directory, or one that begins with {GCS}."
+            f"{name} is of an unknown kind; expected the name of a file or a directory, "
+            f"or one that begins with {GCS}."
         )
     return pathlib.Path(name).expanduser()
 
 
 def absolute(name: str | os.PathLike) -> Path:
-    """As `path`, absolute."""
+    """Returns the absolute path of that name, see `path`."""
     return path(name) if is_remote(name) else path(name).absolute()
 
 
 def is_remote(name: str | os.PathLike) -> bool:
-    """Whether it is in a bucket."""
+    """Tells whether it is in a bucket."""
     return os.fspath(name).startswith(GCS)
 
 
 def has_parent(name: str | os.PathLike) -> bool:
-    """Whether a file can be made there: its directory exists, which buckets have none of."""
+    """Tells whether a file can be made there: its directory exists, or it is in a bucket."""
     return is_remote(name) or absolute(name).parent.is_dir()
 
 
 def free(name: str | os.PathLike) -> float:
-    """The bytes that a directory has room for."""
+    """Returns the free bytes of a directory."""
     return math.inf if is_remote(name) else shutil.disk_usage(path(name)).free
 
 
 def remove(name: str | os.PathLike):
     """Removes a file, or a directory with all that is in it, if it exists."""
-    found = path(name)
-    if is_remote(found):
-        found.rmtree(missing_ok=True)
-    elif found.is_dir():
-        shutil.rmtree(found)
+    target = path(name)
+    if is_remote(target):
+        target.rmtree(missing_ok=True)
+    elif target.is_dir():
+        shutil.rmtree(target)
     else:
-        found.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
 
 
-def local(name: str | os.PathLike, wanted: Sequence[str] = ("*",)) -> Path:
-    """A local file or directory to read from: itself, or a copy of what lies in a bucket, under the same name in a directory of its own.
+def local(name: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> Path:
+    """Returns a local file or directory to read from: itself, or a copy if it is in a bucket.
 
-    A copy is made once per host and state of the objects, below ~/.cache/dmd_jax or DMD_CACHE. It is whole, also where several processes
-    ask for it at a time. What does not exist is returned as it is: who opens it says so.
+    A copy is made once per host and state of the objects, below ~/.cache/dmd_jax or DMD_CACHE. It
+    has the same name, in a directory of its own. It is complete even if several processes ask for
+    it at the same time. A path that does not exist is returned as it is: the code that opens it
+    raises the error.
 
     Args:
       name: of a file or a directory.
-      wanted: patterns of names below a directory, for the others not to be copied; * matches any number of folders.
+      patterns: names below a directory that are copied; * matches any number of folders.
 
     Raises:
-      ValueError: there is no room for the copy, or an object's name is no file's.
+      ValueError: there is no room for the copy, or the name of an object cannot be a file's name.
     """
     source = path(name)
-    sizes = _sizes(source, wanted) if is_remote(source) else {}
+    sizes = _sizes(source, patterns) if is_remote(source) else {}
     if not sizes:
         return source
     directory = cache("files")
-    key = hashlib.sha256(json.dumps([str(source), sorted(sizes.items())]).encode()).hexdigest()[:24]
-    total, copy, partial = (
-        sum(size for size, _ in sizes.values()),
-        directory / key,
-        directory / f"{key}.partial",
-    )
+    state = json.dumps([str(source), sorted(sizes.items())])
+    key = hashlib.sha256(state.encode()).hexdigest()[:24]
+    copy = directory / key
+    partial = directory / f"{key}.partial"
+    total = sum(size for size, _ in sizes.values())
     with (directory / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not copy.exists():
             remove(partial)
             if total > free(directory):
                 raise ValueError(
-                    f"a copy of {source} needs {_readable(total)}, but {directory} has {_readable(free(directory))} free; make room, or "
-                    "set DMD_CACHE to another directory."
+                    f"a copy of {source} needs {_readable(total)}, but {directory} has "
+                    f"{_readable(free(directory))} free; make room, or set DMD_CACHE to another "
+                    "directory."
                 )
             _storage().get(
                 [str(source / file) for file in sizes],
@@ -126,7 +130,7 @@ def local(name: str | os.PathLike, wanted: Sequence[str] = ("*",)) -> Path:
 
 
 def cache(name: str) -> pathlib.Path:
-    """A directory for what can be made again, below ~/.cache/dmd_jax or DMD_CACHE."""
+    """Makes a directory for files that can be made again, below ~/.cache/dmd_jax or DMD_CACHE."""
     directory = pathlib.Path(os.environ.get("DMD_CACHE", "~/.cache/dmd_jax")).expanduser() / name
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -134,9 +138,10 @@ def cache(name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def writing(name: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A local path, with the suffix of `name`, to write a file or a directory to, which becomes `name` at the end.
+    """Yields a local path to write a file or a directory to; at the end it becomes `name`.
 
-    It does so whole or not at all, but that of a directory in a bucket the files appear one after another, those at its top last.
+    The path has the suffix of `name`. The write is atomic, except for a directory in a bucket: its
+    files appear one by one, those at the top level last.
 
     Raises:
       OSError: it cannot be written.
@@ -150,11 +155,10 @@ def writing(name: str | os.PathLike) -> Iterator[pathlib.Path]:
             for file in sorted(files, key=lambda file: len(file.parts), reverse=True):
                 _send(file, target / file.relative_to(new))
         return
-    process = (
-        jax.process_index() if jax.distributed.is_initialized() else 0
-    )  # several may write the same
+    # Several processes may write the same file.
+    process = jax.process_index() if jax.distributed.is_initialized() else 0
     new = target.with_name(f"partial-{process}-{target.name}")
-    remove(new)  # what was left when the machine went down
+    remove(new)  # it exists if an earlier process was killed
     try:
         yield new
         new.rename(target)
@@ -166,32 +170,43 @@ class Growing:
     """A directory whose files grow.
 
     Attributes:
-      path: where to write them: the directory itself, or a local one whose files are copied to a bucket.
+      path: where the files are written: the directory itself, or a local one whose files are copied
+        to the bucket.
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self._directory, self._folder, self._sent, self._last = path(directory), None, {}, -math.inf
+        self._directory = path(directory)
+        self._folder = None
+        self._states = {}  # of the files at their last copy
+        self._last_copy = -math.inf
+        self.path = self._directory
         if is_remote(directory):
             self._folder = tempfile.TemporaryDirectory(prefix="dmd_jax-")
-        self.path = pathlib.Path(self._folder.name) if self._folder else self._directory
+            self.path = pathlib.Path(self._folder.name)
         self.path.mkdir(parents=True, exist_ok=True)
 
     def grown(self):
-        """Copies what has changed, if the last time was a while ago."""
-        if time.monotonic() > self._last + EVERY:
+        """Copies the files that have changed, if the last copy is EVERY seconds old."""
+        if time.monotonic() > self._last_copy + EVERY:
             self.flush()
 
     def flush(self):
-        """Copies what has changed."""
-        for file in self.path.rglob("*") if self._folder else ():
-            if file.is_file() and self._sent.get(file) != (
-                state := (file.stat().st_size, file.stat().st_mtime_ns)
-            ):
-                _send(file, self._directory / file.relative_to(self.path))
-                self._sent[file] = state
-        self._last = time.monotonic()
+        """Copies the files that have changed."""
+        if self._folder:
+            for file in self.path.rglob("*"):
+                if file.is_file():
+                    self._copy(file)
+        self._last_copy = time.monotonic()
+
+    def _copy(self, file):
+        stat = file.stat()
+        state = (stat.st_size, stat.st_mtime_ns)
+        if self._states.get(file) != state:
+            _send(file, self._directory / file.relative_to(self.path))
+            self._states[file] = state
 
     def close(self):
+        """Copies the files that have changed, and ends."""
         self.flush()
         if self._folder:
             self._folder.cleanup()
@@ -199,12 +214,13 @@ class Growing:
 
 @functools.cache
 def _check_bucket(bucket):
-    """Raises ValueError unless it can be listed."""
+    """Checks that a bucket can be listed, and raises ValueError if not."""
     if not bucket:
         raise ValueError(f"{GCS} has no bucket; expected {GCS}bucket/name.")
     if not importlib.util.find_spec("gcsfs"):
         raise ValueError(
-            f'{GCS}{bucket} is in Google Cloud Storage, which needs a package; run: pip install "dmd_jax[gcs]"'
+            f"{GCS}{bucket} is in Google Cloud Storage, which needs a package; "
+            'run: pip install "dmd_jax[gcs]"'
         )
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises
     try:
@@ -213,54 +229,67 @@ def _check_bucket(bucket):
         raise ValueError(
             f"{GCS}{bucket} does not exist; make that bucket first, or check its name."
         ) from None
-    except Exception as error:  # of gcsfs, aiohttp and google.auth
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except Exception as error:  # gcsfs, aiohttp and google.auth raise all kinds
         raise ValueError(
-            f"{GCS}{bucket} cannot be read ({reason}); log in by `gcloud auth application-default login`, or give the account of this "
-            "machine the role Storage Object User of the bucket."
+            f"{GCS}{bucket} cannot be read ({_reason(error)}); log in by `gcloud auth "
+            "application-default login`, or give the account of this machine the role Storage "
+            "Object User of the bucket."
         ) from error
 
 
 def _storage():
-    """That of epath, which tells no generations."""
+    """Returns the file system that epath uses; epath itself has no generations of objects."""
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
-def _sizes(source, wanted):
-    """{name below `source`: (bytes, generation)}, with the name "" for an object of that very name; nothing if there is none."""
+def _sizes(source, patterns):
+    """Returns {name below `source`: (bytes, generation)}, empty if there are no objects.
+
+    If `source` itself is an object, its name is "".
+    """
     try:
-        found = _storage().info(str(source))
+        info = _storage().info(str(source))
     except FileNotFoundError:
         return {}
-    if found["type"] == "file":
-        return {"": (found["size"], found["generation"])}
-    sizes, start = {}, str(source).removeprefix(GCS).rstrip("/") + "/"
-    for name, found in _storage().find(str(source), detail=True).items():
+    if info["type"] == "file":
+        return {"": (info["size"], info["generation"])}
+    sizes = {}
+    start = str(source).removeprefix(GCS).rstrip("/") + "/"
+    for name, info in _storage().find(str(source), detail=True).items():
         file = name.removeprefix(start)
         if file.startswith("/") or ".." in file.split("/"):
             raise ValueError(
                 f"{source} has an object {file!r}, which is no name of a file; remove it."
             )
-        if not file.endswith("/") and any(fnmatch.fnmatchcase(file, pattern) for pattern in wanted):
-            sizes[file] = found["size"], found["generation"]
+        matches = any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
+        if matches and not file.endswith("/"):
+            sizes[file] = info["size"], info["generation"]
     return sizes
 
 
 def _send(file, target):
     try:
         _storage().put_file(str(file), str(target))
-    except Exception as error:  # of gcsfs, aiohttp and google.auth
-        raise OSError(
-            f"{target} cannot be written ({' '.join(str(error).split())[:300] or type(error).__name__})."
-        ) from error
+    except Exception as error:  # gcsfs, aiohttp and google.auth raise all kinds
+        raise OSError(f"{target} cannot be written ({_reason(error)}).") from error
+
+
+def _reason(error):
+    """Returns the error's text in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _readable(size):
+    """Writes a number of bytes."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError if the file is damaged."""
+    """Reads a JSON object.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     try:
         content = json.loads(path.read_text())
     except ValueError:
@@ -273,6 +302,6 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict):
-    """Whole or not at all."""
+    """Writes a JSON object, atomically."""
     with writing(path) as file:
         file.write_text(json.dumps(content, indent=2) + "\n")
