@@ -12,6 +12,7 @@ from PIL import Image
 from dmd_jax import denoiser as denoiser_lib
 from dmd_jax import process, samplers
 from dmd_jax.commands import sample
+from dmd_jax.data import pixels
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.models import controlnet, layers, unet_edm, unet_sd
 from dmd_jax.weights import diffusers, state_dict
@@ -330,7 +331,7 @@ def test_by_command(files, model, images, tmp_path, capsys):
     made = Image.open(tmp_path / "out.png")
     assert "4 images in" in capsys.readouterr().out
     ours = model(["a cat"] * 2 + ["the dog"] * 2, control=images[[0, 0, 1, 1]], control_scale=0.5)
-    np.testing.assert_array_equal(np.asarray(made), model_lib.metrics.grid(ours, 4))
+    np.testing.assert_array_equal(np.asarray(made), pixels.grid(ours, 4))
 
     Image.new("RGBA", (16, 16)).save(tmp_path / "clear.png")
     with pytest.raises(ValueError, match=r"clear\.png has mode RGBA, expected RGB or grey"):

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from dmd_jax import denoiser, lookup, process, sharding
+from dmd_jax.models import clip_text
 from dmd_jax.weights import diffusers, diffusers_files, diffusers_write, state_dict
 from tests.helpers import sd
 
@@ -43,17 +44,24 @@ def copy(plain, tmp_path):
 
 
 @functools.cache
-def make(settings):
-    """The network, compiled."""
-    settings = dict(settings)
-    network = lookup.find("models", settings.pop("name"))(**settings)
+def compiled(make, settings):
+    network = make(**dict(settings))
     return network._replace(apply=jax.jit(network.apply))
 
 
 def load(directory, name, **options):
     """The network and its parameters."""
-    settings, tensors = READERS[name](directory, **options)
-    network = make(tuple(settings.items()))
+    result, tensors = READERS[name](directory, **options)
+    if name == "vae":
+        make = result.func
+        settings = result.keywords
+    elif name == "text_encoder":
+        make = clip_text.clip
+        settings = result
+    else:
+        make = lookup.find("models", result["name"])
+        settings = {key: value for key, value in result.items() if key != "name"}
+    network = compiled(make, tuple(settings.items()))
     return network, state_dict.from_torch(tensors, network.abstract)
 
 
@@ -184,16 +192,16 @@ def test_one_tensor_at_a_time_onto_the_mesh(plain, monkeypatch):
         alive.append((name, weakref.ref(tensor)))
         return tensor
 
-    settings, tensors = diffusers.unet(plain)
+    network, expected = load(plain, "unet")
+    _, tensors = diffusers.unet(plain)
     monkeypatch.setattr(diffusers_files.Tensors, "__getitem__", counting)
-    network = make(tuple(settings.items()))
     mesh = sharding.make_mesh(data=2, fsdp=4)
     split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P("fsdp"), jax.P()))
     place = lambda array, path: jax.device_put(array, split if array.shape[0] % 4 == 0 else whole)
     params = state_dict.from_torch(tensors, network.abstract, place=place)
     assert len(alive) == len(tensors)
     assert params["time_embedding"]["linear_1"]["kernel"].sharding == split
-    chex.assert_trees_all_equal(params, load(plain, "unet")[1])
+    chex.assert_trees_all_equal(params, expected)
 
 
 def test_scheduler(plain, copy):

@@ -171,7 +171,11 @@ class Three(nnx.Module):
 
 def test_one_convolution_and_one_linear_layer_in_numpy():
     """All positive: -127.5 would be rounded to -128 or to -127 with the last bit of the scale."""
-    network = layers.functional(Three, ((".", lambda rng, shape: rng.uniform(0, 1, shape)),))
+    network = layers.functional(
+        Three,
+        ((".", lambda rng, shape: rng.uniform(0, 1, shape)),),
+        ("conv_in", "conv_out", "time_embedding"),
+    )
     params, x = network.init(0), np.float32(RNG.uniform(0, 1, (3, 5, 5, 2)))
     noise = np.float32([1, 2, 3])
     apply, quantized = quantize.int8(network, params, (x, noise))
@@ -197,11 +201,15 @@ def test_one_convolution_and_one_linear_layer_in_numpy():
 
 
 def test_networks_that_do_not_fit():
-    network = layers.functional(lambda rngs: nnx.Linear(2, 2, rngs=rngs), ((".", layers.zeros),))
-    with pytest.raises(
-        ValueError, match="layers that stay in float, of which the network has none"
+    for float_layers, message in (
+        ((), "the network does not say which of its layers stay in float"),
+        (("conv",), r"layers that stay in float, of which the network has none: \['conv'\]"),
     ):
-        quantize.int8(network, network.init(0), (np.ones((1, 2)),))
+        network = layers.functional(
+            lambda rngs: nnx.Linear(2, 2, rngs=rngs), ((".", layers.zeros),), float_layers
+        )
+        with pytest.raises(ValueError, match=message):
+            quantize.int8(network, network.init(0), (np.ones((1, 2)),))
     network = unet_edm.adm(**EDM)  # too narrow for a head of attention
     with pytest.raises(
         ValueError, match=r"layers that were not called with these inputs.*4x4_block0/proj"

@@ -144,10 +144,18 @@ def test_golden_parity(name):
 FAMILIES = {"ddpmpp": unet_edm.ddpmpp, "ncsnpp": unet_edm.ncsnpp, "adm": unet_edm.adm}
 
 
-def small(family):
-    """One of everything."""
-    return FAMILIES[family](size=8, channels=1, num_classes=10, width=16 if family != "adm" else 64, multipliers=(1, 2), num_blocks=1,
-                            attention=(4,))  # fmt: skip
+def small(family, **settings):
+    """A network with one of everything."""
+    return FAMILIES[family](
+        size=8,
+        channels=1,
+        num_classes=10,
+        width=64 if family == "adm" else 16,
+        multipliers=(1, 2),
+        num_blocks=1,
+        attention=(4,),
+        **settings,
+    )
 
 
 def swap_sin_and_cos(monkeypatch):  # trap 1
@@ -320,15 +328,15 @@ def test_positional_embedding_goldens():
         np.testing.assert_allclose(embedding[0], golden, atol=2e-6)
 
 
-def test_bfloat16_is_close_and_its_embedding_is_float32(monkeypatch, tiny, network, params, inputs):
+def test_bfloat16_is_close_and_its_embedding_is_float32(monkeypatch, tiny, params, inputs):
     embeddings = []
 
     def run(block, x, emb):
         embeddings.append(emb)
         return block(x, emb)
 
-    monkeypatch.setattr(unet_edm, "_run", run)
-    expected = network.apply(params, *inputs)
+    monkeypatch.setattr(layers, "_run", run)
+    expected = unet_edm.ddpmpp(**tiny).apply(params, *inputs)
     half = len(embeddings)
     output = unet_edm.ddpmpp(**tiny, dtype="bfloat16").apply(params, *inputs)
     chex.assert_trees_all_equal(embeddings[:half], embeddings[half:])
@@ -337,16 +345,37 @@ def test_bfloat16_is_close_and_its_embedding_is_float32(monkeypatch, tiny, netwo
     assert difference.max() > 1e-4 and difference.mean() < 2e-2 * np.abs(expected).mean()
 
 
-def test_remat_changes_no_gradient(tiny, inputs):
-    settings = tiny | dict(multipliers=(1,), attention=())
-    plain, remat = unet_edm.ddpmpp(**settings), unet_edm.ddpmpp(**settings, remat=True)
-    params = random_params(plain.abstract)
+def program(network, inputs):
+    return str(jax.make_jaxpr(network.apply)(network.abstract, *inputs))
 
-    def gradient(network):
+
+def test_remat_is_block_by_block(tiny, inputs):
+    network = unet_edm.ddpmpp(**tiny | dict(multipliers=(1,), attention=()), remat=True)
+    assert program(network, inputs).count("= remat") == 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_policy_of_remat_has_its_own_program(inputs, family):
+    policies = (False, True, *layers.POLICIES)
+    assert len({program(small(family, remat=remat), inputs) for remat in policies}) == len(policies)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unknown_policy_of_remat_is_refused(family):
+    with pytest.raises(ValueError, match=r"^no remat policy 'dots'; use True, False or one of "):
+        small(family, remat="dots")
+
+
+@pytest.mark.parametrize("remat", [True, *layers.POLICIES])
+def test_remat_changes_no_gradient(tiny, inputs, remat):
+    settings = tiny | dict(multipliers=(1,), attention=())
+    params = random_params(unet_edm.ddpmpp(**settings).abstract)
+
+    def gradient(remat):
+        network = unet_edm.ddpmpp(**settings, remat=remat)
         return jax.jit(jax.grad(lambda p: jnp.mean(network.apply(p, *inputs) ** 2)))(params)
 
-    assert str(jax.make_jaxpr(remat.apply)(params, *inputs)).count("= remat") == 5  # one per block
-    chex.assert_trees_all_close(gradient(remat), gradient(plain), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(gradient(remat), gradient(False), rtol=1e-4, atol=1e-6)
 
 
 def test_no_label_is_null_label(network, params, inputs):

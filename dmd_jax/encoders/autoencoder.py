@@ -51,12 +51,15 @@ def image_shape(settings: dict | None, shape: tuple[int, int, int]) -> tuple[int
 
 
 def _open(settings):
-    """The network, and its tensors yet to be read."""
-    settings, tensors = dict(settings), {}
-    if checkpoint := settings.pop("checkpoint", ""):
-        found, tensors = diffusers.vae(diffusers.find(checkpoint))
-        settings = found | settings
-    return lookup.find("models", settings.pop("name"))(**settings), tensors
+    """Returns the network, and its tensors, which are not read yet."""
+    settings = dict(settings)
+    checkpoint = settings.pop("checkpoint", "")
+    if checkpoint:
+        make, tensors = diffusers.vae(diffusers.find(checkpoint))
+    else:
+        make = lookup.find("models", settings.pop("name"))
+        tensors = {}
+    return make(**settings), tensors
 
 
 def _in_batches(name, function, params, parallel, batch_size):

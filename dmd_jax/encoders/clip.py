@@ -2,8 +2,9 @@
 
 import os
 
-from dmd_jax import encoders, lookup, sharding
+from dmd_jax import encoders, sharding
 from dmd_jax.encoders import tokenizer
+from dmd_jax.models import clip_text
 from dmd_jax.weights import diffusers, digests, state_dict
 
 
@@ -29,7 +30,7 @@ def make(
     settings, tensors = diffusers.text_encoder(directory)
     length, width = settings["max_length"], settings["hidden_size"]
     tokens = tokenizer.load(directory / "tokenizer", length=length)
-    network = lookup.find("models", settings.pop("name"))(**settings, dtype=dtype)
+    network = clip_text.clip(**settings, dtype=dtype)
     params = state_dict.from_torch(tensors, network.abstract)
     run = parallel.in_batches("text batch_size", network.apply, batch_size)
     digest = f"clip {digests.of_params(params)} {tokens.digest} {sorted(settings.items())} {dtype}"

@@ -42,28 +42,32 @@ class ConditionNet(nnx.Module):
         return self.conv_out(x)
 
 
-class ControlNet(unet_sd.Encoder):
+class ControlNet(nnx.Module):
     """See `controlnet` for the settings."""
 
-    def __init__(self, *, embedding_widths, **settings):
-        super().__init__(**settings)
-        widths, dtype, rngs = (settings[name] for name in ("widths", "dtype", "rngs"))
-        skips = unet_sd.skip_channels(widths, settings["layers_per_block"])
+    def __init__(self, settings, embedding_widths, rngs):
+        dtype = jnp.dtype(settings.dtype)
         zero = functools.partial(nnx.Conv, kernel_size=(1, 1), dtype=dtype, rngs=rngs)
+        widths = settings.block_out_channels
+        self.run = layers.runner(settings.remat)
+        self.time_embedding = unet_sd.time_embedding(settings, rngs)
+        self.conv_in = unet_sd.conv_in(settings, rngs)
+        self.down_blocks = unet_sd.down_blocks(settings, rngs)
+        self.mid_block = unet_sd.mid_block(settings, rngs)
         self.controlnet_cond_embedding = ConditionNet(
             widths[0], embedding_widths, dtype=dtype, rngs=rngs
         )
-        self.controlnet_down_blocks = layers.numbered([zero(c, c) for c in skips])
+        self.controlnet_down_blocks = layers.numbered(
+            [zero(c, c) for c in unet_sd.skip_channels(settings)]
+        )
         self.controlnet_mid_block = zero(widths[-1], widths[-1])
 
     def __call__(self, x, noise, cond, control, scale):
-        x, skips = self.encode(
-            self.conv_in(x) + self.controlnet_cond_embedding(control), self.embed(noise), cond
-        )
-        skips = [
-            zero(skip)
-            for zero, skip in zip(layers.in_order(self.controlnet_down_blocks), skips, strict=True)
-        ]
+        x = self.conv_in(x) + self.controlnet_cond_embedding(control)
+        emb = unet_sd.embed(self.time_embedding, noise)
+        x, skips = unet_sd.encode(self, self.run, x, emb, cond)
+        zeros = layers.in_order(self.controlnet_down_blocks)
+        skips = [zero(skip) for zero, skip in zip(zeros, skips, strict=True)]
         scale = scale[:, None, None, None]
         return jax.tree.map(
             lambda residual: (scale * residual).astype(residual.dtype),
@@ -72,44 +76,29 @@ class ControlNet(unet_sd.Encoder):
 
 
 def controlnet(
-    *,
-    channels: int = 4,
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
-    layers_per_block: int = 2,
-    attention: tuple[bool, ...] = (True, True, True, False),
-    num_heads: int | tuple[int, ...] = 8,
-    cross_attention_dim: int = 768,
-    use_linear_projection: bool = False,
-    norm_num_groups: int = 32,
-    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256),
-    dtype: str = "float32",
-    remat: bool | str = False,
+    *, conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256), **shared
 ) -> layers.Network:
-    """The network `(params, x [B, h, w, channels], noise [B], cond [B, L, cross_attention_dim], control [B, H, W, 3], scale [B]) ->
-    residuals`, for a `unet_sd.UNet`: of the middle, and a list of those of its skips.
+    """Returns the network that makes the residuals for a `unet_sd.UNet`:
 
-    `control` is RGB in [0, 1], and H = h * 2 ** (len(conditioning_embedding_out_channels) - 1): 8 h with the defaults, which are those of
-    Stable Diffusion 1.x. `scale` is what the residuals are multiplied by, usually 1.
+    `(params, x [B, h, w, channels], noise [B], cond [B, L, cross_attention_dim],
+    control [B, H, W, 3], scale [B]) -> (residual of the middle, [residual of each skip])`.
+
+    `control` is RGB in [0, 1], and H = h * 2 ** (len(conditioning_embedding_out_channels) - 1): 8 h
+    with the defaults, which are those of Stable Diffusion 1.x. The residuals are multiplied by
+    `scale`, which is usually 1.
 
     Args:
-      conditioning_embedding_out_channels: of the convolutions that bring the image down to the size of the latents.
-      Others: the UNet's, see `unet_sd.unet`.
+      conditioning_embedding_out_channels: of the convolutions that bring the image down to the size
+        of the latents.
+      shared: fields of `unet_sd.Settings`, as in the UNet.
 
     Raises:
-      ValueError: settings that do not fit each other.
+      ValueError: the settings do not fit each other.
     """
-    settings = unet_sd.module_settings(
-        block_out_channels, layers_per_block, attention, num_heads, norm_num_groups
+    settings = unet_sd.checked(unet_sd.Settings(**shared))
+    return layers.functional(
+        lambda rngs: ControlNet(settings, conditioning_embedding_out_channels, rngs), INITIALIZERS
     )
-    settings |= dict(
-        channels=channels,
-        c_cond=cross_attention_dim,
-        linear=use_linear_projection,
-        dtype=jnp.dtype(dtype),
-        remat=remat,
-    )
-    settings |= dict(embedding_widths=tuple(conditioning_embedding_out_channels))
-    return layers.functional(lambda rngs: ControlNet(rngs=rngs, **settings), INITIALIZERS)
 
 
 def controlled(unet: layers.Network, controlnet: layers.Network) -> Callable:

@@ -1,4 +1,7 @@
-"""What the networks share: layers of flax with this package's defaults, and a module as a function of its parameters."""
+"""What the networks share: layers, and a module as a function of its parameters.
+
+The layers are flax's with this package's defaults.
+"""
 
 import functools
 import itertools
@@ -25,10 +28,11 @@ class Network(NamedTuple):
     Attributes:
       apply: `(params, *inputs) -> output`.
       abstract: the parameters' shapes and dtypes, a nested dict.
-      init: `seed -> params`, numpy arrays: the same on every machine, and made without compiling anything.
-      bind: `params -> module`, for what else the module can do.
-      cast: `params -> params`, each in the precision that its layer computes in, which then casts no more.
+      init: `seed -> params`, numpy arrays, the same on every machine; nothing is compiled.
+      bind: `params -> module`, for the module's other methods.
+      cast: `params -> params`, each in the precision of its layer, which then does not cast again.
       grow: `(params of the network that it is made of) -> params`; None if it is made of no other.
+      float_layers: regexes of the layers that `quantize` leaves in float, over paths joined by "/".
     """
 
     apply: Callable
@@ -37,16 +41,20 @@ class Network(NamedTuple):
     bind: Callable
     cast: Callable
     grow: Callable | None = None
+    float_layers: tuple[str, ...] = ()
 
 
 def functional(
-    build: Callable[[nnx.Rngs], nnx.Module], initializers: tuple[tuple[str, Callable], ...]
+    build: Callable[[nnx.Rngs], nnx.Module],
+    initializers: tuple[tuple[str, Callable], ...],
+    float_layers: tuple[str, ...] = (),
 ) -> Network:
-    """The `Network` of the module that `build` makes.
+    """Returns the `Network` of the module that `build` makes.
 
     Args:
-      build: `rngs -> module`; only traced.
+      build: `rngs -> module`; it is only traced.
       initializers: rules `(regex, (rng, shape) -> array)`, see `assign`.
+      float_layers: see `Network`.
     """
     module = nnx.eval_shape(lambda: build(_Rngs()))
     dtypes = {
@@ -60,13 +68,11 @@ def functional(
     def init(seed):
         rng = np.random.default_rng(seed)
         makers = traverse_util.flatten_dict(assign(initializers, abstract))
-        leaves = {
-            path: make(rng, a.shape)
-            for (path, make), a in zip(makers.items(), jax.tree.leaves(abstract), strict=True)
-        }
-        return traverse_util.unflatten_dict(
-            {path: leaf.astype(np.float32) for path, leaf in leaves.items()}
-        )
+        shapes = traverse_util.flatten_dict(abstract)
+        leaves = {}
+        for path, make in makers.items():
+            leaves[path] = make(rng, shapes[path].shape).astype(np.float32)
+        return traverse_util.unflatten_dict(leaves)
 
     def bind(params):
         return nnx.merge(graphdef, params)
@@ -77,45 +83,49 @@ def functional(
             {path: a.astype(dtypes.get(path[:-1], a.dtype)) for path, a in leaves.items()}
         )
 
-    return Network(lambda params, *inputs: bind(params)(*inputs), abstract, init, bind, cast)
+    def apply(params, *inputs):
+        return bind(params)(*inputs)
+
+    return Network(apply, abstract, init, bind, cast, float_layers=float_layers)
 
 
 class _Rngs:
-    """Instead of nnx.Rngs, whose counters take most of the time of tracing a large network."""
+    """Replaces nnx.Rngs, whose counters take most of the time of tracing a large network."""
 
     def params(self):
         return jax.random.key(0)
 
 
 def numbered(modules: Sequence) -> nnx.Dict:
-    """Children under the names "0", "1", ..., as in PyTorch's ModuleList."""
+    """Returns children under the names "0", "1", ..., as in PyTorch's ModuleList."""
     return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
 def in_order(modules: nnx.Dict) -> list:
-    """What `numbered` was given."""
+    """Returns the modules of `numbered` as a list."""
     return [modules[str(i)] for i in range(len(modules))]
 
 
 def runner(remat: bool | str) -> Callable:
-    """`(module, *inputs) -> output`.
+    """Returns `(module, *inputs) -> output`, which runs a module.
 
     Args:
-      remat: recompute the module's activations in the backward pass instead of storing them: all of them, or those that the named one of
-        jax.checkpoint_policies does not save.
+      remat: True to recompute the module's activations in the backward pass instead of storing
+        them, False to store them. A name of jax.checkpoint_policies recomputes those that this
+        policy does not save.
 
     Raises:
-      ValueError: no such policy.
+      ValueError: there is no such policy.
     """
-    if isinstance(remat, str) and remat not in POLICIES:
+    if not remat:
+        return _run
+    if remat is True:
+        return nnx.remat(_run)
+    if remat not in POLICIES:
         raise ValueError(
             f"no remat policy {remat!r}; use True, False or one of {', '.join(POLICIES)}."
         )
-    if not remat:
-        return _run
-    return nnx.remat(
-        _run, policy=getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
-    )
+    return nnx.remat(_run, policy=getattr(jax.checkpoint_policies, remat))
 
 
 def _run(module, *inputs):
@@ -123,14 +133,17 @@ def _run(module, *inputs):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation of [B, H, W, C], statistics in float32.
+    """Group normalisation of [B, H, W, C], with statistics in float32.
 
-    Against flax's own: pixels are averaged before the channels of a group, which takes a tenth off a training step on a CPU, and the
-    variance is the mean of (x - mean)^2, which does not cancel on nearly constant feature maps.
+    It differs from flax's in two ways. Pixels are averaged before the channels of a group, which
+    takes a tenth off a training step on a CPU. The variance is the mean of (x - mean)^2, which does
+    not cancel on nearly constant feature maps.
     """
 
     def __init__(self, channels: int, *, num_groups: int, epsilon: float, dtype):
-        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
+        self.num_groups = num_groups
+        self.epsilon = epsilon
+        self.dtype = dtype
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
 
@@ -138,24 +151,29 @@ class GroupNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - self._group_mean(x)
         scale, bias = (p[...][None, None, None] for p in (self.scale, self.bias))
-        return (x * (jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * scale) + bias).astype(
-            self.dtype
-        )
+        gain = jax.lax.rsqrt(self._group_mean(x**2) + self.epsilon) * scale
+        return (x * gain + bias).astype(self.dtype)
 
     def _group_mean(self, x):
-        """[B, 1, 1, C]"""
+        """Returns the mean of each image's group, for each of its channels: [B, 1, 1, C]."""
         b, _, _, c = x.shape
         mean = x.mean(axis=(1, 2)).reshape(b, self.num_groups, -1).mean(axis=-1)
         return jnp.repeat(mean, c // self.num_groups, axis=-1)[:, None, None]
 
 
 def layer_norm(channels: int, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """PyTorch's layer normalisation, statistics in float32; the variance is the mean of (x - mean)^2."""
+    """Returns PyTorch's layer normalisation, with statistics in float32.
+
+    The variance is the mean of (x - mean)^2.
+    """
     return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class ResnetBlock(nnx.Module):
-    """The residual block of diffusers, [B, H, W, c_in] to [B, H, W, c_out], with an embedding [B, c_emb] or without."""
+    """The residual block of diffusers: [B, H, W, c_in] to [B, H, W, c_out].
+
+    It may take an embedding [B, c_emb].
+    """
 
     def __init__(
         self,
@@ -170,10 +188,12 @@ class ResnetBlock(nnx.Module):
     ):
         conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
         norm = functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
-        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, (3, 3))
+        self.norm1 = norm(c_in)
+        self.conv1 = conv(c_in, c_out, (3, 3))
         if c_emb:
             self.time_emb_proj = nnx.Linear(c_emb, c_out, rngs=rngs)
-        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, (3, 3))
+        self.norm2 = norm(c_out)
+        self.conv2 = conv(c_out, c_out, (3, 3))
         if c_in != c_out:
             self.conv_shortcut = conv(c_in, c_out, (1, 1))
 
@@ -182,7 +202,9 @@ class ResnetBlock(nnx.Module):
         if emb is not None:
             h += self.time_emb_proj(nnx.silu(emb))[:, None, None].astype(h.dtype)
         h = self.conv2(nnx.silu(self.norm2(h)))
-        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x)
+        return x + h
 
 
 def stage(
@@ -192,13 +214,13 @@ def stage(
     down: nnx.Conv | None = None,
     up: nnx.Conv | None = None,
 ) -> nnx.Dict:
-    """What a UNet or an autoencoder has at one resolution, by diffusers' names.
+    """Returns the layers of a UNet or an autoencoder at one resolution, under diffusers' names.
 
     Args:
       resnets: residual blocks.
       attentions: each follows the residual block of its number.
-      down: the convolution that halves the resolution afterwards.
-      up: the convolution after the resolution was doubled.
+      down: the convolution that halves the resolution at the end, if any.
+      up: the convolution that follows a doubling of the resolution at the end, if any.
     """
     resamplers = {
         name: numbered([nnx.Dict(conv=conv)])
@@ -209,14 +231,24 @@ def stage(
 
 
 def residual_layers(block: nnx.Dict) -> Iterator[tuple]:
-    """Each residual block of a `stage`, and the attention that follows it or None."""
+    """Yields each residual block of a `stage` with the attention that follows it, or None."""
     return itertools.zip_longest(in_order(block.resnets), in_order(block.attentions))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
-    """Softmax attention of queries [B, L, heads, D] over keys and values [B, M, heads, D]: [B, L, heads, D], softmax in float32.
+    """Returns softmax attention, with the softmax in float32.
 
-    On GPUs by cuDNN's flash attention, where that can: 16 bits, and heads of a multiple of 8 up to 128 wide.
+    On GPUs it is cuDNN's flash attention, where that is possible: in 16 bits, with heads whose
+    width is a multiple of 8 up to 128.
+
+    Args:
+      q: queries, [B, L, heads, D].
+      k: keys, [B, M, heads, D].
+      v: values, [B, M, heads, D].
+      is_causal: whether a query sees no later keys.
+
+    Returns:
+      [B, L, heads, D].
     """
     flash = (
         jax.default_backend() == "gpu"
@@ -224,9 +256,33 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = Fal
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
     )
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=is_causal, implementation="cudnn" if flash else "xla"
-    )
+    implementation = "cudnn" if flash else "xla"
+    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=implementation)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns x Phi(x), the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
+
+    It is jax.nn.gelu(approximate=False) with a derivative that works inside jax.shard_map.
+    """
+    return x * _normal_cdf(x)
+
+
+# Its derivative is stated because jax 0.12 cannot differentiate erf and erfc inside jax.shard_map:
+# "Primitive polynomial requires varying manual axes to match".
+@jax.custom_jvp
+def _normal_cdf(x):
+    """Returns Phi(x), the cumulative distribution function of the standard normal distribution."""
+    return 0.5 * jax.lax.erfc(-x * np.sqrt(0.5).astype(x.dtype))
+
+
+@_normal_cdf.defjvp
+def _normal_cdf_jvp(primals, tangents):
+    """Returns Phi(x) and phi(x) dx, where phi is the density."""
+    (x,) = primals
+    (dx,) = tangents
+    density = np.sqrt(0.5 / np.pi).astype(x.dtype) * jnp.exp(-0.5 * x**2)
+    return _normal_cdf(x), density * dx
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -255,67 +311,77 @@ def _normal_cdf_jvp(primals, tangents):
 
 
 def zeros(rng, shape):
+    """Returns zeros."""
     return np.zeros(shape)
 
 
 def ones(rng, shape):
+    """Returns ones."""
     return np.ones(shape)
 
 
 def normal(scale: float) -> Callable:
-    """Gaussian of standard deviation `scale`."""
+    """Returns the Gaussian initializer of standard deviation `scale`."""
     return lambda rng, shape: scale * rng.standard_normal(shape)
 
 
 def kaiming_uniform(rng, shape):
-    """PyTorch's default for kernels [..., in, out]: uniform within 1 / sqrt(fan_in)."""
+    """Draws kernels [..., in, out] as PyTorch does by default: uniform within 1 / sqrt(fan_in)."""
     return rng.uniform(-1, 1, shape) / np.sqrt(np.prod(shape[:-1]))
 
 
 def xavier_uniform(gain: float = 1.0) -> Callable:
-    """Glorot and Bengio's uniform initializer times `gain`, for kernels [..., in, out]."""
+    """Returns Glorot and Bengio's uniform initializer times `gain`, for kernels [..., in, out]."""
 
     def make(rng, shape):
-        receptive = np.prod(shape[:-2])
-        return gain * np.sqrt(6 / (receptive * (shape[-2] + shape[-1]))) * rng.uniform(-1, 1, shape)
+        fans = np.prod(shape[:-2]) * (shape[-2] + shape[-1])
+        return gain * np.sqrt(6 / fans) * rng.uniform(-1, 1, shape)
 
     return make
 
 
 def positional_frequencies(n: int, *, endpoint: bool, max_period: float = 10000.0) -> jax.Array:
-    """`n` frequencies falling geometrically from 1, to 1 / max_period if that `endpoint` is included."""
+    """Returns `n` frequencies that fall geometrically from 1 to 1 / max_period.
+
+    Args:
+      n: number of frequencies.
+      endpoint: whether the last one is 1 / max_period, or would be the next one.
+      max_period: the ratio of the ends.
+    """
     return max_period ** -(jnp.arange(n, dtype=jnp.float32) / (n - endpoint))
 
 
 def cos_sin(t: jax.Array, freqs: jax.Array) -> jax.Array:
-    """Cosine and sine of `t` [B] at angular frequencies `freqs` [D / 2]: [B, D], float32."""
+    """Returns cosine and sine of `t` [B] at the angular frequencies `freqs` [D / 2]: [B, D]."""
     angles = t.astype(jnp.float32)[:, None] * freqs[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def upsample(x: jax.Array) -> jax.Array:
-    """Nearest neighbour, [B, H, W, C] to [B, 2H, 2W, C]."""
+    """Doubles the resolution by nearest neighbours: [B, H, W, C] to [B, 2H, 2W, C]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def downsample(x: jax.Array) -> jax.Array:
-    """The mean of each 2x2 pixels, [B, H, W, C] to [B, H/2, W/2, C]."""
+    """Returns the mean of each 2x2 pixels: [B, H, W, C] to [B, H/2, W/2, C]."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
 def smooth(x: jax.Array, padding: int = 1) -> jax.Array:
-    """The filter (1, 2, 1) / 4 along height and width of [B, H, W, C], after `padding` zeros on each side."""
+    """Filters [B, H, W, C] by (1, 2, 1) / 4 along height and width, with `padding` zeros around."""
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
     return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4
 
 
 def assign(rules: tuple[tuple[str, Any], ...], params: dict) -> dict:
-    """The tree of `params` with the value of the first rule whose regex is found in each leaf's path.
+    """Returns the tree of `params` with, in each leaf, the value of the first rule that matches it.
+
+    A rule (regex, value) matches a leaf if its regex is found in the leaf's path, "a.b.c".
 
     Raises:
-      ValueError: a parameter that no rule matches, or a rule that matches no parameter.
+      ValueError: no rule matches a parameter, or a rule matches no parameter.
     """
     paths = traverse_util.flatten_dict(params, sep=".")
     matches = {path: [value for regex, value in rules if re.search(regex, path)] for path in paths}

@@ -1,13 +1,19 @@
-"""Networks in eight bits, after training: weights and activations of convolutions and linear layers as integers from -128 to 127,
+"""Post-training quantisation of networks to eight bits, by Google's qwix.
+
+Weights and activations of convolutions and linear layers become integers from -128 to 127:
 
     W x ~ s_W s_x (round(W / s_W) round(x / s_x)),    s = max |.| / 127.5,
 
-with a scale for each output channel of W and, of x, for each image (convolutions) or each token (linear layers), found as it comes. So
-nothing is calibrated, and the images of a batch do not share a scale. The products are summed as integers. This is done by Google's qwix.
+with one scale for each output channel of W and, for x, one for each image (convolutions) or each
+token (linear layers). The scales of x are computed with each input, so nothing is calibrated, and
+the images of a batch do not share a scale. The products are summed as integers.
 
-In float stay the layers of FLOAT, and whatever has no kernel: norms, softmax and the products of attention. An activation at half an
-integer goes either way with the last bit of a float, so results that would be the same in float up to the order of sums, such as those of
-different batch sizes, differ here by as much as the rounding does: by around 1 %, like the images from those of the network in float.
+The network's `float_layers` stay in float, and so does whatever has no kernel: norms, softmax and
+the products of attention.
+
+An activation at half an integer is rounded up or down by the last bit of a float. So results that
+differ in float only by the order of sums, such as those of different batch sizes, differ here by as
+much as the rounding does: by around 1 %, like the images from those of the network in float.
 """
 
 import re
@@ -19,40 +25,34 @@ from flax import nnx, traverse_util
 
 from dmd_jax.models import layers
 
-FLOAT = (  # regexes of layers
-    r"(^|/)(enc/\d+x\d+_conv|conv_in)$",  # the first one
-    r"(^|/)(dec/\d+x\d+_aux_conv|out_conv|conv_out)$",  # the last one
-    r"(^|/)(map_\w+|affine|time_embedding/\w+|time_emb_proj|aux_residual)$",  # of noise level and label; of the image, in NCSN++
-)
-
 
 def int8(network: layers.Network, params: dict, inputs: tuple) -> tuple[Callable, dict]:
-    """A UNet's function and parameters in eight bits.
+    """Returns a network's function and its parameters in eight bits.
 
     Args:
-      network: of `models.unet_edm` or `models.unet_sd`.
+      network: has `float_layers`.
       params: its parameters.
-      inputs: of the network, such as (x, noise, cond), of any batch size; shapes will do, as jax.ShapeDtypeStruct.
+      inputs: of the network, such as (x, noise, cond), of any batch size; jax.ShapeDtypeStruct is
+        enough.
 
     Returns:
-      `(params, *inputs) -> output`, which takes the place of `network.apply`, and its parameters: those given, but the kernels of the
-      other layers are {"array": {"qvalue": int8, "scale": float32}}.
+      `(params, *inputs) -> output`, which takes the place of `network.apply`, and its parameters:
+      those of the argument, in which the kernels of the quantised layers are
+      {"array": {"qvalue": int8, "scale": float32}}.
 
     Raises:
-      ValueError: qwix is not installed, or the network has other layers than expected.
+      ValueError: qwix is not installed, or the network lacks `float_layers` or has other layers
+        than expected.
     """
     qwix = require_qwix()
     paths = [
         "/".join(path[:-1]) for path in traverse_util.flatten_dict(params) if path[-1] == "kernel"
     ]
-    idle = [regex for regex in FLOAT if not any(re.search(regex, path) for path in paths)]
-    if idle:
-        raise ValueError(
-            f"layers that stay in float, of which the network has none: {idle}; it has: {paths}."
-        )
-    chosen = {path for path in paths if not any(re.search(regex, path) for regex in FLOAT)}
+    layers_in_eight_bits = _eight_bits(paths, network.float_layers)
     rule = qwix.QuantizationRule(
-        module_path="|".join(map(re.escape, chosen)), weight_qtype=jnp.int8, act_qtype=jnp.int8
+        module_path="|".join(map(re.escape, layers_in_eight_bits)),
+        weight_qtype=jnp.int8,
+        act_qtype=jnp.int8,
     )
 
     def build(params, inputs):
@@ -67,20 +67,42 @@ def int8(network: layers.Network, params: dict, inputs: tuple) -> tuple[Callable
         return model
 
     model = nnx.eval_shape(build, params, inputs)
-    made = qwix.quantize_params(jax.tree.map(jnp.asarray, params), model)
-    done = {
-        "/".join(path[:-3]) for path in traverse_util.flatten_dict(made) if path[-1] == "qvalue"
+    quantized = qwix.quantize_params(jax.tree.map(jnp.asarray, params), model)
+    quantized_layers = {
+        "/".join(path[:-3])
+        for path in traverse_util.flatten_dict(quantized)
+        if path[-1] == "qvalue"
     }
-    if done != chosen:
+    if quantized_layers != layers_in_eight_bits:
         raise ValueError(
-            f"layers that were not called with these inputs, or not recognised by qwix: {sorted(chosen - done)}."
+            "layers that were not called with these inputs, or not recognised by qwix: "
+            f"{sorted(layers_in_eight_bits - quantized_layers)}."
         )
     graphdef, _ = nnx.split(model)
-    return lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), made
+
+    def apply(params, *inputs):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    return apply, quantized
+
+
+def _eight_bits(paths, float_layers):
+    """Returns those of the layers `paths` that no regex of `float_layers` matches."""
+    if not float_layers:
+        raise ValueError(
+            "the network does not say which of its layers stay in float; "
+            "give layers.functional its float_layers."
+        )
+    idle = [regex for regex in float_layers if not any(re.search(regex, path) for path in paths)]
+    if idle:
+        raise ValueError(
+            f"layers that stay in float, of which the network has none: {idle}; it has: {paths}."
+        )
+    return {path for path in paths if not any(re.search(regex, path) for regex in float_layers)}
 
 
 def require_qwix():
-    """The package.
+    """Returns the package qwix.
 
     Raises:
       ValueError: it is not installed.

@@ -16,6 +16,12 @@ from dmd_jax.models import layers
 
 SQRT_HALF = 0.5**0.5
 
+# Kinds of layers in the encoder and the decoder.
+FIRST = "first"  # the first convolution
+BLOCK = "block"  # a `Block`
+BLOCK_WITH_SKIP = "block_with_skip"  # a `Block` that also sees a skip connection
+ADD_INPUT = "add_input"  # a convolution of the input image, which is added to the features
+
 
 class Family(NamedTuple):
     """What tells the three networks apart; the defaults are DDPM++.
@@ -76,6 +82,11 @@ ADM_INITIALIZERS = (
     (r"bias$", layers.zeros),  # EDM: uniform, like the kernels
     (r"(conv1|proj|out_conv)\.kernel$", layers.zeros),
     (r"kernel$", layers.kaiming_uniform),
+)
+FLOAT_LAYERS = (
+    r"^enc/\d+x\d+_conv$",  # the first one
+    r"^(dec/\d+x\d+_aux_conv|out_conv)$",  # the last one
+    r"(^map_\w+|/affine)$",  # of noise level and label
 )
 
 
@@ -145,7 +156,11 @@ class Fourier(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """See `_maker` for the arguments."""
+    """See `_maker` for the arguments.
+
+    The layers of `enc` and `dec` are listed in the order of their use: `enc_names` and `enc_kinds`,
+    `dec_names` and `dec_kinds`.
+    """
 
     def __init__(
         self,
@@ -166,7 +181,11 @@ class UNet(nnx.Module):
         block = functools.partial(Block, c_emb=4 * width, family=family, dtype=dtype, rngs=rngs)
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), dtype=dtype, rngs=rngs)
         linear = functools.partial(nnx.Linear, rngs=rngs)
-        self.family, self.width, self.num_classes, self.remat = family, width, num_classes, remat
+        self.family = family
+        self.size = size
+        self.width = width
+        self.num_classes = num_classes
+        self.run = layers.runner(remat)
         c_noise = width * (1 + family.fourier)
         if family.fourier:
             self.map_noise = Fourier(width)
@@ -181,54 +200,67 @@ class UNet(nnx.Module):
         self.map_layer0 = linear(c_noise, 4 * width)
         self.map_layer1 = linear(4 * width, 4 * width)
 
-        enc, dec, skips, c, c_input = {}, {}, [], channels, channels
+        enc = [(f"{size}x{size}_conv", FIRST, conv(channels, width))]
+        c = width
+        c_input = channels
+        skips = [c]
         for level, multiplier in enumerate(multipliers):
             res = size >> level
-            if level == 0:
-                enc[f"{res}x{res}_conv"], c = conv(c, width), width
-            else:
-                enc[f"{res}x{res}_down"] = block(c, c, resample=family.down)
-                if family.residual_input:
-                    enc[f"{res}x{res}_aux_residual"], c_input = conv(c_input, c, padding=2), c
-            skips.append(c)
-            for i in range(num_blocks):
-                enc[f"{res}x{res}_block{i}"] = block(
-                    c, multiplier * width, attention=res in attention
-                )
-                c = multiplier * width
+            if level > 0:
+                enc.append((f"{res}x{res}_down", BLOCK, block(c, c, resample=family.down)))
                 skips.append(c)
+                if family.residual_input:
+                    aux_residual = conv(c_input, c, padding=2)
+                    enc.append((f"{res}x{res}_aux_residual", ADD_INPUT, aux_residual))
+                    c_input = c
+            for i in range(num_blocks):
+                c_out = multiplier * width
+                layer = block(c, c_out, attention=res in attention)
+                enc.append((f"{res}x{res}_block{i}", BLOCK, layer))
+                c = c_out
+                skips.append(c)
+
+        bottom = size >> (len(multipliers) - 1)
+        dec = [
+            (f"{bottom}x{bottom}_in0", BLOCK, block(c, c, attention=True)),
+            (f"{bottom}x{bottom}_in1", BLOCK, block(c, c)),
+        ]
         for level, multiplier in reversed(list(enumerate(multipliers))):
             res = size >> level
-            if level == len(multipliers) - 1:
-                dec[f"{res}x{res}_in0"] = block(c, c, attention=True)
-                dec[f"{res}x{res}_in1"] = block(c, c)
-            else:
-                dec[f"{res}x{res}_up"] = block(c, c, resample=family.up)
+            if res > bottom:
+                dec.append((f"{res}x{res}_up", BLOCK, block(c, c, resample=family.up)))
             for i in range(num_blocks + 1):
+                c_out = multiplier * width
                 attend = res in attention and (i == num_blocks or family.attention_everywhere)
-                dec[f"{res}x{res}_block{i}"] = block(
-                    c + skips.pop(), multiplier * width, attention=attend
-                )
-                c = multiplier * width
-        self.enc_names, self.dec_names = tuple(enc), tuple(dec)
-        norm, out = _group_norm(c, family=family, dtype=dtype), conv(c, channels)
+                layer = block(c + skips.pop(), c_out, attention=attend)
+                dec.append((f"{res}x{res}_block{i}", BLOCK_WITH_SKIP, layer))
+                c = c_out
+
+        self.enc_names, self.enc_kinds, enc_layers = zip(*enc, strict=True)
+        self.dec_names, self.dec_kinds, dec_layers = zip(*dec, strict=True)
+        enc_dict = dict(zip(self.enc_names, enc_layers, strict=True))
+        dec_dict = dict(zip(self.dec_names, dec_layers, strict=True))
+        out_norm = _group_norm(c, family=family, dtype=dtype)
+        out_conv = conv(c, channels)
         if family.adaptive_scale:
-            self.out_norm, self.out_conv = norm, out
+            self.out_norm = out_norm
+            self.out_conv = out_conv
         else:
-            dec |= {f"{size}x{size}_aux_norm": norm, f"{size}x{size}_aux_conv": out}
-        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+            dec_dict[f"{size}x{size}_aux_norm"] = out_norm
+            dec_dict[f"{size}x{size}_aux_conv"] = out_conv
+        self.enc = nnx.Dict(enc_dict)
+        self.dec = nnx.Dict(dec_dict)
 
     def __call__(self, x, noise, label=None, augment=None):
-        run = nnx.remat(_run) if self.remat else _run
         emb = self.embed(noise, label, augment)
         x, skips = self.encode(x, emb)
-        for name in self.dec_names:
-            if "block" in name:
+        for name, kind in zip(self.dec_names, self.dec_kinds, strict=True):
+            if kind == BLOCK_WITH_SKIP:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = run(self.dec[name], x, emb)
+            x = self.run(self.dec[name], x, emb)
         if self.family.adaptive_scale:
             return self.out_conv(nnx.silu(self.out_norm(x)))
-        top = self.enc_names[0].removesuffix("_conv")
+        top = f"{self.size}x{self.size}"
         return self.dec[f"{top}_aux_conv"](nnx.silu(self.dec[f"{top}_aux_norm"](x)))
 
     def embed(self, noise, label=None, augment=None):
@@ -258,24 +290,22 @@ class UNet(nnx.Module):
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
 
     def encode(self, x, emb):
-        """What the decoder starts from, [B, h, w, C] at the lowest resolution, and the skip connections."""
-        run = nnx.remat(_run) if self.remat else _run
-        skips, image = [], x
-        for name in self.enc_names:
-            if name.endswith("_conv"):
-                x = self.enc[name](x)
-            elif name.endswith("_aux_residual"):
-                skips.pop()
-                image = layers.downsample(layers.smooth(self.enc[name](image), padding=0))
-                x = image = (x + image) * SQRT_HALF
+        """Returns what the decoder starts from, [B, h, w, C] at the lowest resolution, and the skips."""
+        skips = []
+        image = x
+        for name, kind in zip(self.enc_names, self.enc_kinds, strict=True):
+            layer = self.enc[name]
+            if kind == FIRST:
+                x = layer(x)
+            elif kind == ADD_INPUT:
+                skips.pop()  # replaced by the sum
+                image = layers.downsample(layers.smooth(layer(image), padding=0))
+                x = (x + image) * SQRT_HALF
+                image = x
             else:
-                x = run(self.enc[name], x, emb)
+                x = self.run(layer, x, emb)
             skips.append(x)
         return x, skips
-
-
-def _run(block, x, emb):
-    return block(x, emb)
 
 
 def _group_norm(channels, *, family, dtype):
@@ -298,7 +328,7 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
         attention: tuple[int, ...] = attention,
         augment_dim: int = 0,
         dtype: str = "float32",
-        remat: bool = False,
+        remat: bool | str = False,
     ) -> layers.Network:
         """The network `(params, x [B, size, size, channels], noise [B], label [B] or None) -> [B, size, size, channels]`.
 
@@ -312,10 +342,10 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
           attention: resolutions with self-attention; ADM's channels are multiples of 64 there.
           augment_dim: length of the augmentation vector that EDM's own training feeds, 9 in its checkpoints; nothing here feeds one.
           dtype: of the convolutions.
-          remat: recompute activations in the backward pass instead of storing them, block by block.
+          remat: see `layers.runner`; block by block.
 
         Raises:
-          ValueError: the size cannot be halved that often.
+          ValueError: the size cannot be halved that often, or there is no such remat policy.
         """
         if size % 2 ** (len(multipliers) - 1):
             raise ValueError(
@@ -340,7 +370,9 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
             if num_classes
             else tuple(rule for rule in initializers if "map_label" not in rule[0])
         )
-        return layers.functional(lambda rngs: UNet(family=family, rngs=rngs, **settings), rules)
+        return layers.functional(
+            lambda rngs: UNet(family=family, rngs=rngs, **settings), rules, FLOAT_LAYERS
+        )
 
     return make
 

@@ -4,6 +4,7 @@ Only those folders count, and of model_index.json whether the pipeline is InstaF
 scheduler of Stable Diffusion, which their pipeline passes over. `diffusers_write` writes such directories.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dmd_jax.models import vae as autoencoders
 from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_files as files
 from dmd_jax.weights import published
@@ -211,41 +213,50 @@ def controlnet(
 
 def vae(
     directory: str | os.PathLike, variant: str | None = None
-) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """As `unet`, the autoencoder, which may be a TAESD."""
+) -> tuple[functools.partial, Mapping[str, np.ndarray]]:
+    """Returns the function that makes the autoencoder, which may be a TAESD, and its tensors.
+
+    The function has the autoencoder's settings, which arguments override.
+
+    Raises:
+      ValueError: see `unet`.
+    """
     config, tensors = files.read(directory, "vae", variant)
     config, problems = _checked(directory, "vae", config, "AutoencoderKL", "AutoencoderTiny")
     if config["_class_name"] == "AutoencoderTiny":
-        width, n = config["encoder_block_out_channels"][0], config["num_encoder_blocks"][-1]
+        width = config["encoder_block_out_channels"][0]
+        n = config["num_encoder_blocks"][-1]
         expected = {f"{half}_block_out_channels": (width,) * 4 for half in ("encoder", "decoder")}
         expected |= {"num_encoder_blocks": (1, n, n, n), "num_decoder_blocks": (n, n, n, 1)}
-        settings = {
-            "name": "vae.tiny",
-            "width": width,
-            "num_blocks": n,
-            "latent_channels": config["latent_channels"],
-        }
+        channels = config["latent_channels"]
+        make = functools.partial(
+            autoencoders.tiny, width=width, num_blocks=n, latent_channels=channels
+        )
     else:
         n = len(config["block_out_channels"])
         expected = {
             "down_block_types": ("DownEncoderBlock2D",) * n,
             "up_block_types": ("UpDecoderBlock2D",) * n,
         }
-        settings = {"name": "vae.kl"} | {key: config[key] for key in KL}
+        make = functools.partial(autoencoders.kl, **{key: config[key] for key in KL})
     _refuse(directory, "vae", problems + _differing(config, expected))
-    return settings, tensors
+    return make, tensors
 
 
 def text_encoder(
     directory: str | os.PathLike, variant: str | None = None
 ) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """As `unet`, the text encoder of CLIP."""
+    """Returns the arguments of `models.clip_text.clip` for the text encoder, and its tensors.
+
+    Raises:
+      ValueError: see `unet`.
+    """
     config, tensors = files.read(directory, "text_encoder", variant)
     problems = _missing(config, ("model_type", *CLIP)) + _differing(
         config, {"model_type": "clip_text_model", "layer_norm_eps": 1e-5}
     )
     _refuse(directory, "text_encoder", problems)
-    return {"name": "clip_text.clip"} | {ours: config[key] for key, ours in CLIP.items()}, tensors
+    return {ours: config[key] for key, ours in CLIP.items()}, tensors
 
 
 def scheduler(directory: str | os.PathLike) -> dict:
