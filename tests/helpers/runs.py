@@ -2,7 +2,7 @@
 
 import jax
 
-from dmd_jax.experiment import configs
+from dmd_jax.experiment import build, configs
 from dmd_jax.experiment import workdir as workdir_lib
 
 
@@ -10,5 +10,9 @@ def smoke():
     return configs.load("digits:smoke")
 
 
-def params_of(config, workdir, stage, step=None):
-    return jax.device_get(workdir_lib.load_params(config, f"{{workdir}}/{stage}", workdir, step))
+def stage(config, name):
+    return build.stages(config)[name]
+
+
+def params_of(config, workdir, name, step=None):
+    return jax.device_get(workdir_lib.load_params(stage(config, name), workdir, step))
