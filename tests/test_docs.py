@@ -15,7 +15,6 @@ import dmd_jax
 from dmd_jax import __main__ as command_line
 from dmd_jax import main
 from dmd_jax.bench import __main__ as bench
-from dmd_jax.bench import data as bench_data
 from dmd_jax.evals import protocols
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,7 +28,6 @@ PAGES = {
 FOLDERS = "dmd_jax|configs|docs|launch|tests"
 PATH = re.compile(rf"(?<![\w/.~-])(?:{FOLDERS})/[\w./-]*|(?<=`)[\w-]+\.(?:py|sh|md|yaml)(?=`)")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")
-PARSERS = {"dmd_jax.bench": bench.parse, "dmd_jax.bench.data": bench_data.parse}
 VARIABLES = {"$seed": "0", "$variant": "no_matching"}  # of loops in shell
 # Flags of other programs, and what stands for a name.
 OTHERS = {"all-files", "no-deps", "cpus-per-task", "signal", "nodes", "STAGE"}
@@ -101,7 +99,7 @@ def test_commands_exist_with_their_flags(page, words, monkeypatch, capsys):
         elif module == "dmd_jax.main":
             _parse_main(arguments)
         else:
-            PARSERS[module](arguments)
+            bench.parse(arguments)
     except SystemExit as error:
         pytest.fail(f"{page}: {error.code} {capsys.readouterr().err}")
 
@@ -116,9 +114,8 @@ def _parse_main(arguments):
 def known_flags(capsys):
     """The flags of all commands, of `main` and of the scripts of launch/."""
     parsers = [command.parse for command in command_line.COMMANDS.values()]
-    parsers += [lambda argv: bench_data.parse(["records", *argv])]
-    steps = ("step", "forward", "sample", "features", "memory")
-    parsers += [lambda argv, name=name: bench.parse([name, *argv]) for name in steps]
+    benchmarks = ("step", "forward", "sample", "features", "memory", "records")
+    parsers += [lambda argv, name=name: bench.parse([name, *argv]) for name in benchmarks]
     for parse in parsers:
         with pytest.raises(SystemExit):
             parse(["--help"])

@@ -4,6 +4,7 @@ Nothing outside of this folder and `main` sees a config: a stage's program gets 
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import encoders, generate, lookup, losses, recipes, samplers, sharding
+from dmd_jax import encoders, generate, lookup, recipes, samplers, sharding
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
 from dmd_jax.encoders import autoencoder as autoencoder_lib
@@ -22,18 +23,17 @@ from dmd_jax.models import lpips as lpips_lib
 from dmd_jax.runtime import distributed, storage
 from dmd_jax.weights import diffusers, lpips, published, state_dict
 
-PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
-# The predictions that are defined for each process.
-PREDICTIONS = {"EDM": ("edm",), "VP": ("eps", "v"), "RectifiedFlow": ("flow", "flow_to_data")}
+# Which of our processes each of our predictions is defined for.
+FITS = {
+    "edm": process_lib.EDM,
+    "eps": process_lib.VP,
+    "v": process_lib.VP,
+    "flow": process_lib.RectifiedFlow,
+    "flow_to_data": process_lib.RectifiedFlow,
+}
 # The prediction of a stage that is a rectified flow by the change of variables from the run's process.
 RECTIFIED = "rectified"
-SAMPLER_NAMES = (
-    *("one_step", "euler", "heun", "stochastic_heun", "rk45"),
-    *("ddim", "pndm", "dpm_solver_pp"),
-)
-SAMPLERS = {name: getattr(samplers, name) for name in SAMPLER_NAMES}
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
-DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 
 
@@ -172,18 +172,29 @@ def make_network(settings: dict) -> layers.Network:
 def make_process(settings: dict):
     """Builds the noise process that settings describe by `name` and arguments."""
     settings = dict(settings)
-    return choose("process", PROCESSES, settings.pop("name"))(**settings)
+    return lookup.find("process", settings.pop("name"))(**settings)
 
 
 def _prediction(model, run, process):
-    name = type(process).__name__
-    predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
-    if name == "RectifiedFlow" and run.prediction != RECTIFIED:
+    name = model.prediction
+    if name == RECTIFIED and isinstance(process, process_lib.RectifiedFlow):
         before = make_process(run.process)
-        choices = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[type(before).__name__]}
-        base = choose(f"prediction for {type(before).__name__}", choices, run.prediction)
-        predictions[RECTIFIED] = denoiser_lib.rectified(before, base)
-    return choose(f"prediction for {name}", predictions, model.prediction)
+        if run.prediction != RECTIFIED:
+            return denoiser_lib.rectified(before, _defined(run.prediction, before))
+    return _defined(name, process)
+
+
+def _defined(name, process):
+    """The prediction of that name, if it is defined for the process."""
+    kind = type(process)
+    if kind in FITS.values() and "." not in name and FITS.get(name) is not kind:
+        names = [prediction for prediction, fitting in FITS.items() if fitting is kind]
+        names += [RECTIFIED] if kind is process_lib.RectifiedFlow else []
+        raise ValueError(
+            f"no prediction for {kind.__name__} {name!r}{lookup.nearest(name, names)}; "
+            f"there are: {', '.join(names)}."
+        )
+    return lookup.find("denoiser", name)
 
 
 def quantized(stage: Stage, params: dict, cond: np.ndarray) -> tuple[denoiser_lib.Denoiser, dict]:
@@ -234,19 +245,34 @@ def recipe(stage: Stage, parallel: sharding.Parallel, workdir: storage.Path) -> 
     return make(stage.denoiser, parallel, seed=stage.run.seed, null_cond=null, **settings)
 
 
-def distance(
-    name: str, *, weights: str = "", decoder: dict | None = None, **settings
-) -> tuple[Callable, dict | None]:
+def method(stage: Stage):
+    """Returns the module of a training stage's recipe, which says what others must know of it."""
+    return inspect.getmodule(lookup.find("recipes", stage.settings.recipe["name"]))
+
+
+def distance(name: str, **settings) -> tuple[Callable, dict | None]:
     """Builds a distance `(params, x, y) -> [B]`, and its parameters.
 
     Args:
-      name: "squared_error" or "lpips".
-      weights: the file of LPIPS' weights.
-      decoder: settings of the autoencoder that turns latents into images first; None for none.
-      **settings: of LPIPS.
+      name: "lpips", a function of dmd_jax/losses.py, or a `make` of the user's own that returns both.
+      **settings: of `lpips_distance`, or of that `make`.
     """
-    if name == "squared_error":
-        return losses.squared_error, None
+    if name == "lpips":
+        return lpips_distance(**settings)
+    make = lookup.find("losses", name)
+    return make(**settings) if "." in name else (make, None)
+
+
+def lpips_distance(
+    *, weights: str, decoder: dict | None = None, **settings
+) -> tuple[Callable, dict | None]:
+    """Builds LPIPS, and its parameters.
+
+    Args:
+      weights: the file.
+      decoder: settings of the autoencoder that turns latents into images first; None for none.
+      **settings: of `lpips.make`.
+    """
     network = lpips_lib.make(**settings)
     params = state_dict.from_torch(lpips.read(weights), network.abstract)
     if not decoder:
@@ -326,7 +352,7 @@ def sampler_from_settings(
             f"{name} is {settings!r}, expected the name of a sampler and its settings."
         )
     arguments = {key: value for key, value in settings.items() if key != "guidance_scale"}
-    make = choose("sampler", SAMPLERS, arguments.pop("name"))
+    make = lookup.find("samplers", arguments.pop("name"))
     try:
         return make(denoise, process, **arguments)
     except TypeError as error:
@@ -404,20 +430,6 @@ def located(settings, workdir: storage.Path):
     if isinstance(settings, Mapping):
         return {key: located(value, workdir) for key, value in settings.items()}
     return settings.format(workdir=workdir) if isinstance(settings, str) else settings
-
-
-def choose(what: str, choices: Mapping, name: str):
-    """Returns `choices[name]`.
-
-    Raises:
-      ValueError: there is no such `what`; lists those that there are.
-    """
-    if name not in choices:
-        raise ValueError(
-            f"no {what} {name!r}{lookup.nearest(name, list(choices))}; "
-            f"there are: {', '.join(choices)}."
-        )
-    return choices[name]
 
 
 def replicated(parallel: sharding.Parallel) -> Callable:

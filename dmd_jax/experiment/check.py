@@ -126,11 +126,13 @@ def _check_train(stage):
     _check_start(stage)
     _check_scores(stage)
     distance = settings.recipe.get("distance", {"name": "squared_error"})
-    weighted = build.choose("distance", build.DISTANCES, distance["name"])
-    if weighted and not distance.get("weights"):
-        raise ValueError(
-            f"{stage.name}.recipe.distance {distance['name']!r} needs a file of weights; name one."
-        )
+    if distance["name"] != "lpips":
+        try:
+            lookup.find("losses", distance["name"])
+        except ValueError as error:
+            raise ValueError(f"{stage.name}.recipe.distance: {error} Or use lpips.") from error
+    elif not distance.get("weights"):
+        raise ValueError(f"{stage.name}.recipe.distance 'lpips' needs a file of weights; name one.")
 
 
 def _check_recipe(settings, name):
@@ -217,7 +219,9 @@ def _check_evaluation(stage):
             )
         process = stage.stages[row.stage].denoiser.process
         build.sampler_from_settings(row.sampler, None, process, f"{where}.sampler")
-        if build.choose("quantize", {"": False, "int8": True}, row.quantize):
+        if row.quantize not in ("", "int8"):
+            raise ValueError(f"{where}.quantize is {row.quantize!r}; expected 'int8' or nothing.")
+        if row.quantize:
             quantize.require_qwix()
     if settings.straightness:
         for name in settings.straightness.stages:

@@ -9,6 +9,7 @@ python -m dmd_jax sample --workdir=/data/coco --prompt="a photograph of an astro
 
 import dataclasses
 import functools
+import inspect
 import math
 import time
 import warnings
@@ -313,7 +314,8 @@ def _override(settings, changes):
     settings |= changes
     if settings.get("num_steps", 1) < 1:
         raise ValueError(f"num_steps is {settings['num_steps']}; expected at least 1.")
-    if settings["name"] in ("one_step", "rk45"):
+    make = lookup.find("samplers", settings["name"])
+    if "num_steps" not in inspect.signature(make).parameters:
         if "num_steps" in changes:
             raise ValueError(
                 f"num_steps is {changes['num_steps']}, but the sampler is {settings['name']}; name another one."

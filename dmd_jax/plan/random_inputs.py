@@ -25,11 +25,6 @@ KL = dict(
     norm_num_groups=32,
 )
 KL |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-STREAMS = {
-    "fresh": ("cond",),
-    "pairs": ("noise", "image", "cond"),
-    "images": ("image", "cond"),
-}  # what recipes read of each
 
 
 def random_cond(run: settings.Run, n: int) -> np.ndarray:
@@ -47,9 +42,8 @@ def random_batch(stage: build.Stage, n: int) -> dict:
     noise = rng.standard_normal(shape, np.float32)
     image = np.tanh(rng.standard_normal(shape, np.float32))
     rows = {"noise": noise, "image": image, "cond": random_cond(stage.run, n)}
-    return {
-        stream: {field: rows[field] for field in STREAMS[stream]} for stream in stage.settings.data
-    }
+    streams = build.method(stage).STREAMS
+    return {stream: {field: rows[field] for field in fields} for stream, fields in streams.items()}
 
 
 def batch_sizes(stage: build.Stage) -> dict[str, int]:
