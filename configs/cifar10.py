@@ -30,10 +30,8 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     conditional = variant == "cond"
     num_classes = 10 if conditional else 0
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything
     config.stages = ("teacher", "pairs", "dmd", "evaluate")
-    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.conditions = dict(
+    conditions = dict(
         source="labels.every", num_classes=10
     )  # a network without classes ignores them
     config.null_cond = 10  # the label that means no label
@@ -95,21 +93,14 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
             ),  # by VGG; L2 gives 2.78 (Appendix I)
         ),
         sampler=dict(name="one_step"),
-        data=dict(
-            fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")
-        ),
-        init_from="{workdir}/teacher",
+        data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        init_from="teacher",
         batch_size=392,  # of fresh images and of pairs, over all devices: 7 x 56 (Tables 1, 2)
-        accumulation=1,
         num_steps=300_000,  # Tables 1, 2
         log_every=100,
         preview_every=5000,
         preview_images=504,
-        scores={},  # such as dict(every=5000, protocol="edm50k", count=2016), with best_metric="FID-2016"
         checkpoint_every=5000,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
     config.evaluate = dict(
@@ -118,12 +109,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
         student="dmd",
         protocol="edm50k",  # 50,000 images, random labels, the lowest FID of three ranges of seeds
         statistics="cifar10-32x32.npz",  # of the 50,000 training images
-        count=None,  # images of each range; None = the protocol's
-        reference={},  # real images for KID, precision and recall: dict(source="tfds.read", name="cifar10", split="train", data_dir=...)
-        floor={},
         conditions=dict(num_classes=10),
-        clip="",  # directory of the CLIP model; "" = no CLIP score
-        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=1008,
         timing_repeats=5,
     )
@@ -144,7 +130,6 @@ def _rectified_flow(config, rounds=1):
     )
     rk45 = dict(name="rk45", rtol=1e-5, atol=1e-5)
     config.process, config.prediction = dict(name="RectifiedFlow"), "flow"
-    config.images = data
     config.network.update(multipliers=(1, 2, 2, 2), augment_dim=0)
     shared = {
         key: value
@@ -160,7 +145,7 @@ def _rectified_flow(config, rounds=1):
             recipe=dict(recipe, optimizer=optimizer, ema_decay=ema_decay, ema_warmup=10),
             sampler=sampler,
             data=source,
-            init_from=start and f"{{workdir}}/{start}",
+            init_from=start,
         )
         return name
 

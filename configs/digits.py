@@ -13,14 +13,9 @@ import ml_collections
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything
     config.stages = ("teacher", "pairs", "dmd", "evaluate")  # in this order; each is a key below
-    config.mesh = dict(
-        data=-1,  # devices that split the batch only; -1 = all
-        fsdp=1,  # devices that split batch, parameters and optimizer state
-    )
-    config.images = dict(source="digits", split="train")  # arguments of a function in dmd_jax/data
-    config.conditions = dict(source="labels.every", num_classes=10)  # of images yet to be made
+    images = dict(source="digits", split="train")  # arguments of a function in dmd_jax/data
+    conditions = dict(source="labels.every", num_classes=10)  # of images yet to be made
     config.null_cond = 10  # the label that means no label
     config.process = dict(
         name="EDM",
@@ -56,25 +51,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sampler=dict(
             name="heun", num_steps=18
         ),  # of dmd_jax/samplers.py: 35 network calls; EDM's for CIFAR-10
-        data=dict(images=config.images),
-        init_from="",  # directory of the stage to start from; "" = random
+        data=dict(images=images),
         batch_size=64,  # images, over all devices
-        accumulation=1,  # pieces per device
         num_steps=3000,
         log_every=50,  # steps
-        preview_every=0,  # steps; 0 = never
-        preview_images=100,
-        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=500,  # steps
-        keep_checkpoints=2,  # the newest ones
-        best_metric="",  # also keep the checkpoint that has the lowest; "" = none
         max_skipped_updates=20,  # gradients that are not finite
     )
 
     config.pairs = dict(
         program="pairs",
         teacher="teacher",  # stage
-        conditions=config.conditions,
+        conditions=conditions,
         count=3000,  # pairs
         shard_size=1000,  # pairs
         batch_size=500,  # pairs, over all devices of a process
@@ -99,21 +87,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         sampler=dict(name="one_step"),
         data=dict(
-            fresh=config.conditions,
+            fresh=conditions,
             pairs=dict(source="records.read", directory="{workdir}/pairs"),
         ),
-        init_from="{workdir}/teacher",
+        init_from="teacher",
         batch_size=64,  # of fresh images and of pairs, over all devices
-        accumulation=1,
         num_steps=600,
         log_every=20,
         preview_every=100,
-        preview_images=100,
         scores=dict(
             every=100, protocol="digits:train", count=1000
         ),  # steps, of dmd_jax/evals/protocols.py, images
         checkpoint_every=200,
-        keep_checkpoints=2,
         best_metric="FD-mlp@8-1000",
         max_skipped_updates=20,
     )
@@ -123,15 +108,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         teacher="teacher",  # stage
         student="dmd",  # stage
         protocol="digits",  # of dmd_jax/evals/protocols.py
-        count=None,  # images of each model; None = the protocol's
-        reference={},  # what the protocol leaves open of the real images
-        floor={},  # and of those that are measured as if they were generated
-        conditions={},  # and of what is to be generated
-        statistics="",  # a file in place of the real images' statistics
-        clip="",  # directory of the CLIP model; "" = no CLIP score
-        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=500,  # images, over all devices
-        timing_repeats=3,  # the median counts
     )
     if variant not in VARIANTS:
         raise ValueError(
@@ -180,9 +157,12 @@ def _instaflow(config, rounds=2):
             ),  # arguments of a recipe in dmd_jax/recipes
             sampler=sampler,
             data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{pairs}")),
-            init_from=f"{{workdir}}/{start}",
+            init_from=start,
             num_steps=num_steps,
-            **{key: config.teacher[key] for key in COMMON},
+            batch_size=64,
+            log_every=50,
+            checkpoint_every=500,
+            max_skipped_updates=20,
         )
         return name
 
@@ -221,16 +201,6 @@ def _instaflow(config, rounds=2):
     return config
 
 
-COMMON = (
-    "batch_size",
-    "accumulation",
-    "log_every",
-    "preview_every",
-    "preview_images",
-    "scores",
-    "checkpoint_every",
-)
-COMMON += ("keep_checkpoints", "best_metric", "max_skipped_updates")
 VARIANTS = {
     "": lambda config: config,
     "no_matching": _no_matching,

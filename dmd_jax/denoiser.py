@@ -1,8 +1,9 @@
-"""A denoiser x_hat(x_t, t, cond) out of any network, by four numbers:
+"""A denoiser x_hat(x_t, t, cond) made of any network F by four numbers:
 
     x_hat = skip(t) x_t + out(t) F(in(t) x_t, noise(t), cond)
 
-where F is the network. `edm`, `eps`, `v`, `flow` and `flow_to_data` below say what F predicts (EDM: arXiv 2206.00364, Table 1).
+`edm`, `eps`, `v`, `flow` and `flow_to_data` are the predictions: each gives the four numbers for a
+network F that predicts this quantity (EDM: arXiv 2206.00364, Table 1).
 """
 
 import dataclasses
@@ -14,18 +15,22 @@ import jax.numpy as jnp
 
 from dmd_jax import process as process_lib
 
+CHOICES = ("edm", "eps", "v", "flow", "flow_to_data")  # what a config may name
+
 
 class Coefficients(NamedTuple):
-    """Each of shape [B]."""
+    """The four numbers, each of shape [B]."""
 
     skip: jax.Array
     out: jax.Array
     in_: jax.Array
-    noise: jax.Array  # what the network is told of t
+    noise: jax.Array  # the network's input that stands for t
 
 
 def edm(process: process_lib.EDM, t: jax.Array) -> Coefficients:
-    sigma, sigma_data = process.sigma(t), process.sigma_data
+    """F is EDM's mixture of x and eps, of unit variance at every noise level."""
+    sigma = process.sigma(t)
+    sigma_data = process.sigma_data
     norm = jnp.sqrt(sigma**2 + sigma_data**2)
     return Coefficients(
         (sigma_data / norm) ** 2, sigma * sigma_data / norm, 1 / norm, jnp.log(sigma) / 4
@@ -33,12 +38,13 @@ def edm(process: process_lib.EDM, t: jax.Array) -> Coefficients:
 
 
 def eps(process: process_lib.Process, t: jax.Array) -> Coefficients:
+    """F = eps."""
     alpha = process.alpha(t)
     return Coefficients(1 / alpha, -process.sigma(t) / alpha, jnp.ones_like(t), t)
 
 
 def v(process: process_lib.Process, t: jax.Array) -> Coefficients:
-    """v = alpha eps - sigma x."""
+    """F = alpha eps - sigma x."""
     return Coefficients(process.alpha(t), -process.sigma(t), jnp.ones_like(t), t)
 
 
@@ -50,7 +56,7 @@ def flow(process: process_lib.Process, t: jax.Array) -> Coefficients:
 
 
 def flow_to_data(process: process_lib.Process, t: jax.Array) -> Coefficients:
-    """F = x - eps: the sign of the papers, and of the public checkpoints of InstaFlow."""
+    """F = x - eps: the sign of the papers and of InstaFlow's public checkpoints."""
     return flow(process, t)._replace(out=process.sigma(t))
 
 
@@ -64,14 +70,15 @@ PROCESSES = {
 
 
 def rectified(process: process_lib.Process, prediction: Callable) -> Callable:
-    """The prediction by which a network made for `process` and `prediction` serves a rectified flow.
+    """Returns the prediction with which a network of `process` and `prediction` serves as a flow.
 
-    An exact change of variables: at the time s of `process` with the flow's ratio of noise to data, t / (1 - t), its x_s is the flow's x_t
-    times sigma(s) / t. Where `process` knows no noise like the flow's near t = 1, s is its noisiest time.
+    The change of variables is exact. At the time s at which `process` has the flow's ratio of noise
+    to data, t / (1 - t), its x_s is the flow's x_t times sigma(s) / t. Near t = 1 the ratio may be
+    above all of `process`; s is its noisiest time then.
 
     Args:
-      process: that of the network.
-      prediction: one of those above.
+      process: of the network.
+      prediction: of the network, one of the functions above.
     """
 
     def coefficients(flow_process, t):
@@ -84,19 +91,20 @@ def rectified(process: process_lib.Process, prediction: Callable) -> Callable:
 
 
 def velocity(x_t: jax.Array, x_hat: jax.Array, t: jax.Array) -> jax.Array:
-    """dx_t/dt = eps_hat - x_hat of a rectified flow, [B, ...], with `t` [B]."""
+    """Returns a rectified flow's dx_t/dt = eps_hat - x_hat, [B, ...], at times `t` [B]."""
     return (x_t - x_hat) / process_lib.expand(t, x_t)
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """A network with the process and the prediction it was made for.
+    """A network with its process and its prediction.
 
     Attributes:
       network: `(params, x, noise, cond) -> F`, x and F of shape [B, H, W, C], noise [B].
       process: the noise process.
       prediction: one of the functions above.
-      cast: `params -> params`, in the precision that the network computes in; by default they stay as they are.
+      cast: `params -> params`, converts them to the precision in which the network computes; by
+        default it changes nothing.
     """
 
     network: Callable
@@ -116,18 +124,20 @@ class Denoiser:
             )
 
     def __call__(self, params, x_t: jax.Array, t: jax.Array, cond=None) -> jax.Array:
-        """The expected clean image given `x_t` [B, H, W, C] at times `t` [B], in float32."""
+        """Predicts the clean image of `x_t` [B, H, W, C] at times `t` [B], in float32."""
         skip, out, in_, noise = self._coefficients(x_t, t)
         return skip * x_t + out * self._network(params, in_ * x_t, noise, cond)
 
     def output_and_target(self, params, x: jax.Array, eps: jax.Array, t: jax.Array, cond=None):
-        """The network's raw output at x_t, and what it should have been: (F, (x - skip x_t) / out), both [B, H, W, C].
+        """Returns the network's output F at x_t and its target (x - skip x_t) / out, [B, H, W, C].
 
-        The plain mean of (F - target)^2 is EDM's loss with its weight lambda(sigma), DDPM's eps-loss, the v-loss and the flow-loss.
+        The plain mean of (F - target)^2 is EDM's loss with its weight lambda(sigma), DDPM's
+        eps-loss, the v-loss and the flow-loss.
         """
         x_t = process_lib.add_noise(self.process, x, eps, t)
         skip, out, in_, noise = self._coefficients(x_t, t)
-        return self._network(params, in_ * x_t, noise, cond), (x - skip * x_t) / out
+        target = (x - skip * x_t) / out
+        return self._network(params, in_ * x_t, noise, cond), target
 
     def _coefficients(self, x, t):
         skip, out, in_, noise = self.prediction(self.process, t)
@@ -142,24 +152,46 @@ class Denoiser:
         return output.astype(jnp.float32)
 
 
-def guided(denoiser: Denoiser, scale: float, null_cond) -> Callable:
-    """Classifier-free guidance: a denoiser that returns null + scale (cond - null), from one call at twice the batch.
+def one_step(denoise: Callable, process: process_lib.Process) -> Callable:
+    """Returns the one-step generator G(z, cond): the denoiser at the highest noise level.
 
     Args:
-      denoiser: `(params, x_t, t, cond) -> x_hat`.
-      scale: 1 or less is the conditional prediction alone, as in DMD; there is no interpolation.
-      null_cond: the condition that stands for none, without a batch axis; None in the place of parts that both predictions see.
+      denoise: `(params, x_t, t, cond) -> x_hat`.
+      process: of the denoiser.
+
+    Returns:
+      `(params, z, cond) -> x`, with unit Gaussian noise `z` and x [B, H, W, C].
+    """
+
+    def generate(params, z, cond):
+        t = jnp.full(z.shape[:1], process.t_max, jnp.float32)
+        return denoise(params, process.prior(z), t, cond)
+
+    return generate
+
+
+def guided(denoise: Callable, scale: float, null_cond) -> Callable:
+    """Returns the denoiser null + scale (cond - null) of classifier-free guidance.
+
+    It makes one call at twice the batch.
+
+    Args:
+      denoise: `(params, x_t, t, cond) -> x_hat`.
+      scale: 1 or less gives the conditional prediction alone, as in DMD; there is no interpolation.
+      null_cond: the condition that stands for none, without a batch axis. Parts of it that are None
+        are equal to those of `cond`.
 
     Raises:
-      ValueError: `null_cond` has no other part, and there would be no guidance.
+      ValueError: every part of `null_cond` is None, so there would be no guidance.
 
     Source: Ho and Salimans, arXiv 2207.12598; in x-space, which equals eps-space at the same x_t.
     """
     if scale <= 1:
-        return denoiser
+        return denoise
     if not jax.tree.leaves(null_cond):
         raise ValueError(
-            f"guidance of scale {scale} needs a null_cond, got {null_cond}; name the condition that stands for none."
+            f"guidance of scale {scale} needs a null_cond, got {null_cond}; "
+            "name the condition that stands for none."
         )
 
     def null_of(null, cond):
@@ -168,7 +200,7 @@ def guided(denoiser: Denoiser, scale: float, null_cond) -> Callable:
     def guided_denoiser(params, x_t, t, cond):
         null = jax.tree.map(null_of, null_cond, cond, is_leaf=lambda part: part is None)
         twice = jax.tree.map(lambda *a: jnp.concatenate(a), (x_t, t, null), (x_t, t, cond))
-        x_null, x_cond = jnp.split(denoiser(params, *twice), 2)
+        x_null, x_cond = jnp.split(denoise(params, *twice), 2)
         return x_null + scale * (x_cond - x_null)
 
     return guided_denoiser

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+CHOICES = ("squared_error",)  # the distances that a config may name
+
 
 @jax.jit
 def distribution_matching_loss(x: jax.Array, x_real: jax.Array, x_fake: jax.Array) -> jax.Array:

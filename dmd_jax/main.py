@@ -7,24 +7,27 @@ elsewhere give each --coordinator_address=host:port --num_processes=2 --process_
 """
 
 import json
-import pathlib
 import sys
 import time
 import traceback
 import zlib
 
 import jax
+import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from dmd_jax import lookup, sharding
-from dmd_jax.experiment import check
-from dmd_jax.plan import machines, step
+from dmd_jax import lookup
+from dmd_jax.experiment import build, check, configs
+from dmd_jax.experiment import settings as settings_lib
+from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.plan import machines
+from dmd_jax.plan import step as plan
 from dmd_jax.runtime import compilation_cache, distributed, preemption, storage
 from dmd_jax.stages import embed, evaluate, import_weights, pairs, train
 
-PROGRAMS = {  # each has done(config, stage, workdir) and run(config, stage, workdir)
+PROGRAMS = {  # each has done(stage, workdir) and run(stage, workdir)
     "import_weights": import_weights,
     "embed": embed,
     "pairs": pairs,
@@ -32,9 +35,7 @@ PROGRAMS = {  # each has done(config, stage, workdir) and run(config, stage, wor
     "evaluate": evaluate,
 }
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; a word after a colon picks a variant.", lock_config=True
-)
+CONFIG_HELP = "A name, such as digits, or a file; a word after a colon picks a variant."
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; everything it makes lies there."
 )
@@ -70,18 +71,14 @@ MEETING = flags.DEFINE_integer(
 )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected arguments {argv[1:]}; flags have two dashes, such as --config=configs/digits.py."
-        )
+def main(config: ml_collections.ConfigDict):
+    """Runs what the flags say; ends the process."""
     if PLAN.value is not None:
-        return _plan()
+        return _plan(config)
     if not WORKDIR.value:
-        raise app.UsageError("--workdir is empty; name a directory.")
+        sys.exit("error: --workdir is missing; name a directory.")
     if PROFILE.value is not None:
-        with CONFIG.value.unlocked():
-            CONFIG.value.profile = PROFILE.value
+        config.profile = PROFILE.value
     preemption.watch()
     compilation_cache.keep()
     code = 0
@@ -91,7 +88,7 @@ def main(argv):
             *address, heartbeat_timeout=HEARTBEAT.value, initialization_timeout=MEETING.value
         ):
             try:
-                run(CONFIG.value, storage.absolute(WORKDIR.value), STAGE.value, DRY_RUN.value)
+                run(config, storage.absolute(WORKDIR.value), STAGE.value, DRY_RUN.value)
             except preemption.Preempted as notice:  # in all processes
                 code = preemption.EXIT_CODE
                 if jax.process_index() == 0:
@@ -101,14 +98,14 @@ def main(argv):
     sys.exit(code)
 
 
-def _plan():
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # programs for devices that are not there cannot be read back
+def _plan(config):
+    # Cached programs for devices that are not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         machine = machines.find(PLAN.value)  # before jax starts
-        check.config(CONFIG.value)
-        step.run(CONFIG.value, machine, STAGE.value)
+        stages = build.stages(config)
+        check.stages(stages)
+        plan.run(stages, machine, STAGE.value)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -129,79 +126,134 @@ def _fail(error):
     distributed.leave(code, line)
 
 
-def run(config, workdir: storage.Path, only: str | None = None, dry_run: bool = False):
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: storage.Path,
+    only: str | None = None,
+    dry_run: bool = False,
+):
     """Runs the stages that have no result in `workdir` yet.
+
+    Args:
+      config: what `get_config` of a config gives.
+      workdir: the directory of the run.
+      only: the one stage to run; None for all.
+      dry_run: whether to print the whole config and what would run, and stop.
 
     Raises:
       ValueError: there is no stage `only`, the workdir belongs to another config, or a stage refuses.
     """
-    stages = (only,) if only else config.stages
-    unknown = [stage for stage in stages if stage not in config.stages]
-    if unknown:
-        raise ValueError(
-            f"no stage {unknown[0]!r}{lookup.nearest(unknown[0], list(config.stages))}; there are: {', '.join(config.stages)}."
-        )
-    check.config(config)
-    _check_mesh(config)
-    if jax.process_index() == 0:
-        print(json.dumps(config.to_dict(), indent=2))
-        if dry_run:
-            print(
-                f"would run in {workdir}: {', '.join(f'{stage} ({config[stage].program})' for stage in stages)}"
-            )
+    config = settings_lib.complete(config.copy_and_resolve_references())
+    stages = build.stages(config)
+    if only and only not in config.stages:
+        hint = lookup.nearest(only, list(config.stages))
+        raise ValueError(f"no stage {only!r}{hint}; there are: {', '.join(config.stages)}.")
+    chosen = [stages[name] for name in ([only] if only else config.stages)]
+    check.stages(stages)
+    _check_mesh(chosen[0])
+    values = json.loads(config.to_json())
     if dry_run:
+        if jax.process_index() == 0:
+            print(json.dumps(values, indent=2))
+            names = ", ".join(f"{stage.name} ({stage.settings.program})" for stage in chosen)
+            print(f"would run in {workdir}: {names}")
         return
-    check.files(config, stages, workdir)
-    if len(set(distributed.gather(np.uint32(zlib.crc32(repr(tuple(stages)).encode()))))) > 1:
+    check.files(chosen, workdir)
+    names = repr([stage.name for stage in chosen])
+    if len(set(distributed.gather(np.uint32(zlib.crc32(names.encode()))))) > 1:
         raise ValueError(
             "the stages are not the same in all processes; give all of them the same flags."
         )
-    with workdir.claimed(config, workdir):
-        for stage in stages:
-            program = PROGRAMS[config[stage].program]
-            if distributed.gather(program.done(config, stage, workdir)).all():
+    with workdir_lib.claimed(values, workdir):
+        if jax.process_index() == 0:
+            print(_summary(chosen, workdir))
+        for stage in chosen:
+            program = PROGRAMS[stage.settings.program]
+            if distributed.gather(program.done(stage, workdir)).all():
                 if jax.process_index() == 0:
-                    print(f"{stage}: done already")
+                    print(f"{stage.name}: done already")
             else:
-                program.run(config, stage, workdir)
-                distributed.barrier(stage)
+                program.run(stage, workdir)
+                distributed.barrier(stage.name)
 
 
-def _check_mesh(config):
-    size, count = sharding.make_mesh(**config.mesh).size, jax.device_count()
+def _summary(stages, workdir):
+    """What is about to run, in a few lines."""
+    mesh = build.parallel(stages[0]).mesh
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    count = sum(a.size for a in jax.tree.leaves(stages[0].network.abstract))
+    names = ", ".join(f"{stage.name} ({stage.settings.program})" for stage in stages)
+    return (
+        f"stages: {names}\n"
+        f"devices: {devices} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}), "
+        f"{jax.process_count()} processes\n"
+        f"network: {stages[0].model.network['name']}, {count:,} parameters\n"
+        f"the whole config is in {workdir / 'config.json'}"
+    )
+
+
+def _check_mesh(stage):
+    size = build.parallel(stage).mesh.size
+    count = jax.device_count()
     if jax.process_count() > 1 and size != count:
         raise ValueError(
-            f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} processes; set mesh.data=-1."
+            f"config.mesh has {size} devices, expected all {count} of the {jax.process_count()} "
+            "processes; set mesh.data=-1."
         )
+
+
+def parse(argv: list[str]) -> ml_collections.ConfigDict:
+    """Reads the flags, and the config with what they override; ends the process where they are wrong.
+
+    The config is filled up with defaults first, so that every key can be overridden.
+    """
+    name, rest = _config_name(argv)
+    if not name:
+        sys.exit(
+            f"error: --config is missing. {CONFIG_HELP} There are: {', '.join(configs.names())}."
+        )
+    try:
+        config = settings_lib.complete(configs.load(name))
+        if "config" in flags.FLAGS:
+            delattr(flags.FLAGS, "config")
+        holder = config_flags.DEFINE_config_dict("config", config, CONFIG_HELP, sys_argv=rest)
+        unknown = flags.FLAGS(rest)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {_line_of(error)}")
+    if unknown:
+        sys.exit(
+            f"error: unexpected arguments {unknown}; flags have two dashes, such as "
+            "--config=configs/digits.py."
+        )
+    return holder.value
+
+
+def _config_name(argv):
+    """The value of --config, and the other arguments."""
+    rest = []
+    name = ""
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            name = next(arguments, "")
+        elif argument.startswith("--config="):
+            name = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return name, rest
+
+
+def _line_of(error):
+    text = str(error.args[0]) if error.args else str(error)
+    if isinstance(error, AttributeError | KeyError):
+        return f"the config has no key {' '.join(text.split())}"
+    return text.strip().splitlines()[-1].strip()
 
 
 def cli():
-    flags.mark_flags_as_required(["config"])
+    """Runs `main` with what the command line says."""
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=parse)
-
-
-def parse(argv):
-    """Flags; a config that cannot be read or overridden gives one line instead of a traceback."""
-    for path in (
-        a.removeprefix("--config=").split(":")[0] for a in argv if a.startswith("--config=")
-    ):
-        if not pathlib.Path(path).is_file():
-            sys.exit(
-                f"error: no config {path}; there are: {', '.join(map(str, sorted(pathlib.Path('configs').glob('*.py'))))}."
-            )
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error.args[0]) if error.args else str(error)
-        line = (
-            " ".join(text.split())
-            if isinstance(error, AttributeError | KeyError)
-            else text.strip().splitlines()[-1].strip()
-        )
-        if isinstance(error, KeyError) and " " not in text:
-            line = f"the config has no key {text!r} there"
-        sys.exit(f"error: {line}")
+    main(parse(sys.argv))
 
 
 if __name__ == "__main__":

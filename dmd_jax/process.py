@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 NUM_LEVELS = 1000
+CHOICES = ("EDM", "VP", "RectifiedFlow")  # what a config may name
 
 
 class Process(Protocol):

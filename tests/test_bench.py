@@ -15,7 +15,7 @@ from dmd_jax.models import clip_text, lpips, vae
 from dmd_jax.plan import random_inputs
 from dmd_jax.weights import state_dict
 from tests import test_features
-from tests.helpers.runs import smoke
+from tests.helpers.runs import smoke, stage_of
 
 torch = pytest.importorskip("torch")
 
@@ -48,14 +48,14 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
         np.savez(tmp_path / "lpips.npz", **state_dict.to_torch(lpips.make().init(0)))
         distance = dict(name="lpips", weights=str(tmp_path / "lpips.npz"), size=16)
     config = make_config(name, distance)
-    recipe = build.make_recipe(
-        config, "dmd", sharding.Parallel(sharding.make_mesh(data=1)), tmp_path
+    recipe = build.recipe(
+        stage_of(config, "dmd"), sharding.Parallel(sharding.make_mesh(data=1)), tmp_path
     )
     params, batch = (
-        random_weights(build.make_network(config).abstract),
-        random_inputs.random_batch(config, "dmd", 4),
+        random_weights(stage_of(config, "teacher").network.abstract),
+        random_inputs.random_batch(stage_of(config, "dmd"), 4),
     )
-    state = recipe.init(params)
+    state = recipe.init(params, recipe.others)
     drawn = []
     right = sharding.Parallel.split
     monkeypatch.setattr(
@@ -69,7 +69,7 @@ def test_the_whole_step_is_pytorchs(name, tmp_path, monkeypatch):
     )
     (after, metrics), fresh = step(state, batch)
 
-    other = torch_step.Step(config, jax.device_get(state.frozen), batch)
+    other = torch_step.Step(stage_of(config, "dmd"), jax.device_get(state.frozen), batch)
     fresh = {k: torch.tensor(np.asarray(v)) for k, v in fresh.items() if k != "cond"}
     fresh = {k: v.permute(0, 3, 1, 2) if v.ndim == 4 else v for k, v in fresh.items()}
     for key, value in other.update(fresh).items():
@@ -92,7 +92,7 @@ def random_weights(abstract):
 def test_a_config_that_does_not_exist():
     with pytest.raises(
         ValueError,
-        match=r"no config .*cifar11\.py; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\.",
+        match=r"no config cifar11.*; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\.",
     ):
         configs.load("cifar11")
 
@@ -112,11 +112,13 @@ def test_the_unet_is_diffusers(toy):
     toy.network.update(block_out_channels=(16, 32), attention=(True, False))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = stable_diffusion.forward(toy, batch_size=2, repeats=2, against="torch")
+    found = stable_diffusion.forward(
+        stage_of(toy, "teacher"), batch_size=2, repeats=2, against="torch"
+    )
     torch.set_num_threads(threads)
     assert found.difference < 1e-5
     assert found.parameters == sum(
-        math.prod(a.shape) for a in jax.tree.leaves(build.make_network(toy).abstract)
+        math.prod(a.shape) for a in jax.tree.leaves(stage_of(toy, "teacher").network.abstract)
     )
     assert len(found.seconds) == len(found.other[1]) == 2
 
@@ -129,7 +131,7 @@ def test_weights_at_random_are_nowhere_zero():
 def test_one_step_and_the_teacher_are_timed(toy):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
     found = stable_diffusion.sample(
-        toy, TEXT_ENCODER, decoder, batch_size=1, teacher_steps=2, repeats=2
+        stage_of(toy, "teacher"), TEXT_ENCODER, decoder, batch_size=1, teacher_steps=2, repeats=2
     )
     assert (found.calls, found.nfe) == (3, 5)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
@@ -137,8 +139,12 @@ def test_one_step_and_the_teacher_are_timed(toy):
 
 def test_one_unet_and_two_are_timed(toy, monkeypatch, capsys):
     decoder = vae.kl(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
-    found = stable_diffusion.stack(toy, TEXT_ENCODER, decoder, batch_size=1, repeats=2)
-    count = sum(math.prod(a.shape) for a in jax.tree.leaves(build.make_network(toy).abstract))
+    found = stable_diffusion.stack(
+        stage_of(toy, "teacher"), TEXT_ENCODER, decoder, batch_size=1, repeats=2
+    )
+    count = sum(
+        math.prod(a.shape) for a in jax.tree.leaves(stage_of(toy, "teacher").network.abstract)
+    )
     lacking = 4 * 16 * 9 + 16 + 2 * 16 + 16 * 4 * 9 + 4  # conv_in, conv_norm_out, conv_out
     assert found.parameters == (count, 2 * count - lacking)
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found[:4])
@@ -190,7 +196,7 @@ def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(
         features,
         "features",
-        lambda *_, **__: features.Found([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
+        lambda *_, **__: features.Times([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
     )
     bench.features(bench.parse(["features", "--images=16", "--against=torch"]))
     printed = capsys.readouterr().out

@@ -23,6 +23,7 @@ from dmd_jax.weights import state_dict
 
 pytest.importorskip("diffusers")
 from tests.helpers import sd
+from tests.helpers.runs import stage_of, values_of
 
 TEXTS = (
     "a red flower",
@@ -109,7 +110,7 @@ def tiny(files, variant="tiny", directory="sd"):
     config.update(
         checkpoint=str(files / directory), coco=str(files / "coco"), taesd=str(files / "taesd")
     )
-    config.prompts_file = str(files / "prompts.txt")
+    config.variables.prompts_file = str(files / "prompts.txt")
     for settings in (config[stage] for stage in config.stages):
         if "weights" in settings.get("recipe", {}).get("distance", {}):
             settings.recipe.distance.weights = str(files / "lpips.npz")
@@ -147,7 +148,7 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
         np.load(workdir / "prompts" / embed.NULL), np.load(workdir / "captions" / embed.NULL)
     )
     assert len(records.read(directory=workdir / "pairs")) == 16
-    scores = storage.read_json(workdir / "evaluation.json")
+    scores = storage.read_json(workdir / "evaluate/evaluation.json")
     assert scores["reference_count"] == 22 and scores["nfe"] == {"teacher": 5, "dmd": 1}
     assert scores["scores"]["dmd"].keys() == scores["scores"]["teacher"].keys()
 
@@ -242,7 +243,7 @@ def test_damaged_images_are_left_out_and_listed(files, tmp_path):
     config.captions.captions.update(images=str(files / "coco/whole"), size=16)
     config.captions.update(latents=True, batch_size=8)
     with pytest.warns(UserWarning, match="3 rows were left out"):
-        embed.run(config, "captions", tmp_path)
+        embed.run(stage_of(config, "captions"), tmp_path)
     told = storage.read_json(tmp_path / "captions" / records.TEXTS)
     assert [line.split(":")[0] for line in told["skipped"]] == ["row 5", "row 7", "row 9"]
     source = records.read(directory=tmp_path / "captions")
@@ -253,19 +254,19 @@ def test_damaged_images_are_left_out_and_listed(files, tmp_path):
 def test_embeddings_go_on_where_they_stopped(files, tmp_path):
     config = tiny(files)
     with pytest.warns(UserWarning):
-        embed.run(config, "captions", tmp_path)
+        embed.run(stage_of(config, "captions"), tmp_path)
     shards = sorted((tmp_path / "captions").glob("*.arrayrecord"))
     whole = [path.read_bytes() for path in shards]
     shards[2].unlink()
     kept = shards[1].stat().st_mtime_ns
-    assert not embed.done(config, "captions", tmp_path)
+    assert not embed.done(stage_of(config, "captions"), tmp_path)
     with pytest.warns(UserWarning):
-        embed.run(config, "captions", tmp_path)
+        embed.run(stage_of(config, "captions"), tmp_path)
     assert [path.read_bytes() for path in shards] == whole and shards[1].stat().st_mtime_ns == kept
-    assert embed.done(config, "captions", tmp_path)
+    assert embed.done(stage_of(config, "captions"), tmp_path)
     config.captions.captions.limit = 8
     with pytest.raises(ValueError, match="holds others than the config asks for"):
-        embed.run(config, "captions", tmp_path)
+        embed.run(stage_of(config, "captions"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_images_that_do_not_fit_leave_nothing(files, tmp_path, changes, match):
     config.captions.update(latents=True, batch_size=8, shard_size=24)
     config.captions.captions.update(dict(images=str(files / "coco/whole")) | changes)
     with pytest.raises(ValueError, match=match):
-        embed.run(config, "captions", tmp_path)
+        embed.run(stage_of(config, "captions"), tmp_path)
     assert not (tmp_path / "captions").exists()
 
 
@@ -300,22 +301,22 @@ def test_latents_need_an_autoencoder(files, tmp_path, lacking):
     with pytest.raises(
         ValueError, match=r"^captions: latents need config\.autoencoder and captions\.batch_size"
     ):
-        embed.run(config, "captions", tmp_path)
+        embed.run(stage_of(config, "captions"), tmp_path)
 
 
 def test_embeddings_are_of_these_captions_wherever_they_lie(files, tmp_path):
     config = tiny(files)
-    config.prompts_file = str(tmp_path / "a.txt")
+    config.variables.prompts_file = str(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("a red flower\nblue sky\n")
-    embed.run(config, "prompts", tmp_path)
+    embed.run(stage_of(config, "prompts"), tmp_path)
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    config.prompts_file = str(tmp_path / "b.txt")
-    assert embed.done(config, "prompts", tmp_path)
+    config.variables.prompts_file = str(tmp_path / "b.txt")
+    assert embed.done(stage_of(config, "prompts"), tmp_path)
     for name in (embed.NULL, records.TEXTS):
         (tmp_path / "prompts" / name).unlink()
-        assert not embed.done(config, "prompts", tmp_path)
-        embed.run(config, "prompts", tmp_path)
-        assert embed.done(config, "prompts", tmp_path)
+        assert not embed.done(stage_of(config, "prompts"), tmp_path)
+        embed.run(stage_of(config, "prompts"), tmp_path)
+        assert embed.done(stage_of(config, "prompts"), tmp_path)
     (tmp_path / "b.txt").write_text("a red flower\nblue skies\n")
     for call in (embed.done, embed.run):
         with pytest.raises(ValueError, match="holds others than the config asks for: captions is"):
@@ -325,7 +326,7 @@ def test_embeddings_are_of_these_captions_wherever_they_lie(files, tmp_path):
 def test_captions_that_are_mended(files, tmp_path):
     """Too many cannot be read; what was made of them before is not in the way."""
     config = tiny(files)
-    config.prompts_file = str(tmp_path / "prompts.txt")
+    config.variables.prompts_file = str(tmp_path / "prompts.txt")
     for bad, message in (
         (11, r"^11 of 31 rows of the captions cannot be read, expected at most 5%.*row 20: "),
         (3, "^3 of 3 rows"),
@@ -333,28 +334,30 @@ def test_captions_that_are_mended(files, tmp_path):
         good = 0 if bad == 3 else 20
         (tmp_path / "prompts.txt").write_text("blue sky\n" * good + " \n" * bad)
         with pytest.raises(ValueError, match=message):
-            embed.run(config, "prompts", tmp_path)
+            embed.run(stage_of(config, "prompts"), tmp_path)
         assert not (tmp_path / "prompts").exists()
     (tmp_path / "prompts.txt").write_text("blue sky\n" * 3)
-    embed.run(config, "prompts", tmp_path)
-    assert embed.done(config, "prompts", tmp_path)
+    embed.run(stage_of(config, "prompts"), tmp_path)
+    assert embed.done(stage_of(config, "prompts"), tmp_path)
 
 
 def test_latents_are_of_this_autoencoder_wherever_it_lies(run, files, tmp_path):
     config, workdir = tiny(files), run[1]
     config.captions.captions.update(images=str(files / "coco/whole"), size=16, limit=4)
     config.captions.update(latents=True, batch_size=8)
-    embed.run(config, "captions", tmp_path)
+    embed.run(stage_of(config, "captions"), tmp_path)
     shutil.copytree(files / "sd", tmp_path / "sd")
     config.autoencoder.checkpoint = str(tmp_path / "sd")
     moved = tiny(files)
     moved.autoencoder.checkpoint = str(tmp_path / "sd")
-    assert embed.done(config, "captions", tmp_path) and evaluate.done(moved, "evaluate", workdir)
+    assert embed.done(stage_of(config, "captions"), tmp_path) and evaluate.done(
+        moved, "evaluate", workdir
+    )
     path = next((tmp_path / "sd/vae").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"1234")
-    assert not evaluate.done(moved, "evaluate", workdir)
+    assert not evaluate.done(stage_of(moved, "evaluate"), workdir)
     with pytest.raises(ValueError, match="holds others than the config asks for: autoencoder is"):
-        embed.done(config, "captions", tmp_path)
+        embed.done(stage_of(config, "captions"), tmp_path)
 
 
 def test_records_of_another_size(run, tmp_path):
@@ -388,13 +391,13 @@ def test_what_may_change_in_a_workdir(run, files):
     config.dmd.preview_images = 5
     for settings in (config.text, config.features, config.pairs, config.evaluate):
         settings.batch_size = 16
-    workdir_lib.claim(config, workdir)
-    workdir_lib.claim(tiny(files), workdir)
+    workdir_lib.claim(values_of(config), workdir)
+    workdir_lib.claim(values_of(tiny(files)), workdir)
     for key, value in (("dmd.batch_size", 8), ("captions.captions.limit", 3)):
         config = tiny(files)
         config.update_from_flattened_dict({key: value})
         with pytest.raises(ValueError, match=f"belongs to another config: {key} is"):
-            workdir_lib.claim(config, workdir)
+            workdir_lib.claim(values_of(config), workdir)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +418,7 @@ def test_a_teacher_that_the_config_does_not_describe(files, tmp_path, changes, m
     config = tiny(files)
     config.update(changes)
     with pytest.raises(ValueError, match=match):
-        import_weights.run(config, "teacher", tmp_path)
+        import_weights.run(stage_of(config, "teacher"), tmp_path)
 
 
 def test_missing_files_are_all_named_at_the_start(tmp_path):
@@ -447,9 +450,9 @@ def test_a_teacher_that_has_changed(run, files, tmp_path):
     with pytest.raises(
         ValueError, match=r"is about other weights than .* has now; use another workdir"
     ):
-        import_weights.done(config, "teacher", workdir)
+        import_weights.done(stage_of(config, "teacher"), workdir)
     path.write_bytes(data)
-    assert import_weights.done(config, "teacher", workdir)
+    assert import_weights.done(stage_of(config, "teacher"), workdir)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +519,7 @@ def test_a_teacher_that_was_moved(run, files, tmp_path):
     shutil.copytree(run[1] / "teacher", workdir / "teacher")
     shutil.copytree(files / "sd", tmp_path / "moved")
     config.teacher.checkpoint = str(tmp_path / "moved")
-    assert import_weights.done(config, "teacher", workdir)
+    assert import_weights.done(stage_of(config, "teacher"), workdir)
     assert storage.read_json(workdir / "teacher/source.json")["directory"] == str(
         tmp_path / "moved"
     )

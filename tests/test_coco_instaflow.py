@@ -37,7 +37,7 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
         == len(records.read(directory=workdir / "flow_pairs"))
         == 16
     )
-    scores = storage.read_json(workdir / "evaluation.json")
+    scores = storage.read_json(workdir / "evaluate/evaluation.json")
     assert scores["nfe"]["distil_2"] == 1 and scores["nfe"]["reflow_2_euler_2"] == 2
     assert scores["straightness"].keys() == {"teacher", "reflow_2"}
     assert all(np.isfinite(list(scores["straightness"].values())))

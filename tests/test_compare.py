@@ -16,7 +16,7 @@ from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 from dmd_jax.stages import embed, import_weights
-from tests.helpers.runs import smoke
+from tests.helpers.runs import smoke, stage_of
 
 RESULT = {
     "protocol": {
@@ -50,7 +50,7 @@ def write_run(path, *, seed=0, scores=1.0, config=(), **changes):
         "teacher": {"FD": scores, "recall": 0.5},
         "dmd": {"FD": 2 * scores, "recall": 0.25},
     }
-    (path / "evaluation.json").write_text(json.dumps(RESULT | {"scores": found} | changes))
+    (path / "evaluate/evaluation.json").write_text(json.dumps(RESULT | {"scores": found} | changes))
     return path
 
 
@@ -160,13 +160,13 @@ def test_directories_that_are_no_runs(tmp_path):
         cells(f"z={tmp_path}/z-*")
     with pytest.raises(ValueError, match="two rows are named a; name them, such as other="):
         cells(run, f"a={run}")
-    storage.write_json(run / "evaluation.json", {"protocol": {}, "nfe": {}})
+    storage.write_json(run / "evaluate/evaluation.json", {"protocol": {}, "nfe": {}})
     with pytest.raises(
         ValueError,
         match="has no nfe, scores, seconds_per_image, speedup, training_seconds, versions: an older version wrote it",
     ):
         cells(run)
-    (run / "evaluation.json").unlink()
+    (run / "evaluate/evaluation.json").unlink()
     with pytest.raises(
         ValueError,
         match=r"evaluation\.json does not exist; let the run come to its evaluation first",
@@ -221,7 +221,9 @@ def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
     ]
     np.testing.assert_array_equal(images[1], images[2])
     config = smoke()
-    inputs = build.inputs(config, range(3), [{"cond": np.int32(i)} for i in range(3)])
+    inputs = build.inputs(
+        stage_of(config, "teacher"), range(3), [{"cond": np.int32(i)} for i in range(3)]
+    )
     for image, stage in zip(images, ("teacher", "dmd"), strict=False):
         model = model_lib.load(str(finished), stage=stage)
         np.testing.assert_allclose(image, model([0, 1, 2], noise=inputs["z"]), atol=1e-5)
@@ -241,9 +243,10 @@ def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
 
 
 def test_weights_that_are_not_those_of_the_scores(workdir):
-    result = storage.read_json(workdir / "evaluation.json")
+    result = storage.read_json(workdir / "evaluate/evaluation.json")
     storage.write_json(
-        workdir / "evaluation.json", result | {"versions": result["versions"] | {"dmd": 10}}
+        workdir / "evaluate/evaluation.json",
+        result | {"versions": result["versions"] | {"dmd": 10}},
     )
     with pytest.raises(
         ValueError,
@@ -272,7 +275,7 @@ def test_the_prompts_of_a_run_stand_above(tmp_path):
     config.update(checkpoint=str(tmp_path / "sd"), prompts_file=str(tmp_path / "prompts.txt"))
     config.mesh.data = 1
     stages = {stage: config[stage].program for stage in config.stages}
-    import_weights.run(config, "teacher", workdir)
+    import_weights.run(stage_of(config, "teacher"), workdir)
     embed.run(
         config, next(stage for stage, program in stages.items() if program == "embed"), workdir
     )
@@ -282,7 +285,7 @@ def test_the_prompts_of_a_run_stand_above(tmp_path):
     versions = {stage: workdir_lib.version(workdir / stage) for stage in ("teacher", "dmd")}
     scores = {"teacher": {"FD": 1.0}, "dmd": {"FD": 2.0}}
     storage.write_json(
-        workdir / "evaluation.json", RESULT | {"scores": scores, "versions": versions}
+        workdir / "evaluate/evaluation.json", RESULT | {"scores": scores, "versions": versions}
     )
     rows = compare.open_rows([str(workdir)])
     conditions, images = compare.sampled(rows, 3, 1)

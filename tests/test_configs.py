@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from dmd_jax.experiment import build, check, configs
+from dmd_jax.experiment import build, configs
+from tests.helpers.runs import check_of, stage_of
 
 NAMES = (
     *(
@@ -35,7 +36,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config(name):
-    check.config(configs.load(name))
+    check_of(configs.load(name))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,8 @@ def test_the_papers_hyperparameters(
     assert recipe.matching_levels == (20, 980) and recipe.fake_score_levels == (0, 999)
     assert (recipe.distance.name, recipe.distance.size) == ("lpips", 224)
     assert (
-        build.make_sampler(config, "teacher", tmp_path).nfe == nfe
-        and build.make_sampler(config, "dmd", tmp_path).nfe == 1
+        build.sampler_for_stage(stage_of(config, "teacher"), tmp_path).nfe == nfe
+        and build.sampler_for_stage(stage_of(config, "dmd"), tmp_path).nfe == 1
     )
     assert config.process.to_dict() == dict(
         name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
@@ -173,7 +174,10 @@ def test_stable_diffusion_at_the_papers_settings():
         recipe.optimizer.clip,
     ) == (1e-5, 0.01, 10.0)
     assert config.teacher.sampler.to_dict() == dict(name="pndm", num_steps=50, guidance_scale=3.0)
-    assert sum(a.size for a in jax.tree.leaves(build.make_network(config).abstract)) == 859_520_964
+    assert (
+        sum(a.size for a in jax.tree.leaves(stage_of(config, "teacher").network.abstract))
+        == 859_520_964
+    )
 
 
 def test_instaflow_at_the_papers_settings():
@@ -211,7 +215,7 @@ def test_instaflow_at_the_papers_settings():
         config.reflow_1.recipe.ema_decay,
     ) == (1e-6, 1000, 1.0, 0.9999)
     sizes = [
-        sum(a.size for a in jax.tree.leaves(build.make_network(c, "distil_2").abstract))
+        sum(a.size for a in jax.tree.leaves(stage_of(c, "distil_2").network.abstract))
         for c in (config, large)
     ]
     assert sizes == [859_520_964, 1_719_017_924]

@@ -6,8 +6,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dmd_jax.experiment import build, check, configs
-from tests.helpers.runs import smoke
+from dmd_jax.experiment import build, configs
+from tests.helpers.runs import check_of, smoke, stage_of
 
 
 def flat(changes):
@@ -33,7 +33,7 @@ def flat(changes):
 )
 def test_flows_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
-        check.config(flat(changes))
+        check_of(flat(changes))
 
 
 def test_more_that_cannot_work():
@@ -41,7 +41,7 @@ def test_more_that_cannot_work():
         (
             "distil",
             dict(network=dict(smoke().network, channels=3)),
-            "distil.network.channels is 3, expected 1, as config.network has it",
+            "distil.network.channels is 3, expected 1, as network has it",
         ),
         (
             "evaluate",
@@ -51,12 +51,12 @@ def test_more_that_cannot_work():
         (
             "evaluate",
             dict(others=dict(row=dict(stage="distil"))),
-            "others.row is .*expected stage, sampler",
+            "evaluate.others.row.sampler is missing",
         ),
         (
             "evaluate",
             dict(straightness=dict(stages=("distil",))),
-            "straightness is .*, expected stages, num_steps and count",
+            "evaluate.straightness.num_steps is missing.*straightness.count is missing",
         ),
         (
             "reflow_1",
@@ -67,7 +67,7 @@ def test_more_that_cannot_work():
         config = configs.load("digits:smoke_instaflow").to_dict()
         config[key].update(value)
         with pytest.raises(ValueError, match=message):
-            check.config(ml_collections.ConfigDict(config))
+            check_of(ml_collections.ConfigDict(config))
 
 
 def test_a_stage_that_continues_needs_more_steps():
@@ -77,22 +77,22 @@ def test_a_stage_that_continues_needs_more_steps():
         ValueError,
         match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, has 70000; give it more",
     ):
-        check.config(config)
+        check_of(config)
 
 
 def test_a_stage_keeps_its_own_network_process_and_prediction():
     config = configs.load("coco:tiny_instaflow")
     assert (
-        "units" in build.make_network(config, "distil_1").abstract
-        and "units" not in build.make_network(config).abstract
+        "units" in stage_of(config, "distil_1").network.abstract
+        and "units" not in stage_of(config, "teacher").network.abstract
     )
-    denoisers = {stage: build.make_denoiser(config, stage) for stage in ("teacher", "reflow_1")}
+    denoisers = {stage: stage_of(config, stage).denoiser for stage in ("teacher", "reflow_1")}
     assert {name: type(d.process).__name__ for name, d in denoisers.items()} == {
         "teacher": "VP",
         "reflow_1": "RectifiedFlow",
     }
     assert [d.prediction.__name__ for d in denoisers.values()] == ["eps", "flow_to_data"]
-    flow = build.make_flow(config, "teacher")
+    flow = build.flow(stage_of(config, "teacher"))
     assert (
         type(flow.process).__name__ == "RectifiedFlow" and np.isfinite(flow.process.grid(3)).all()
     )
@@ -101,4 +101,4 @@ def test_a_stage_keeps_its_own_network_process_and_prediction():
 def test_eight_bits_are_missed_at_the_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ValueError, match="eight bits need the package qwix"):
-        check.config(configs.load("digits:smoke_instaflow"))
+        check_of(configs.load("digits:smoke_instaflow"))

@@ -7,11 +7,11 @@ import pytest
 
 from dmd_jax import main
 from dmd_jax.commands import export
-from dmd_jax.experiment import workdir
+from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 from dmd_jax.stages import import_weights
 from dmd_jax.weights import edm, published
-from tests.helpers.runs import params_of, smoke
+from tests.helpers.runs import params_of, smoke, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_file_becomes_a_one_step_generator(finished, teacher_file, tmp_path, c
     chex.assert_trees_all_equal(
         params_of(config, tmp_path, "teacher"), params_of(smoke(), finished, "teacher")
     )
-    result = storage.read_json(tmp_path / "evaluation.json")
+    result = storage.read_json(tmp_path / "evaluate/evaluation.json")
     assert result["nfe"] == {"teacher": 7, "dmd": 1}
     assert storage.read_json(tmp_path / "teacher/source.json")["sha256"] == published.sha256(
         teacher_file
@@ -79,13 +79,13 @@ def test_another_file_is_not_taken_for_the_first(teacher_file, tmp_path):
     other = tmp_path / "teacher.safetensors"
     other.write_bytes(teacher_file.read_bytes())
     config = importing(other)
-    import_weights.run(config, "teacher", tmp_path / "run")
-    assert import_weights.done(config, "teacher", tmp_path / "run")
+    import_weights.run(stage_of(config, "teacher"), tmp_path / "run")
+    assert import_weights.done(stage_of(config, "teacher"), tmp_path / "run")
     other.write_bytes(b"something else")
     with pytest.raises(ValueError, match="is about other weights than"):
-        import_weights.done(config, "teacher", tmp_path / "run")
+        import_weights.done(stage_of(config, "teacher"), tmp_path / "run")
     other.unlink()
-    assert import_weights.done(config, "teacher", tmp_path / "run")
+    assert import_weights.done(stage_of(config, "teacher"), tmp_path / "run")
 
 
 def test_a_file_with_a_promised_hash(tmp_path):
@@ -102,8 +102,8 @@ def test_export_of_nothing(tmp_path):
 
 def test_params_are_on_all_devices(teacher_file, tmp_path):
     config = importing(teacher_file)
-    import_weights.run(config, "teacher", tmp_path)
-    leaf = jax.tree.leaves(workdir.load_params(config, "{workdir}/teacher", tmp_path))[0]
+    import_weights.run(stage_of(config, "teacher"), tmp_path)
+    leaf = jax.tree.leaves(workdir_lib.load_params(stage_of(config, "teacher"), tmp_path))[0]
     assert (
         len(leaf.sharding.device_set) == 8
         and leaf.sharding.is_fully_replicated

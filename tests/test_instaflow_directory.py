@@ -16,6 +16,7 @@ from dmd_jax.runtime import storage
 from dmd_jax.stages import import_weights
 from dmd_jax.weights import diffusers, diffusers_write, state_dict
 from tests.helpers import sd
+from tests.helpers.runs import stage_of, values_of
 
 torch = sd.torch
 FLOW_TO_DATA = {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"}
@@ -158,7 +159,7 @@ def test_many_guided_steps(instaflow, theirs, z):
 
 def tiny(directory, **teacher):
     config = configs.load("coco:tiny")
-    config.checkpoint = str(directory)
+    config.variables.checkpoint = str(directory)
     config.mesh.data = 1
     config.teacher.update(teacher)
     return config
@@ -166,9 +167,9 @@ def tiny(directory, **teacher):
 
 def test_import(instaflow, tmp_path):
     config = tiny(instaflow, **FLOW_TO_DATA)
-    import_weights.run(config, "teacher", tmp_path)
+    import_weights.run(stage_of(config, "teacher"), tmp_path)
     assert storage.read_json(tmp_path / "teacher/source.json")["directory"] == str(instaflow)
-    assert import_weights.done(config, "teacher", tmp_path)
+    assert import_weights.done(stage_of(config, "teacher"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_an_import_that_the_config_does_not_describe(copy, tmp_path, marked, tea
     config = tiny(copy, **{key: value for key, value in teacher.items() if key != "stack"})
     config.teacher.network = dict(config.network, stack=teacher.get("stack", 1))
     with pytest.raises(ValueError, match=match):
-        import_weights.run(config, "teacher", tmp_path)
+        import_weights.run(stage_of(config, "teacher"), tmp_path)
 
 
 @pytest.fixture(params=["flow_to_data", "flow"])
@@ -217,7 +218,7 @@ def student(request, copy, tmp_path):
         **flow,
     )
     config.stages = ("teacher", "distil")
-    workdir_lib.claim(config, workdir)
+    workdir_lib.claim(values_of(config), workdir)
     for stage in config.stages:
         (workdir / stage).mkdir()
         storage.write_json(workdir / stage / workdir_lib.SOURCE, {"directory": str(copy)})

@@ -13,7 +13,7 @@ from dmd_jax.experiment import build, check
 from dmd_jax.plan import machines, random_inputs, report, step
 from dmd_jax.runtime import accelerators
 from dmd_jax.stages import train
-from tests.helpers.runs import smoke
+from tests.helpers.runs import smoke, stage_of
 
 needs_libtpu = pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="libtpu, the compiler for TPUs, is not installed"
@@ -30,16 +30,16 @@ def toy(**mesh):
 
 def test_it_is_that_of_the_step_that_trains(tmp_path):
     config = toy(data=4, fsdp=2)
-    found = step.make(config, "teacher", machines.find("cpu:8"))
+    found = step.make(stage_of(config, "teacher"), machines.find("cpu:8"))
 
-    parallel = build.make_parallel(config, "teacher")
+    parallel = build.parallel(stage_of(config, "teacher"))
     recipe, params = (
-        build.make_recipe(config, "teacher", parallel, tmp_path),
-        build.make_network(config).init(0),
+        build.recipe(stage_of(config, "teacher"), parallel, tmp_path),
+        stage_of(config, "teacher").network.init(0),
     )
     _, shardings = train.abstract_state(recipe, params, parallel)
     state = train.first_state(recipe, params, shardings)
-    streams = build.make_streams(config, "teacher", tmp_path)
+    streams = build.streams(stage_of(config, "teacher"), tmp_path)
     batch = next(pipeline.batches(streams, seed=0, start=0, sharding=parallel.batch_sharding))
     compiled = train.compile_step(recipe.train_step, state, batch, shardings).program
 
@@ -81,9 +81,9 @@ def test_it_is_that_of_the_step_that_trains(tmp_path):
 
 
 def test_what_a_loop_repeats_is_counted():
-    once, config = step.make(toy(), "teacher", machines.find("cpu:1")), toy()
+    once, config = step.make(stage_of(toy(), "teacher"), machines.find("cpu:1")), toy()
     config.teacher.accumulation = 4
-    pieces = step.make(config, "teacher", machines.find("cpu:1"))
+    pieces = step.make(stage_of(config, "teacher"), machines.find("cpu:1"))
     assert pieces.operations == once.operations
     assert pieces.compiled_operations == pytest.approx(once.compiled_operations, rel=0.3)
     assert pieces.collectives == ()
@@ -91,9 +91,11 @@ def test_what_a_loop_repeats_is_counted():
 
 def test_the_parts_of_a_state(tmp_path):
     config = toy()
-    recipe = build.make_recipe(config, "dmd", build.make_parallel(config, "dmd"), tmp_path)
-    state = jax.eval_shape(recipe.init, build.make_network(config).abstract)
-    found = step.at_rest(state, build.make_parallel(config, "dmd").state_shardings(state))
+    recipe = build.recipe(
+        stage_of(config, "dmd"), build.parallel(stage_of(config, "dmd")), tmp_path
+    )
+    state = jax.eval_shape(recipe.init, stage_of(config, "teacher").network.abstract)
+    found = step.at_rest(state, build.parallel(stage_of(config, "dmd")).state_shardings(state))
     assert found.keys() == {
         "generator",
         "its Adam",
@@ -111,7 +113,7 @@ def test_the_parts_of_a_state(tmp_path):
 
 @needs_libtpu
 def test_a_tpu_that_is_not_there(capsys):
-    step.run(toy(), machines.find("v5e-8"), "teacher")
+    step.run(build.stages(toy()), machines.find("v5e-8"), "teacher")
     printed = capsys.readouterr().out
     assert "8 chips TPU v5 lite as 2x4" in printed and "of 15.75, 15." in printed
     assert "gradients and metrics averaged" in printed and "bound by " in printed
@@ -179,17 +181,17 @@ def test_what_cannot_be_planned():
     with pytest.raises(
         ValueError, match=r"config\.mesh has 6 devices, cpu:8 has 8; set mesh\.data=-1"
     ):
-        step.run(toy(fsdp=3), machines.find("cpu:8"), "teacher")
+        step.run(build.stages(toy(fsdp=3)), machines.find("cpu:8"), "teacher")
     with pytest.raises(
         ValueError, match="the config trains no stage 'pairs'; there are: teacher, dmd"
     ):
-        step.run(toy(), machines.find("cpu:8"), "pairs")
+        step.run(build.stages(toy()), machines.find("cpu:8"), "pairs")
     config = toy()
     config.teacher.batch_size = 12
     with pytest.raises(
         ValueError, match="images batch_size 12 is not divisible by 8 devices; use 8 or 16"
     ):
-        step.run(config, machines.find("cpu:8"), "teacher")
+        step.run(build.stages(config), machines.find("cpu:8"), "teacher")
     with pytest.raises(
         ValueError, match="jax has started with 8 CPU devices; cpu:9 needs a process of its own"
     ):
@@ -271,7 +273,7 @@ def test_what_would_fit_instead(memory, expected, monkeypatch, capsys):
         return of(config, memory(8 // config.dmd.accumulation, config.mesh.fsdp))
 
     monkeypatch.setattr(step, "make", make)
-    step.advise(config, "dmd", machine(), of(config, 99.0))
+    step.advise(stage_of(config, "dmd"), machine(), of(config, 99.0))
     printed = capsys.readouterr().out
     assert printed.endswith(expected[:-1]) if expected.endswith("$") else expected in printed
     assert len(tried) <= 2 and not config.network.remat
@@ -284,7 +286,7 @@ def test_what_has_failed_is_not_tried_again(monkeypatch, capsys):
     monkeypatch.setattr(
         step, "make", lambda config, *_: tried.append(config.mesh.fsdp) or of(config, 5.0)
     )
-    step.advise(config, "dmd", machine(), of(config, 99.0, accumulation=8))
+    step.advise(stage_of(config, "dmd"), machine(), of(config, 99.0, accumulation=8))
     assert tried == [8]
 
 
@@ -324,8 +326,8 @@ def test_chips_by_their_names():
 
 def test_stand_ins_have_the_shapes_of_the_data(tmp_path):
     config = toy()
-    batch = random_inputs.random_batch(config, "teacher", 4)
-    real = build.make_streams(config, "teacher", tmp_path)["images"].source[0]
+    batch = random_inputs.random_batch(stage_of(config, "teacher"), 4)
+    real = build.streams(stage_of(config, "teacher"), tmp_path)["images"].source[0]
     assert {k: (np.shape(v[0]), v.dtype) for k, v in batch["images"].items()} == {
         k: (np.shape(v), np.asarray(v).dtype) for k, v in real.items()
     }

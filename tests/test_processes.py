@@ -18,7 +18,7 @@ from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import checkpoint, distributed, log
 from dmd_jax.stages import train
 from tests.helpers import processes, small
-from tests.helpers.runs import params_of
+from tests.helpers.runs import params_of, stage_of, values_of
 
 ENDLESS = "--config.teacher.num_steps=1000000"
 
@@ -73,7 +73,7 @@ def test_two_processes_give_what_one_gives(one, two):
     for i in range(len(theirs)):
         np.testing.assert_array_equal(ours[i]["noise"], theirs[i]["noise"])
         np.testing.assert_allclose(ours[i]["image"], theirs[i]["image"], atol=1e-5)
-    ours, theirs = (json.loads((d / "evaluation.json").read_text()) for d in (two, one))
+    ours, theirs = (json.loads((d / "evaluate/evaluation.json").read_text()) for d in (two, one))
     assert ours["protocol"] == theirs["protocol"]
     for name in ("scores", "straightness"):
         chex.assert_trees_all_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
@@ -89,7 +89,7 @@ def test_another_number_of_processes_goes_on(killed, one, tmp_path):
     workdir = pathlib.Path(shutil.copytree(killed, tmp_path / "run"))
     config = small.get_config()
     config.teacher.num_steps = 15
-    train.run(config, "teacher", workdir)
+    train.run(stage_of(config, "teacher"), workdir)
     processes.run(workdir, "--stage=teacher", processes=4, devices=2)
     np.testing.assert_allclose(losses(workdir, "teacher"), losses(one, "teacher"), rtol=1e-5)
 
@@ -160,9 +160,9 @@ def test_one_run_at_a_time(tmp_path):
     message = (
         r"is in use by another run, process \d+ of .* since 20.*; wait for its end, or stop it"
     )
-    with workdir_lib.claimed(config, tmp_path), pytest.raises(ValueError, match=message):
+    with workdir_lib.claimed(values_of(config), tmp_path), pytest.raises(ValueError, match=message):
         main.run(config, tmp_path)
-    with workdir_lib.claimed(config, tmp_path):
+    with workdir_lib.claimed(values_of(config), tmp_path):
         pass
 
 
@@ -173,4 +173,4 @@ def test_a_workdir_that_is_not_shared(tmp_path, monkeypatch):
         ValueError,
         match=r"is not the one of process 0, whose files are not there; give all processes one --workdir",
     ):
-        workdir_lib._check_shared(small.get_config(), tmp_path, 1)
+        workdir_lib._check_shared(values_of(small.get_config()), tmp_path, 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import process, sharding
+from dmd_jax import process, recipes, sharding
 from dmd_jax.models import unet_edm, unet_sd
 from dmd_jax.recipes import distil, dmd, reflow, teacher
 from dmd_jax.stages import train
@@ -111,8 +111,8 @@ def run(recipe, network, params, mesh):
 
 
 def start(made, parallel, params):
-    shardings = parallel.state_shardings(jax.eval_shape(made.init, params))
-    return jax.device_put(made.init(params), shardings), shardings
+    shardings = parallel.state_shardings(jax.eval_shape(made.init, params, made.others))
+    return jax.device_put(made.init(params, made.others), shardings), shardings
 
 
 def assert_same_run(one, other):
@@ -218,7 +218,9 @@ def test_network_calls_of_a_dmd_step(guidance_scale, expected):
 
     made, _ = make(dmd, counting, guidance_scale=guidance_scale)
     jax.eval_shape(
-        made.train_step, jax.eval_shape(made.init, PARAMS), make_batch(dmd, 0, fresh=8, pairs=4)
+        made.train_step,
+        jax.eval_shape(made.init, PARAMS, made.others),
+        make_batch(dmd, 0, fresh=8, pairs=4),
     )
     assert sizes == expected
 
@@ -237,7 +239,7 @@ def recorded_step(monkeypatch, recipe, step=0, **changes):
 
     monkeypatch.setattr(sharding.Parallel, "split", split)
     made, _ = make(recipe, linear, null_cond=0, **changes)
-    state = made.init({"w": jnp.float32(0.7)})
+    state = made.init({"w": jnp.float32(0.7)}, made.others)
     state = state.replace(step=jnp.int32(step))
     if recipe is dmd:
         state = state.replace(
@@ -364,7 +366,9 @@ def test_a_reflow_step_is_the_papers(monkeypatch):
 def test_a_distillation_step_is_the_papers(monkeypatch):
     made, _ = make(distil, linear, null_cond=0)
     pairs = make_batch(distil, 0, pairs=40)["pairs"]
-    state, metrics = made.train_step(made.init({"w": jnp.float32(0.7)}), {"pairs": pairs})
+    state, metrics = made.train_step(
+        made.init({"w": jnp.float32(0.7)}, made.others), {"pairs": pairs}
+    )
     x, slope = denoise(0.7, 80 * pairs["noise"].astype(np.float64), 80.0, pairs["cond"])
     np.testing.assert_allclose(metrics["loss"], np.mean((x - pairs["image"]) ** 2), rtol=1e-4)
     np.testing.assert_allclose(
@@ -380,10 +384,12 @@ def test_distillation_takes_the_distance_and_its_parameters_which_stay():
 
     made, _ = make(distil, linear, null_cond=0, distance=absolute, distance_params=3.0)
     pairs = make_batch(distil, 0)["pairs"]
-    state, metrics = made.train_step(made.init({"w": jnp.float32(0.7)}), {"pairs": pairs})
+    state, metrics = made.train_step(
+        made.init({"w": jnp.float32(0.7)}, made.others), {"pairs": pairs}
+    )
     x, _ = denoise(0.7, 80 * pairs["noise"].astype(np.float64), 80.0, pairs["cond"])
     np.testing.assert_allclose(metrics["loss"], 3 * np.mean(np.abs(x - pairs["image"])), rtol=1e-4)
-    assert state.frozen["distance"] == 3.0
+    assert state.frozen == 3.0
 
 
 def test_reflow_refuses_what_is_no_flow():
@@ -419,3 +425,16 @@ def test_noises_are_independent_and_levels_are_the_papers(monkeypatch):
         np.testing.assert_allclose(
             np.histogram(fake, 4, (0, 1000))[0] / fake.size, 0.25, atol=0.05
         )  # even over levels
+
+
+def test_a_method_says_what_it_reads_and_which_metrics_it_has(recipe):
+    made, _ = make(recipe, small)
+    batch = {
+        stream: {field: rows[field] for field in recipe.STREAMS[stream]}
+        for stream, rows in make_batch(recipe, 0).items()
+    }
+    state = jax.eval_shape(made.init, PARAMS, made.others)
+    _, metrics = jax.eval_shape(made.train_step, state, batch)
+    assert recipe.STREAMS.keys() == batch.keys()
+    assert set(recipe.PLOTTED) <= metrics.keys()
+    assert recipe.METHOD is None or isinstance(recipe.METHOD, recipes.Method)

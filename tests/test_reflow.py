@@ -65,7 +65,7 @@ def train(recipe, params, num_steps, **settings):
             0, num_steps, lambda _, state: made.train_step(state, {"pairs": pairs})[0], state
         )
 
-    return jax.device_get(run(made.init(params)).generator.params)
+    return jax.device_get(run(made.init(params, made.others)).generator.params)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from dmd_jax.weights import (
 )
 from tests import test_images, test_lora
 from tests.helpers import runs, sd
+from tests.helpers.runs import stage_of
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +185,9 @@ def test_an_import(bucket, network, tiny):
         checkpoint="gs://bucket/teacher.safetensors",
         sampler=dict(name="heun", num_steps=4),
     )
-    assert not import_weights.done(config, "teacher", workdir)
-    import_weights.run(config, "teacher", workdir)
-    assert import_weights.done(config, "teacher", workdir)
+    assert not import_weights.done(stage_of(config, "teacher"), workdir)
+    import_weights.run(stage_of(config, "teacher"), workdir)
+    assert import_weights.done(stage_of(config, "teacher"), workdir)
     assert (
         storage.read_json(workdir / "teacher/source.json")["file"]
         == "gs://bucket/teacher.safetensors"
@@ -296,14 +297,14 @@ def test_a_run(bucket, tmp_path, monkeypatch, capfd):
         [ours[i] for i in range(len(ours))], [expected[i] for i in range(len(expected))]
     )
     ours, expected = (
-        storage.read_json(directory / "evaluation.json") for directory in (remote, local)
+        storage.read_json(directory / "evaluate/evaluation.json") for directory in (remote, local)
     )
     assert ours["protocol"] == expected["protocol"] and ours["scores"] == expected["scores"]
     assert (
         bucket["run/teacher/samples/0000006.png"][0]
         == (local / "teacher/samples/0000006.png").read_bytes()
     )
-    assert "run/report.png" in bucket and [
+    assert "run/evaluate/report.png" in bucket and [
         name for name in bucket if name.startswith("run/teacher/events.out.tfevents")
     ]
     capfd.readouterr()

@@ -13,6 +13,7 @@ import pytest
 
 from dmd_jax import main
 from dmd_jax.data import records
+from tests.helpers import xla
 from tests.test_stages import params_of, smoke
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def command(workdir, *arguments):
 
 def environment():
     return os.environ | {
-        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": xla.flags(devices=1),
         "PYTHONPATH": str(ROOT),
     }
 

@@ -93,7 +93,7 @@ def distil(pairs, *, regression_weight, num_steps=3000):
 
     @jax.jit
     def train(params):
-        state, _ = jax.lax.scan(step, recipe.init(params), jnp.arange(num_steps))
+        state, _ = jax.lax.scan(step, recipe.init(params, recipe.others), jnp.arange(num_steps))
         return GENERATE(
             state.generator.ema,
             jax.random.normal(jax.random.key(3), (4096, 1, 1, 2)),

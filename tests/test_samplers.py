@@ -1,4 +1,5 @@
 import fractions
+import inspect
 import itertools
 
 import jax
@@ -449,3 +450,23 @@ def test_the_end_of_rk45():
 def test_samplers_that_there_are_not(make, process, settings, message):
     with pytest.raises(ValueError, match=message):
         make(None, process, **settings)
+
+
+SETTINGS = {"stochastic_heun": CHURN, "rk45": {}, "one_step": {}}
+
+
+@pytest.mark.parametrize("name", samplers.CHOICES)
+def test_every_sampler_can_be_made_inside_jit(name):
+    process = {"rk45": process_lib.RectifiedFlow(), "stochastic_heun": EDM}.get(name, VP)
+    settings = SETTINGS.get(name, {})
+    if "num_steps" in inspect.signature(getattr(samplers, name)).parameters:
+        settings = settings | {"num_steps": 3}
+
+    def images(z):
+        sampler = getattr(samplers, name)(
+            lambda params, x_t, t, cond: 0.5 * x_t, process, **settings
+        )
+        return sampler.sample(None, z, None, lambda i: jnp.ones_like(z))
+
+    z = jnp.ones((2, 4, 4, 1))
+    np.testing.assert_allclose(jax.jit(images)(z), images(z), rtol=1e-5)

@@ -17,12 +17,12 @@ from dmd_jax import generate, lookup, main, sharding
 from dmd_jax.data import digits, records
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import labels as labels_lib
-from dmd_jax.experiment import build, check
+from dmd_jax.experiment import build
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import checkpoint, log, storage
 from dmd_jax.stages import evaluate, pairs, train
-from tests.helpers.runs import params_of, smoke
+from tests.helpers.runs import check_of, params_of, smoke, stage_of, values_of
 
 
 def test_a_finished_workdir_holds_everything(finished):
@@ -32,18 +32,16 @@ def test_a_finished_workdir_holds_everything(finished):
         "teacher",
         "pairs",
         "dmd",
-        "evaluation.json",
-        "report.png",
     } <= {p.name for p in finished.iterdir()}
     assert list((finished / "dmd").glob("events.out.tfevents.*"))
     assert sorted(p.name for p in (finished / "dmd/samples").iterdir()) == [
         "0000010.png",
         "0000020.png",
     ]
-    assert Image.open(finished / "report.png").size[0] > 1000
+    assert Image.open(finished / "evaluate/report.png").size[0] > 1000
     rows = log.read(finished / "dmd")
     assert {"matching", "regression", "fake_score", "grad_norm", "skipped"} <= rows[0].keys()
-    result = json.loads((finished / "evaluation.json").read_text())
+    result = json.loads((finished / "evaluate/evaluation.json").read_text())
     assert result["nfe"] == {"teacher": 35, "dmd": 1}
     scores = result["scores"]
     assert scores["real"]["agreement"] > 0.99 and result["reference_agreement"] > 0.97
@@ -73,9 +71,11 @@ def test_dry_run_leaves_no_trace(tmp_path, capsys):
 
 def test_one_stage(workdir):
     shutil.rmtree(workdir / "dmd")
-    (workdir / "evaluation.json").unlink()
+    (workdir / "evaluate/evaluation.json").unlink()
     main.run(smoke(), workdir, "dmd")
-    assert (workdir / "dmd/checkpoints/20").exists() and not (workdir / "evaluation.json").exists()
+    assert (workdir / "dmd/checkpoints/20").exists() and not (
+        workdir / "evaluate/evaluation.json"
+    ).exists()
 
 
 def test_unknown_stage(tmp_path):
@@ -89,13 +89,13 @@ def test_unknown_stage(tmp_path):
 def test_more_steps_go_on_from_the_last(workdir):
     config = smoke()
     config.teacher.num_steps = 35
-    train.run(config, "teacher", workdir)
+    train.run(stage_of(config, "teacher"), workdir)
     assert [row["step"] for row in log.read(workdir / "teacher")] == [10, 20, 30, 35]
     with pytest.raises(
         ValueError,
         match=r"pairs holds others than the config asks for: teacher is .*use another workdir",
     ):
-        pairs.run(config, "pairs", workdir)
+        pairs.run(stage_of(config, "pairs"), workdir)
 
 
 def test_another_config_is_refused(finished):
@@ -112,14 +112,14 @@ def test_other_data_is_refused(workdir):
     config = smoke()
     config.teacher.update(num_steps=40, batch_size=32)
     with pytest.raises(ValueError, match=r"was trained on other data.*use another workdir"):
-        train.run(config, "teacher", workdir)
+        train.run(stage_of(config, "teacher"), workdir)
 
 
 def test_a_prediction_that_the_process_does_not_define():
     config = smoke()
     config.prediction = "eps"
     with pytest.raises(ValueError, match=r"^no prediction for EDM 'eps'; there are: edm\.$"):
-        build.make_denoiser(config)
+        build.stages(config)
 
 
 def test_batch_that_the_devices_cannot_share(tmp_path):
@@ -128,7 +128,7 @@ def test_batch_that_the_devices_cannot_share(tmp_path):
     with pytest.raises(
         ValueError, match=r"^images batch_size 100 is not divisible by 8 devices; use 96 or 104\.$"
     ):
-        train.run(config, "teacher", tmp_path)
+        train.run(stage_of(config, "teacher"), tmp_path)
 
 
 def test_missing_dataset_extra(monkeypatch):
@@ -160,8 +160,8 @@ def test_truncated_shard(workdir):
 def test_missing_shards_are_made_again_the_same(workdir, finished):
     path = sorted((workdir / "pairs").glob("*.arrayrecord"))[2]
     path.unlink()
-    assert not pairs.done(smoke(), "pairs", workdir)
-    pairs.run(smoke(), "pairs", workdir)
+    assert not pairs.done(stage_of(smoke(), "pairs"), workdir)
+    pairs.run(stage_of(smoke(), "pairs"), workdir)
     ours, theirs = (records.read(directory=d / "pairs") for d in (workdir, finished))
     assert len(ours) == len(theirs) == 64
     chex.assert_trees_all_equal([ours[i] for i in range(64)], [theirs[i] for i in range(64)])
@@ -170,7 +170,9 @@ def test_missing_shards_are_made_again_the_same(workdir, finished):
 def test_pairs_are_the_teachers_images_of_their_noise(finished):
     config, source = smoke(), records.read(directory=finished / "pairs")
     parallel = sharding.Parallel(sharding.make_mesh())
-    sample = generate.make_sample(build.make_sampler(config, "teacher", finished), parallel, 8)
+    sample = generate.make_sample(
+        build.sampler_for_stage(stage_of(config, "teacher"), finished), parallel, 8
+    )
     rows = [source[i] for i in (3, 17, 40)]
     inputs = generate.inputs(config.seed, (3, 17, 40), (8, 8, 1), labels_lib.every(num_classes=10))
     np.testing.assert_array_equal(inputs["z"], np.stack([r["noise"] for r in rows]))
@@ -191,7 +193,7 @@ def test_corrupt_checkpoint(workdir, finished, damage, caplog):
         match=r"checkpoint 20 in .* is damaged .*delete .*checkpoints/20 and run the stage again",
     ):
         params_of(smoke(), workdir, "dmd")
-    train.run(smoke(), "dmd", workdir)
+    train.run(stage_of(smoke(), "dmd"), workdir)
     assert (
         "checkpoint 20 cannot be read" in caplog.text and (workdir / "dmd/unreadable_20").exists()
     )
@@ -209,12 +211,12 @@ def test_no_whole_checkpoint(workdir):
         ValueError,
         match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); delete the directory to start again",
     ):
-        train.run(config, "teacher", workdir)
+        train.run(stage_of(config, "teacher"), workdir)
 
 
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="run the stage 'teacher' first"):
-        pairs.run(smoke(), "pairs", tmp_path)
+        pairs.run(stage_of(smoke(), "pairs"), tmp_path)
 
 
 def test_disk_full(workdir, monkeypatch):
@@ -229,7 +231,7 @@ def test_disk_full(workdir, monkeypatch):
         ValueError,
         match=r"the checkpoint of step 40 needs .* MB, but .* has 0.0 MB free; make room and run the same command again",
     ):
-        train.run(config, "teacher", workdir)
+        train.run(stage_of(config, "teacher"), workdir)
 
 
 def test_too_many_skipped_updates(tmp_path):
@@ -240,7 +242,7 @@ def test_too_many_skipped_updates(tmp_path):
         FloatingPointError,
         match=r"updates up to step 10 had gradients that were not finite, more than max_skipped_updates = 5",
     ):
-        train.run(config, "teacher", tmp_path)
+        train.run(stage_of(config, "teacher"), tmp_path)
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(finished, tmp_path, capsys):
@@ -251,7 +253,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(finished, tmp_path, capsys)
         shutil.rmtree(workdir / "teacher/checkpoints/30")
         config = smoke()
         config.mesh.update(data=data, fsdp=fsdp)
-        train.run(config, "teacher", workdir)
+        train.run(stage_of(config, "teacher"), workdir)
         assert "starts at step 20" in capsys.readouterr().err
         chex.assert_trees_all_close(
             params_of(config, workdir, "teacher"), reference, rtol=1e-3, atol=1e-4
@@ -270,12 +272,14 @@ def test_images_do_not_depend_on_the_batch(finished, sampler):
         sharding.Parallel(sharding.make_mesh()),
         sharding.Parallel(sharding.make_mesh(data=1)),
     )
-    sampler = build.make_sampler(config, "dmd", finished)
+    sampler = build.sampler_for_stage(stage_of(config, "dmd"), finished)
     images = generate.make_sample(sampler, eight, 8)(
-        params, build.inputs(config, range(20), labels)
+        params, build.inputs(stage_of(config, "teacher"), range(20), labels)
     )
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.float32
-    some = generate.make_sample(sampler, one, 7)(params, build.inputs(config, range(5, 14), labels))
+    some = generate.make_sample(sampler, one, 7)(
+        params, build.inputs(stage_of(config, "teacher"), range(5, 14), labels)
+    )
     np.testing.assert_allclose(images[5:14], some, rtol=1e-5, atol=1e-5)
 
 
@@ -292,11 +296,11 @@ def test_lookup_names_what_exists():
 
 
 def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
-    assert evaluate.done(smoke(), "evaluate", workdir)
+    assert evaluate.done(stage_of(smoke(), "evaluate"), workdir)
     config = smoke()
     config.dmd.num_steps = 25
-    train.run(config, "dmd", workdir)
-    assert not evaluate.done(config, "evaluate", workdir)
+    train.run(stage_of(config, "dmd"), workdir)
+    assert not evaluate.done(stage_of(config, "evaluate"), workdir)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +318,12 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
         (
             "teacher.sampler.name",
             "huen",
-            r"^no sampler 'huen' \(did you mean 'heun'\?\); there are: one_step, euler, heun, stochastic",
+            r"dmd_jax/samplers.py has no 'huen' \(did you mean 'heun'\?\); there are: one_step, euler, heun, st",
         ),
         (
             "dmd.recipe.distance.name",
             "l2",
-            r"^no distance 'l2'; there are: squared_error, lpips\.$",
+            r"dmd_jax/losses.py has no 'l2'; there are: squared_error\. Or use lpips\.",
         ),
         (
             "features.name",
@@ -345,22 +349,22 @@ def test_a_config_that_cannot_work_claims_no_workdir(tmp_path, key, value, messa
 def test_another_teacher_is_refused(workdir):
     config = smoke()
     config.teacher.num_steps = 35
-    train.run(config, "teacher", workdir)
+    train.run(stage_of(config, "teacher"), workdir)
     config.dmd.num_steps = 30
     with pytest.raises(
         ValueError,
         match=r"was trained on other data, in another order or from another teacher than now",
     ):
-        train.run(config, "dmd", workdir)
+        train.run(stage_of(config, "dmd"), workdir)
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "evaluation.json", "classifier.npz", "pairs/manifest.json"]
+    "name", ["config.json", "evaluate/evaluation.json", "classifier.npz", "pairs/manifest.json"]
 )
 def test_damaged_files_are_named(workdir, name):
     (workdir / name).write_text("{")
     if name == "classifier.npz":
-        (workdir / "evaluation.json").unlink()
+        (workdir / "evaluate/evaluation.json").unlink()
     with pytest.raises(ValueError, match=rf"{name} is damaged.*delete"):
         main.run(smoke(), workdir)
 
@@ -372,7 +376,7 @@ def test_a_best_metric_that_is_not_measured(finished):
         ValueError,
         match=r"^no distance 'FD-mlp@8' for best_metric, which keeps the lowest \(did you mean 'FD-mlp@8-64'\?\); there are",
     ):
-        train.run(config, "dmd", finished)
+        train.run(stage_of(config, "dmd"), finished)
 
 
 def test_without_a_running_mean(workdir):
@@ -380,28 +384,28 @@ def test_without_a_running_mean(workdir):
     config.dmd.recipe.ema_decay = 0.0
     config.dmd.update(num_steps=2, preview_every=0, best_metric="", scores={})
     shutil.rmtree(workdir / "dmd")
-    train.run(config, "dmd", workdir)
-    recipe = build.make_recipe(config, "dmd", sharding.Parallel(sharding.make_mesh()), workdir)
+    train.run(stage_of(config, "dmd"), workdir)
+    recipe = build.recipe(stage_of(config, "dmd"), sharding.Parallel(sharding.make_mesh()), workdir)
     assert jax.eval_shape(recipe.init, params_of(config, workdir, "teacher")).generator.ema is None
     params = params_of(config, workdir, "dmd")
     assert np.isfinite(params["map_layer0"]["kernel"]).all()
-    evaluate.run(config, "evaluate", workdir)
+    evaluate.run(stage_of(config, "evaluate"), workdir)
 
 
 def test_data_that_the_network_does_not_take(tmp_path):
     config = smoke()
-    config.conditions.num_classes = 50
+    conditions = dict(source="labels.every", num_classes=50)
     with pytest.raises(
         ValueError,
-        match=r"^images\.labels: label 1\d of item 1\d is not below config\.network\.num_classes = 10",
+        match=r"^labels\.every: label 1\d of item 1\d is not below network\.num_classes = 10",
     ):
-        build.make_source(config, config.conditions, tmp_path)
+        build.checked_source(stage_of(config, "teacher"), conditions, tmp_path)
     config.network.size = 16
     with pytest.raises(
         ValueError,
         match=r"^images\.digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one",
     ):
-        train.run(config, "teacher", tmp_path)
+        train.run(stage_of(config, "teacher"), tmp_path)
 
 
 def test_a_workdir_does_not_change_hands(workdir):
@@ -415,7 +419,7 @@ def test_a_workdir_does_not_change_hands(workdir):
         config.update_from_flattened_dict({key: value})
         with pytest.raises(ValueError, match=rf"belongs to another config: {key} is "):
             main.run(config, workdir)
-    workdir_lib.claim(smoke(), workdir)
+    workdir_lib.claim(values_of(smoke()), workdir)
 
 
 def test_a_stage_that_continues_another(workdir):
@@ -425,14 +429,14 @@ def test_a_stage_that_continues_another(workdir):
         config.more = config.dmd.copy_and_resolve_references()
         config.more.continues = "dmd"
     config.more.num_steps = config.dmd.num_steps + 1
-    train.run(config, "more", workdir)
+    train.run(stage_of(config, "more"), workdir)
     assert {row["step"] for row in log.read(workdir / "more")} == {config.more.num_steps}
     config.more.continues = "absent"
     shutil.rmtree(workdir / "more")
     with pytest.raises(
         ValueError, match=r"no checkpoint in .*absent; run the stage 'absent' first"
     ):
-        train.run(config, "more", workdir)
+        train.run(stage_of(config, "more"), workdir)
 
 
 def test_images_of_labels(finished):
@@ -488,7 +492,7 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
     config.evaluate.others.int8 = dict(stage="dmd", sampler=dict(name="one_step"), quantize="int8")
     config.evaluate.straightness = dict(stages=("teacher", "flow"), num_steps=10, count=32)
     main.run(config, workdir, "evaluate")
-    result = storage.read_json(workdir / "evaluation.json")
+    result = storage.read_json(workdir / "evaluate/evaluation.json")
     assert list(result["nfe"]) == ["teacher", "dmd", "adaptive", "two", "eight", "int8"]
     assert (result["nfe"]["two"], result["nfe"]["eight"]) == (2, 8) and 8 < result["nfe"][
         "adaptive"
@@ -517,7 +521,7 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
         ),
         (
             dict(others=dict(row=dict(stage="dmd", sampler=dict(name="eulerr", num_steps=1)))),
-            r"no sampler 'eulerr' .did you mean 'euler'",
+            r"has no 'eulerr' .did you mean 'euler'",
         ),
         (
             dict(others=dict(row=dict(stage="dmd", sampler=dict(name="euler")))),
@@ -531,7 +535,7 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
             dict(
                 others=dict(row=dict(stage="dmd", sampler=dict(name="one_step"), quantize="int4"))
             ),
-            "no quantize 'int4'",
+            "quantize is 'int4'; expected 'int8'",
         ),
         (
             dict(straightness=dict(stages=("pairs",), num_steps=10, count=8)),
@@ -543,7 +547,7 @@ def test_rows_that_cannot_be(changes, message):
     config = smoke()
     config.evaluate.update(changes)
     with pytest.raises(ValueError, match=message):
-        check.config(config)
+        check_of(config)
 
 
 def test_a_flow_is_named_where_it_is_needed():
@@ -552,20 +556,22 @@ def test_a_flow_is_named_where_it_is_needed():
     with pytest.raises(
         ValueError, match="reflow needs the process RectifiedFlow, got EDM; give it to the stage"
     ):
-        build.make_recipe(
-            config, "dmd", sharding.Parallel(sharding.make_mesh(1)), pathlib.Path("nowhere")
+        build.recipe(
+            stage_of(config, "dmd"),
+            sharding.Parallel(sharding.make_mesh(1)),
+            pathlib.Path("nowhere"),
         )
     config.prediction = "rectified"  # of the teacher: of what?
     with pytest.raises(ValueError, match="no prediction for EDM 'rectified'"):
-        check.config(config)
+        check_of(config)
 
 
 def test_a_stage_trained_on_other_pairs_is_not_done(workdir):
     """The pairs were deleted, and made again by a teacher that has learnt on."""
     config = smoke()
-    assert train.done(config, "dmd", workdir)
+    assert train.done(stage_of(config, "dmd"), workdir)
     shutil.rmtree(workdir / "pairs")
-    assert train.done(config, "dmd", workdir)  # to make room
+    assert train.done(stage_of(config, "dmd"), workdir)  # to make room
     config.teacher.num_steps = 35
     main.run(config, workdir, "teacher")
     main.run(config, workdir, "pairs")
@@ -583,4 +589,4 @@ def test_a_network_that_does_not_fit_where_it_starts_from(workdir):
         ValueError,
         match=r"the network of dmd does not fit what \{workdir\}/teacher has.*\d+ parameters differ, such as",
     ):
-        train.run(config, "dmd", workdir)
+        train.run(stage_of(config, "dmd"), workdir)

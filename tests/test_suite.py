@@ -11,11 +11,11 @@ from dmd_jax import main, sharding
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import pixels
 from dmd_jax.evals import frechet, protocols, references, suite
-from dmd_jax.experiment import check, evaluation
+from dmd_jax.experiment import evaluation
 from dmd_jax.features import efficientnet, inception
 from dmd_jax.runtime import log, storage
 from dmd_jax.stages import evaluate
-from tests.helpers.runs import smoke
+from tests.helpers.runs import check_of, smoke, stage_of
 
 RNG = np.random.default_rng(0)
 COUNT = 2048
@@ -277,7 +277,7 @@ def test_a_config_does_not_change_a_protocol(key, value, message):
     config = smoke()
     config.evaluate[key] = value
     with pytest.raises(ValueError, match=message):
-        check.config(config)
+        check_of(config)
 
 
 def test_every_protocol_can_be_written_down():
@@ -295,11 +295,11 @@ def test_edms_protocol(workdir, monkeypatch):
     monkeypatch.setitem(
         protocols.PROTOCOLS, "three", dataclasses.replace(protocols.DIGITS, name="three", ranges=3)
     )
-    one, config = storage.read_json(workdir / "evaluation.json"), smoke()
+    one, config = storage.read_json(workdir / "evaluate/evaluation.json"), smoke()
     config.evaluate.protocol = "three"
-    assert not evaluate.done(config, "evaluate", workdir)
-    evaluate.run(config, "evaluate", workdir)
-    result, name = storage.read_json(workdir / "evaluation.json"), "FD-mlp@8-64"
+    assert not evaluate.done(stage_of(config, "evaluate"), workdir)
+    evaluate.run(stage_of(config, "evaluate"), workdir)
+    result, name = storage.read_json(workdir / "evaluate/evaluation.json"), "FD-mlp@8-64"
     for model in ("teacher", "dmd"):
         ranges = [scores[name] for scores in result["seed_ranges"][model]]
         assert len(set(ranges)) == 3 and ranges[0] == pytest.approx(
@@ -312,7 +312,7 @@ def test_edms_protocol(workdir, monkeypatch):
         result["networks"] == one["networks"]
         and result["reference_digest"] == one["reference_digest"]
     )
-    assert evaluate.done(config, "evaluate", workdir)
+    assert evaluate.done(stage_of(config, "evaluate"), workdir)
 
 
 def test_the_scores_of_training_are_an_evaluation(workdir):
@@ -322,8 +322,8 @@ def test_the_scores_of_training_are_an_evaluation(workdir):
     )
     config = smoke()
     config.evaluate.protocol = "digits:train"
-    evaluate.run(config, "evaluate", workdir)
-    scores = storage.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    evaluate.run(stage_of(config, "evaluate"), workdir)
+    scores = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
     assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-5)
 
 
@@ -340,17 +340,17 @@ def test_statistics_as_a_reference(workdir, monkeypatch):
     )
     real = evaluation.reference(config, measuring, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
-    before = storage.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    before = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
     config.evaluate.statistics = str(workdir / "ref.npz")
-    evaluate.run(config, "evaluate", workdir)
-    scores = storage.read_json(workdir / "evaluation.json")["scores"]["dmd"]
+    evaluate.run(stage_of(config, "evaluate"), workdir)
+    scores = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
     assert scores == pytest.approx(before)  # single images from the reference, too
     config.evaluate.protocol, config.evaluate.reference = "digits", {}
     with pytest.raises(
         ValueError,
         match=r"the protocol digits has real images of its own, expected none, got .*ref\.npz; leave it out",
     ):
-        evaluate.run(config, "evaluate", workdir)
+        evaluate.run(stage_of(config, "evaluate"), workdir)
     config.evaluate.statistics = str(workdir / "absent.npz")
     with pytest.raises(ValueError, match=r"absent\.npz does not exist"):
         main.run(config, workdir)

@@ -46,13 +46,16 @@ def test_every_stage_leaves_what_the_next_one_reads(workdir):
 
 
 def test_the_report_says_whether_images_show_their_captions(workdir):
-    scores = storage.read_json(workdir / "evaluation.json")
+    scores = storage.read_json(workdir / "evaluate/evaluation.json")
     names = {f"R@{k} {kind}" for k in (1, 10) for kind in ("seen", "unseen")}
     for model in ("teacher", "dmd"):
         found = scores["scores"][model]
         assert names <= found.keys() and all(0 <= found[name] <= 1 for name in names)
     assert scores["nfe"] == {"teacher": 3, "dmd": 1}
-    assert Image.open(workdir / "captions.png").size[0] > 800 and (workdir / "report.png").exists()
+    assert (
+        Image.open(workdir / "evaluate/captions.png").size[0] > 800
+        and (workdir / "evaluate/report.png").exists()
+    )
 
 
 def test_prompts_that_were_never_seen(workdir):

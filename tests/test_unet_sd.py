@@ -188,8 +188,7 @@ def round_the_label(monkeypatch):  # trap 5
 
 
 def approximate_gelu(monkeypatch):  # trap 7
-    right = jax.nn.gelu
-    monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: right(x))
+    monkeypatch.setattr(layers, "gelu", jax.nn.gelu)
 
 
 def swap_value_and_gate(monkeypatch):  # trap 8

@@ -1,20 +1,13 @@
-"""Benchmarks of the data alone: what one process reads in a second, beside what its devices need.
+"""The data alone: how many rows one process reads in a second.
 
-python -m dmd_jax.bench.data records --need=64
-python -m dmd_jax.bench.data captions --need=64
-
-`records` reads pairs of configs/coco.py (noise and latents 64x64x4, embeddings 77x768) as a training stage does. `captions` reads JPEG
-files of COCO's kind as the stage does that embeds them. Both make their files first, and read them while they are still in memory: a disk
-can only be slower. `--need` is what a step asks of one process: images a step, over its seconds, over the processes.
+The files are made first and are still in memory when they are read: a disk can only be slower.
 """
 
-import argparse
 import io
 import json
-import os
 import pathlib
-import sys
 import tempfile
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -32,14 +25,85 @@ PAIR = {
     "cond": ((77, 768), "float16"),
 }
 SHARD = 500  # rows
-GRAIN, QUALITY = 12, 90  # of a photograph: its JPEG has about the 160 kB of COCO's
+GRAIN = 12  # standard deviation of the noise of a pixel, 0 to 255; with QUALITY it makes JPEG files
+QUALITY = 90  # of about the size of COCO's, 160 kB
+
+
+class Rates(NamedTuple):
+    """How fast rows are read.
+
+    Attributes:
+      name: of the way to read them.
+      unit: what a row is called.
+      per_second: rows a second, of each repeat.
+      size: bytes of a row.
+    """
+
+    name: str
+    unit: str
+    per_second: list[float]
+    size: float
+
+
+def records(*, count: int, batch_size: int, repeats: int) -> Rates:
+    """Times batches of records, from the files to the devices.
+
+    Args:
+      count: rows that are written, and read in each repeat.
+      batch_size: rows of a batch.
+      repeats: how often it is timed.
+
+    Raises:
+      ValueError: the devices cannot share such a batch.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        write_records(pathlib.Path(directory), count)
+        stream = pipeline.Stream(records_lib.read(directory=directory), batch_size)
+        parallel = sharding.Parallel(sharding.make_mesh())
+        parallel.check_batch("batch_size", batch_size)
+        loader = pipeline.batches(
+            {"pairs": stream}, seed=0, start=0, sharding=parallel.batch_sharding
+        )
+        size = sum(a.nbytes for a in jax.tree.leaves(next(loader))) / batch_size
+        steps = -(-count // batch_size)
+
+        def read():
+            for _ in range(steps):
+                jax.block_until_ready(next(loader))
+
+        seconds = [timing.timed(read)[0] for _ in range(repeats)]
+    rates = [steps * batch_size / s for s in seconds]
+    return Rates("batches of records", "rows", rates, size)
+
+
+def captions(*, count: int, size: int, repeats: int) -> list[Rates]:
+    """Times JPEG files with captions, decoded, cropped and resized, in a loop and in threads.
+
+    Args:
+      count: files that are written, and read in each repeat.
+      size: height and width of the images after resizing, in pixels.
+      repeats: how often each way is timed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        directory = pathlib.Path(folder)
+        source = captions_lib.coco(**write_captions(directory, count), size=size)
+        total = sum(path.stat().st_size for path in (directory / "images").iterdir())
+        readers = {
+            "one after another": lambda: [source[i]["image"] for i in range(count)],
+            "in threads": lambda: captions_lib.readable(source, range(count)),
+        }
+        rates = {
+            name: [count / timing.timed(read)[0] for _ in range(repeats)]
+            for name, read in readers.items()
+        }
+    return [Rates(name, "images", values, total / count) for name, values in rates.items()]
 
 
 def write_records(directory: pathlib.Path, count: int):
-    """Pairs at random, as records."""
-    rng, shards = np.random.default_rng(0), -(-count // SHARD)
+    """Writes `count` random pairs as records."""
+    rng = np.random.default_rng(0)
     features = {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in PAIR.items()}
-    manifest = {"shards": shards, "count": count, "features": features}
+    manifest = {"shards": -(-count // SHARD), "count": count, "features": features}
     records_lib.claim(directory, manifest)
     for i, path in enumerate(records_lib.shard_paths(directory, manifest)):
         n = min(SHARD, count - i * SHARD)
@@ -51,116 +115,25 @@ def write_records(directory: pathlib.Path, count: int):
 
 
 def write_captions(directory: pathlib.Path, count: int) -> dict:
-    """JPEG files of noise, coarse and fine, of 640x480 and 480x640 pixels in COCO's layout: the arguments of `captions.coco`."""
-    rng, images = (
-        np.random.default_rng(0),
-        [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(count)],
-    )
+    """Writes JPEG files of coarse and fine noise, 640x480 and 480x640 pixels, in COCO's layout.
+
+    Returns:
+      The arguments of `captions.coco`.
+    """
+    rng = np.random.default_rng(0)
+    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(count)]
     (directory / "images").mkdir()
     for i, image in enumerate(images):
-        size = (640, 480) if i % 2 else (480, 640)
-        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8)).resize(
-            size, Image.Resampling.BICUBIC
-        )
-        pixels = np.asarray(coarse) + GRAIN * rng.standard_normal((size[1], size[0], 1), np.float32)
+        width, height = (640, 480) if i % 2 else (480, 640)
+        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8))
+        coarse = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        fine = GRAIN * rng.standard_normal((height, width, 1), np.float32)
+        pixels = (np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8)
         file = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
+        Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
         (directory / "images" / image["file_name"]).write_bytes(file.getvalue())
     annotations = [{"id": i, "image_id": i, "caption": f"photograph {i}"} for i in range(count)]
-    (directory / "captions.json").write_text(
-        json.dumps({"images": images, "annotations": annotations})
-    )
-    return dict(annotations=str(directory / "captions.json"), images=str(directory / "images"))
-
-
-def records(arguments: argparse.Namespace):
-    """Times batches of records, from the files to the devices."""
-    with tempfile.TemporaryDirectory() as directory:
-        write_records(pathlib.Path(directory), arguments.count)
-        stream = pipeline.Stream(records_lib.read(directory=directory), arguments.batch_size)
-        parallel = sharding.Parallel(sharding.make_mesh())
-        parallel.check_batch("batch_size", arguments.batch_size)
-        loader = pipeline.batches(
-            {"pairs": stream}, seed=0, start=0, sharding=parallel.batch_sharding
-        )
-        size = sum(a.nbytes for a in jax.tree.leaves(next(loader))) / arguments.batch_size
-        steps = -(-arguments.count // arguments.batch_size)
-        seconds = [
-            timing.timed(lambda: [jax.block_until_ready(next(loader)) for _ in range(steps)])[0]
-            for _ in range(arguments.repeats)
-        ]
-    rates = [steps * arguments.batch_size / s for s in seconds]
-    _told("batches of records", "rows", rates, size, arguments.need)
-
-
-def captions(arguments: argparse.Namespace):
-    """Times JPEG files of 640x480 pixels with captions, decoded, cropped and resized, one after another and in threads."""
-    with tempfile.TemporaryDirectory() as directory:
-        source = captions_lib.coco(
-            **write_captions(pathlib.Path(directory), arguments.count), size=arguments.size
-        )
-        size = (
-            sum(path.stat().st_size for path in (pathlib.Path(directory) / "images").iterdir())
-            / arguments.count
-        )
-        ways = {
-            "one after another": lambda: [source[i]["image"] for i in range(arguments.count)],
-            "in threads": lambda: captions_lib.readable(source, range(arguments.count)),
-        }
-        for name, read in ways.items():
-            rates = [arguments.count / timing.timed(read)[0] for _ in range(arguments.repeats)]
-            _told(name, "images", rates, size, arguments.need)
-
-
-def _told(what, unit, rates, size, need):
-    """`size` in bytes."""
-    median = float(np.median(rates))
-    print(
-        f"{what}: {timing.spread(rates)} {unit} a second, {median * size / 1e6:.0f} MB/s; {size / 1e3:.0f} kB each"
-    )
-    if need:
-        print(
-            f"the devices need {need:g} {unit} a second: {what} gives {median / need:.2f} times that"
-        )
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax.bench.data", description=__doc__.split("\n")[0]
-    )
-    commands = parser.add_subparsers(required=True)
-    for run, count in ((records, 2000), (captions, 200)):
-        command = commands.add_parser(run.__name__, help=run.__doc__)
-        command.set_defaults(run=run)
-        command.add_argument(
-            "--count", type=int, default=count, help="rows to be made, and read in each repeat"
-        )
-        command.add_argument("--repeats", type=int, default=3, help="to be timed")
-        command.add_argument(
-            "--need",
-            type=float,
-            default=0.0,
-            help="rows a second that the devices of one process take; 0 = not told",
-        )
-        if run is records:
-            command.add_argument("--batch_size", type=int, default=32, help="of the process")
-        else:
-            command.add_argument("--size", type=int, default=512, help="of the images, in pixels")
-    return parser.parse_args(argv)
-
-
-def main():
-    arguments = parse(sys.argv[1:])
-    for name in ("count", "repeats", "batch_size", "size"):
-        if getattr(arguments, name, 1) < 1:
-            sys.exit(f"error: {name} is {getattr(arguments, name)}; expected at least 1.")
-    print(f"{timing.devices()}, {os.cpu_count()} cores")
-    try:
-        arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    content = {"images": images, "annotations": annotations}
+    path = directory / "captions.json"
+    path.write_text(json.dumps(content))
+    return {"annotations": str(path), "images": str(directory / "images")}

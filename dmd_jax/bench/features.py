@@ -1,6 +1,7 @@
-"""Feature networks at their real size with random weights, beside the same in PyTorch, and the memory that statistics of many images take.
+"""Feature networks at their real size, with random weights.
 
-What is returned is printed by `bench.py`.
+They are timed beside the same networks in PyTorch. `statistics` measures the memory that the
+statistics of many images take.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from dmd_jax.models import clip, efficientnet_lite, inception, layers
 from dmd_jax.runtime import timing
 from dmd_jax.weights import state_dict
 
-DIMENSIONS, PROJECTION = 2048, 512  # of Inception's features, and of CLIP's
+DIMENSIONS = 2048  # of Inception's features
+PROJECTION = 512  # dimensions of CLIP's features
 VISION = dict(
     image_size=224,
     patch_size=32,
@@ -34,6 +36,7 @@ VISION = dict(
     num_heads=12,
     act="quick_gelu",
 )
+# CLIP's text tower, which is not used
 TEXT = dict(
     vocab_size=8,
     max_length=8,
@@ -42,17 +45,18 @@ TEXT = dict(
     num_layers=1,
     num_heads=1,
     act="gelu",
-)  # not used
+)
 
 
 class Network(NamedTuple):
     """A feature network.
 
     Attributes:
-      network: with its parameters.
+      network: has the parameters.
       apply: `(params, pixels [B, H, W, 3] of 0 to 255) -> features [B, D]`.
-      size: of images, where none is given.
-      torch: what makes the same in PyTorch of its tensors; None where there is none to compare with.
+      size: height and width of the images that it takes.
+      torch: `tensors -> (module, preprocess, postprocess)`, the same network in PyTorch; None if
+        there is none to compare with.
     """
 
     network: layers.Network
@@ -63,39 +67,32 @@ class Network(NamedTuple):
 
 def _inception():
     network = inception.make()
-    return Network(
-        network,
-        lambda params, x: network.apply(params, inception.pytorch_fid_input(x)),
-        32,
-        _torch_inception,
-    )
+    apply = lambda params, x: network.apply(params, inception.pytorch_fid_input(x))
+    return Network(network, apply, 32, _torch_inception)
 
 
 def _clip():
     network = clip.clip(projection_dim=PROJECTION, text=TEXT, vision=VISION)
-    return Network(
-        network,
-        lambda params, x: network.bind(params).images(x / 127.5 - 1),
-        VISION["image_size"],
-        _torch_clip,
-    )
+    apply = lambda params, x: network.bind(params).images(x / 127.5 - 1)
+    return Network(network, apply, VISION["image_size"], _torch_clip)
 
 
 def _efficientnet():
     network = efficientnet_lite.make()
-    return Network(network, lambda params, x: network.apply(params, (x - 127) / 128), 64, None)
+    apply = lambda params, x: network.apply(params, (x - 127) / 128)
+    return Network(network, apply, 64, None)
 
 
 NETWORKS = {"inception": _inception, "clip": _clip, "efficientnet": _efficientnet}
 
 
-class Found(NamedTuple):
-    """What `features` found.
+class Times(NamedTuple):
+    """Times of a feature network.
 
     Attributes:
-      seconds: of each run of ours.
-      other: of the one it was compared with; empty for none.
-      difference: the largest, relative to the largest feature of the other.
+      seconds: of each run of our network.
+      other: seconds of the network that it is compared with; empty if there is none.
+      difference: the largest difference, relative to the largest feature of the other network.
     """
 
     seconds: list[float]
@@ -105,52 +102,54 @@ class Found(NamedTuple):
 
 def features(
     name: str, *, count: int, size: int, batch_size: int, repeats: int, against: str
-) -> Found:
-    """The features of `count` images, bytes at random, and by PyTorch in turn with it if `against` is "torch".
+) -> Times:
+    """Times a feature network on random images, in turn with PyTorch's if `against` is "torch".
 
     Args:
       name: of NETWORKS.
       count: images of a run.
-      size: height and width; 0 for those that the network takes.
+      size: height and width of the images; 0 for those that the network takes.
       batch_size: images at once, over all devices.
       repeats: runs that are timed, after one that is not.
-      against: see above.
+      against: "torch" or "".
 
     Raises:
-      ValueError: there is nothing to compare with, a package is missing, the sizes do not fit, or something is not finite.
+      ValueError: there is nothing to compare with, a package is missing, the sizes do not fit, or
+        something is not finite.
     """
-    found = NETWORKS[name]()
-    if against and not found.torch:
+    candidate = NETWORKS[name]()
+    if against and not candidate.torch:
         raise ValueError(f"{name} has no counterpart in PyTorch here; leave --against out.")
-    params = found.network.init(0)
+    params = candidate.network.init(0)
     parallel = sharding.Parallel(sharding.make_mesh())
-    ours = features_lib.of_network(name, found.apply, params, parallel, batch_size)
-    images = np.random.default_rng(0).integers(
-        0, 256, (count, *[size or found.size] * 2, 3), np.uint8
-    )
-    output, functions, difference = ours.extract(images), [lambda: ours.extract(images)], 0.0
+    ours = features_lib.of_network(name, candidate.apply, params, parallel, batch_size)
+    size = size or candidate.size
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+    functions = [lambda: ours.extract(images)]
+    output = ours.extract(images)
+    difference = 0.0
     if against:
-        other = _torch(found.torch, params)
+        extract_batch = _torch(candidate.torch, params)
+        starts = range(0, count, batch_size)
         functions.append(
-            lambda: np.concatenate(
-                [other(images[i : i + batch_size]) for i in range(0, count, batch_size)]
-            )
+            lambda: np.concatenate([extract_batch(images[i : i + batch_size]) for i in starts])
         )
         expected = functions[1]()
         difference = float(np.abs(output - expected).max() / np.abs(expected).max())
     if not np.isfinite(output).all() or not np.isfinite(difference):
         raise ValueError("the features are not finite.")
-    seconds, *others = timing.in_turn(functions, repeats)
-    return Found(seconds, others[0] if others else [], difference)
+    seconds = timing.in_turn(functions, repeats)
+    return Times(seconds[0], seconds[1] if against else [], difference)
 
 
 def _torch(make, params):
-    """`bytes [B, H, W, 3] -> features [B, D]`, both numpy, by `make(tensors) -> (module, pixels -> what the module takes, -> features)`."""
+    """Returns `bytes [B, H, W, 3] -> features [B, D]`, both numpy, see `Network.torch`."""
     try:
         import torch
 
-        module, before, after = make(
-            {name: torch.from_numpy(np.array(a)) for name, a in state_dict.to_torch(params).items()}
+        arrays = state_dict.to_torch(params)
+        module, preprocess, postprocess = make(
+            {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
         )
     except (ImportError, RuntimeError) as error:
         raise ValueError(
@@ -162,17 +161,14 @@ def _torch(make, params):
 
     @torch.inference_mode()
     def run(images):
-        return (
-            after(module(before(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float())))
-            .cpu()
-            .numpy()
-        )
+        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
+        return postprocess(module(preprocess(pixels))).cpu().numpy()
 
     return run
 
 
 def _torch_inception(tensors):
-    """pytorch-fid's, which would fetch its weights."""
+    """Makes pytorch-fid's network, without the weights that it would download."""
     import torch
     from pytorch_fid import inception as pytorch_fid
 
@@ -181,12 +177,12 @@ def _torch_inception(tensors):
         return (
             pytorch_fid.InceptionV3(),
             lambda pixels: pixels / 255,
-            lambda found: found[0][:, :, 0, 0],
+            lambda outputs: outputs[0][:, :, 0, 0],
         )
 
 
 def _torch_clip(tensors):
-    """The image tower of transformers' CLIPModel."""
+    """Makes the image tower of transformers' CLIPModel."""
     import transformers
 
     names = dict(hidden_act="act", num_hidden_layers="num_layers", num_attention_heads="num_heads")
@@ -201,17 +197,17 @@ def _torch_clip(tensors):
     return (
         module,
         lambda pixels: pixels / 127.5 - 1,
-        lambda found: found.image_embeds / found.image_embeds.norm(dim=-1, keepdim=True),
+        lambda output: output.image_embeds / output.image_embeds.norm(dim=-1, keepdim=True),
     )
 
 
-class Taken(NamedTuple):
-    """What statistics took.
+class Cost(NamedTuple):
+    """Time and memory of statistics.
 
     Attributes:
       seconds: for all images.
-      start: megabytes that the process had before.
-      peak: the most that it had.
+      start: megabytes of the process before.
+      peak: largest number of megabytes of the process.
     """
 
     seconds: float
@@ -219,47 +215,40 @@ class Taken(NamedTuple):
     peak: float
 
 
-def statistics(count: int) -> Taken:
-    """What the statistics of `count` images of 32x32 pixels in a .zip take, by features of 2,048 dimensions that cost next to nothing."""
-    weights = {
-        "w": np.random.default_rng(0).standard_normal((32 * 32 * 3, DIMENSIONS)).astype(np.float32)
-        / 1000
-    }
+def statistics(count: int) -> Cost:
+    """Measures the statistics of `count` images of 32x32 pixels in a .zip.
+
+    The features have 2,048 dimensions and cost next to nothing.
+    """
+    w = np.random.default_rng(0).standard_normal((32 * 32 * 3, DIMENSIONS)).astype(np.float32)
+    apply = lambda params, x: jnp.tanh(x.reshape(len(x), -1) @ params["w"])
     parallel = sharding.Parallel(sharding.make_mesh())
-    network = features_lib.of_network(
-        "cheap",
-        lambda p, x: jnp.tanh(x.reshape(len(x), -1) @ p["w"]),
-        weights,
-        parallel,
-        64 * parallel.mesh.size,
-    )
+    batch_size = 64 * parallel.mesh.size
+    network = features_lib.of_network("cheap", apply, {"w": w / 1000}, parallel, batch_size)
     network.extract(np.zeros((1, 32, 32, 3), np.uint8))
     protocol = dataclasses.replace(protocols.find("edm50k"), reference_count=0)
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory, "images.zip")
         write_zip(path, count)
         source = lookup.open_source({"source": "folder.read", "path": str(path), "size": 32})
-        start = (
-            int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-            * resource.getpagesize()
-            / 1e6
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        start = pages * resource.getpagesize() / 1e6
+        cheap_suite = suite.Suite(protocol, network, parallel, None, None, {})
+        seconds, reference = timing.timed(
+            lambda: references.collect_source(cheap_suite, source, directory)
         )
-        measuring = suite.Suite(protocol, network, parallel, None, None, {})
-        seconds, found = timing.timed(
-            lambda: references.collect_source(measuring, source, directory)
-        )
-    if found.count != count:
-        raise ValueError(f"expected statistics of {count} images, got those of {found.count}.")
-    return Taken(seconds, start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+    if reference.count != count:
+        raise ValueError(f"expected statistics of {count} images, got those of {reference.count}.")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return Cost(seconds, start, peak)
 
 
 def write_zip(path: pathlib.Path, count: int):
-    """PNG files of 32x32 pixels at random, in folders of a thousand."""
+    """Writes random PNG files of 32x32 pixels, in folders of a thousand."""
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(count):
             file = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
-                file, "PNG", compress_level=1
-            )
+            image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+            image.save(file, "PNG", compress_level=1)
             archive.writestr(f"{i // 1000:05d}/img{i:08d}.png", file.getvalue())

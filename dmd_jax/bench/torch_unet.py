@@ -1,4 +1,4 @@
-"""diffusers' UNet2DConditionModel with our weights, to be compared with `models/unet_sd.py`."""
+"""diffusers' UNet2DConditionModel with our weights, for comparison with `models/unet_sd.py`."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,8 @@ from dmd_jax.weights import state_dict
 
 VERSION = torch.__version__
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TAKEN = (
+# settings of the same name and meaning in both
+SHARED = (
     "block_out_channels",
     "layers_per_block",
     "cross_attention_dim",
@@ -20,32 +21,37 @@ TAKEN = (
 
 
 def unet(settings: dict, params: dict, inputs: tuple[np.ndarray, ...]) -> Callable:
-    """A function without arguments that runs the network once on `inputs`; its value is a tensor [B, H, W, C].
+    """Returns a function without arguments that runs the network once on `inputs`.
 
     Args:
       settings: of `unet_sd.unet`.
-      params: of the same, float32; copied one after another.
+      params: of `unet_sd.unet`, float32; they are copied one after another.
       inputs: x [B, H, W, C], noise [B], cond [B, L, D].
+
+    Returns:
+      `() -> tensor` [B, H, W, C].
     """
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, like JAX's default
-    attention, dtype = settings["attention"], getattr(torch, settings["dtype"])
+    attention = settings["attention"]
+    dtype = getattr(torch, settings["dtype"])
     kinds = dict(
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
-        attention_head_dim=settings["num_heads"],  # their number, whatever it is called
+        attention_head_dim=settings["num_heads"],  # diffusers means the number of heads
         sample_size=settings["size"],
         in_channels=settings["channels"],
         out_channels=settings["channels"],
     )
     with torch.device("meta"):
         module = unet_2d_condition.UNet2DConditionModel(
-            **{key: settings[key] for key in TAKEN}, **kinds
+            **{key: settings[key] for key in SHARED}, **kinds
         ).eval()
     tensors = {name: _tensor(a, dtype) for name, a in state_dict.to_torch(params).items()}
     module.load_state_dict(tensors, assign=True)
     x, noise, cond = (torch.tensor(a, device=DEVICE) for a in inputs)
-    x, cond = x.permute(0, 3, 1, 2).to(dtype), cond.to(dtype)
+    x = x.permute(0, 3, 1, 2).to(dtype)
+    cond = cond.to(dtype)
 
     @torch.inference_mode()
     def run():

@@ -9,6 +9,7 @@ are refused.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,14 +18,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
-import ml_collections
 import numpy as np
 
 from dmd_jax import generate
 from dmd_jax.data import pixels as pixels_lib
 from dmd_jax.evals import report
-from dmd_jax.experiment import build, evaluation, workdir
+from dmd_jax.experiment import build, workdir
+from dmd_jax.experiment import evaluation as evaluation_lib
 from dmd_jax.experiment import model as model_lib
+from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.runtime import storage
 
 WILD = "*?["  # in a pattern
@@ -56,12 +58,12 @@ class Run(NamedTuple):
 
     Attributes:
       path: its directory.
-      config: of it.
-      result: what its evaluation.json holds.
+      evaluation: its first stage that evaluates.
+      result: what that has written.
     """
 
     path: storage.Path
-    config: ml_collections.ConfigDict
+    evaluation: build.Stage
     result: dict
 
 
@@ -79,7 +81,8 @@ class Row(NamedTuple):
     runs: Sequence[Run]
 
     def stage(self, run: Run) -> str:
-        return run.config.evaluate[self.role]
+        """The name of the stage that is the row's model in a run."""
+        return getattr(run.evaluation.settings, self.role)
 
     def values(self, key: str) -> list:
         """What evaluation.json has of the model under `key`, for each run."""
@@ -92,15 +95,15 @@ def open_run(path: storage.Path) -> Run:
     Raises:
       ValueError: it is none, or not evaluated.
     """
-    config, _ = workdir.read_run(path)
-    file = path / "evaluation.json"
+    evaluation = workdir.read_run(path).evaluation
+    if evaluation is None:
+        raise ValueError(f"{path} has no stage that evaluates; add one to its config.")
+    file = path / evaluation.name / "evaluation.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist; let the run come to its evaluation first.")
-    run, of_rows = (
-        Run(path, config, storage.read_json(file)),
-        ("scores", "nfe", "seconds_per_image"),
-    )
-    stages = {config.evaluate.teacher, config.evaluate.student}
+    run = Run(path, evaluation, storage.read_json(file))
+    of_rows = ("scores", "nfe", "seconds_per_image")
+    stages = {evaluation.settings.teacher, evaluation.settings.student}
     missing = {"training_seconds", "versions", "speedup"} - run.result.keys()
     missing |= {
         key
@@ -152,7 +155,7 @@ def open_rows(arguments: Sequence[str]) -> list[Row]:
     refuse_unlike([run for runs in groups.values() for run in runs])
     teachers = {}
     for name, runs in groups.items():
-        if any(run.config.evaluate.teacher != run.config.evaluate.student for run in runs):
+        if any(_distils(run) for run in runs):
             teachers.setdefault(frozenset(map(_identity, runs)), (name, runs))
     named = [
         ("teacher" if len(teachers) == 1 else f"teacher of {name}", runs)
@@ -246,9 +249,9 @@ def sampled(rows: Sequence[Row], count: int, batch_size: int) -> tuple[list, lis
     found = [_find(row) for row in rows]
     kinds = [
         (
-            model.shape,
+            model.stage.image_shape,
             model.image_shape,
-            "texts" if "text" in model.config else model.config.network.num_classes,
+            "texts" if model.stage.run.text else model.stage.num_classes,
         )
         for model in found
     ]
@@ -262,7 +265,8 @@ def sampled(rows: Sequence[Row], count: int, batch_size: int) -> tuple[list, lis
                 f"{rows[0].name} and {row.name} cannot stand in one picture: shapes {told}; leave one out, or give --out=."
             )
     conditions = _conditions(rows[0].runs[0], found[0], count)
-    noise = generate.inputs(build.EVALUATION_SEED, range(count), found[0].shape, [{"cond": 0}])["z"]
+    shape = found[0].stage.image_shape
+    noise = generate.inputs(build.EVALUATION_SEED, range(count), shape, [{"cond": 0}])["z"]
     return conditions, [
         model_lib.make_model(model, batch_size)(conditions, noise=noise) for model in found
     ]
@@ -300,19 +304,20 @@ def _find(row):
     """The model of the row's first run, as it was evaluated."""
     run = row.runs[0]
     stage = row.stage(run)
-    then, now = run.result["versions"].get(stage), workdir.version(run.path / stage)
+    then = run.result["versions"].get(stage)
+    now = workdir.version(run.path / stage)
     if then != now:
         raise ValueError(
-            f"{run.path / 'evaluation.json'} is of {stage} at {then}, which is now at {now}; evaluate the run again."
+            f"the evaluation of {run.path} is of {stage} at {then}, which is now at {now}; evaluate the run again."
         )
     return model_lib.find(str(run.path), stage=stage)
 
 
 def _conditions(run, model, count):
     """The texts with which the evaluation begins, or labels 0, 1, 2 ..."""
-    if "text" not in model.config:
-        return [i % max(model.config.network.num_classes, 1) for i in range(count)]
-    texts = evaluation.conditions(run.config, run.path).texts
+    if not model.stage.run.text:
+        return [i % max(model.stage.num_classes, 1) for i in range(count)]
+    texts = evaluation_lib.conditions(run.evaluation, run.path).texts
     return [texts[i % len(texts)] for i in range(count)]
 
 
@@ -322,18 +327,24 @@ def _label(row):
     return "\n".join((*textwrap.wrap(row.name, 20), f"NFE {nfe:.0f}", f"{name} {value:.3f}"))
 
 
+def _distils(run):
+    """Whether the teacher and the student of a run are two models."""
+    settings = run.evaluation.settings
+    return settings.teacher != settings.student
+
+
 def _identity(run):
-    """What tells one teacher from another: an imported one's file, or everything that a trained one follows from."""
-    config, name = run.config, run.config.evaluate.teacher
-    version, sampler = run.result["versions"].get(name), config[name].sampler.to_dict()
-    trained = [
-        build.of_stage(config, name, key) for key in ("network", "process", "prediction")
-    ] + [config[name], config.seed]
-    return json.dumps(
-        [version, sampler, [] if isinstance(version, str) else trained],
-        default=lambda a: a.to_dict(),
-        sort_keys=True,
-    )
+    """What tells one teacher from another.
+
+    Of an imported one it is its file, of a trained one everything that it follows from.
+    """
+    teacher = run.evaluation.stages[run.evaluation.settings.teacher]
+    version = run.result["versions"].get(teacher.name)
+    identity = [version, dict(teacher.settings.sampler)]
+    if not isinstance(version, str):
+        settings = settings_lib.to_dict(teacher.settings)
+        identity += [dataclasses.asdict(teacher.model), settings, teacher.run.seed]
+    return json.dumps(identity, sort_keys=True)
 
 
 def _get(run, keys):

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import os
 
-from dmd_jax.experiment import build
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_write, edm
@@ -22,39 +21,37 @@ def export(
 ):
     """Raises ValueError if there is no such run or stage, or `out` cannot be written."""
     workdir, out = storage.absolute(workdir), storage.path(out)
-    config, stage = workdir_lib.read_run(workdir, stage)
-    network, process, prediction = (
-        build.of_stage(config, stage, key) for key in ("network", "process", "prediction")
-    )
-    load = lambda: workdir_lib.load_params(config, f"{{workdir}}/{stage}", workdir)
-    if network.name == "unet_sd.unet":
-        teacher = workdir_lib.teacher_directory(config, workdir)
+    stage = workdir_lib.read_run(workdir, stage)
+    network = stage.model.network
+    load = lambda: workdir_lib.load_params(stage, workdir)
+    if network["name"] == "unet_sd.unet":
+        teacher = workdir_lib.teacher_directory(stage, workdir)
         if teacher is None:
             raise ValueError(
                 f"{workdir} did not start from a diffusers directory, whose autoencoder and text encoder an export needs."
             )
-        if config[stage].sampler.name != "one_step":
+        if stage.settings.sampler["name"] != "one_step":
             raise ValueError(
-                f"{stage!r} needs many steps; only a one-step generator is exported as a diffusers directory."
+                f"{stage.name!r} needs many steps; only a one-step generator is exported as a diffusers directory."
             )
         if (units := network.get("stack", 1)) > 1:
             raise ValueError(
-                f"{stage!r} trained a stack of {units} UNets, for which diffusers has no class; export a stage that has one."
+                f"{stage.name!r} trained a stack of {units} UNets, for which diffusers has no class; export a stage that has one."
             )
-        if "recipe" not in config[stage]:
+        if stage.settings.program != "train":
             raise ValueError(
-                f"{stage!r} has trained nothing; use the directory that it was imported from, {teacher}."
+                f"{stage.name!r} has trained nothing; use the directory that it was imported from, {teacher}."
             )
-        process = build.make_denoiser(config, stage).process
+        process = stage.denoiser.process
         trained_for = {
             "process": {"name": type(process).__name__} | dataclasses.asdict(process),
-            "prediction": prediction,
+            "prediction": stage.model.prediction,
         }
         options = dict(
             dtype=dtype,
-            base_model=base_model or config.checkpoint,
+            base_model=base_model or _teacher_name(stage),
             trained_for=trained_for,
-            method=config[stage].recipe.name,
+            method=stage.settings.recipe["name"],
         )
         diffusers_write.write(out, teacher, load(), **options)
     elif (
@@ -67,12 +64,18 @@ def export(
         )
     elif dtype != "float32":
         raise ValueError(f"--dtype is {dtype}; EDM's checkpoints are float32.")
-    elif process.name != "EDM":
+    elif stage.model.process["name"] != "EDM":
         raise ValueError(
-            f"{stage!r} has the process {process.name}, which EDM's checkpoints cannot say; export one of the process EDM."
+            f"{stage.name!r} has the process {stage.model.process['name']}, which EDM's checkpoints cannot say; export one of the process EDM."
         )
     else:
-        edm.write(out, load(), network.to_dict())
+        edm.write(out, load(), network)
+
+
+def _teacher_name(stage):
+    """What the config calls the directory that the run has started from."""
+    imported = [s.settings for s in stage.stages.values() if s.settings.program == "import_weights"]
+    return imported[0].checkpoint
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

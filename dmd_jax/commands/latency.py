@@ -258,7 +258,7 @@ def compare(found: Mapping[str, model_lib.Found], batch_sizes: Sequence[int], re
         return lambda batch_size: parts(
             model_lib.make_model(model, batch_size),
             batch_size,
-            decodes=model.image_shape != model.shape,
+            decodes=model.image_shape != model.stage.image_shape,
         )
 
     rows, ends = search(
@@ -270,7 +270,11 @@ def compare(found: Mapping[str, model_lib.Found], batch_sizes: Sequence[int], re
         "resolution": shapes[rows[0].model][:2],
         "repeats": repeats,
         "models": {
-            name: {"dtype": model.dtype, "sampler": model.sampler, "nfe": _nfe(model)}
+            name: {
+                "dtype": model.stage.model.network["dtype"],
+                "sampler": model.sampler,
+                "nfe": _nfe(model),
+            }
             for name, model in found.items()
         },
         "rows": [row._asdict() for row in rows],
@@ -284,9 +288,7 @@ def _nfe(found):
     settings = found.sampler | {
         "guidance_scale": 1.0
     }  # of which no null condition is asked, and which does not change the number
-    return build_lib.build_sampler(
-        build_lib.make_denoiser(found.config, found.stage), settings, None, "sampler"
-    ).nfe
+    return build_lib.guided_sampler(found.stage.denoiser, settings, None, "sampler").nfe
 
 
 def find(arguments: argparse.Namespace) -> dict[str, model_lib.Found]:
@@ -297,9 +299,11 @@ def find(arguments: argparse.Namespace) -> dict[str, model_lib.Found]:
     """
     stages = arguments.teacher, arguments.student
     if arguments.workdir and not (arguments.model or arguments.against):
-        config, _ = workdir.read_run(storage.absolute(arguments.workdir))
+        evaluation = workdir.read_run(storage.absolute(arguments.workdir)).evaluation
+        if evaluation is None and not all(stages):
+            raise ValueError("the run has no evaluation; name --teacher and --student.")
         stages = [
-            given or config.evaluate[role]
+            given or getattr(evaluation.settings, role)
             for given, role in zip(stages, ("teacher", "student"), strict=True)
         ]
         if stages[0] == stages[1]:

@@ -9,8 +9,8 @@ import argparse
 import numpy as np
 from PIL import Image
 
+from dmd_jax import samplers
 from dmd_jax.data import pixels
-from dmd_jax.experiment import build
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.runtime import storage
 
@@ -50,11 +50,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="", choices=["", "float32", "bfloat16"], help="of the network"
     )
-    names = [
-        name for name in build.SAMPLERS if name != "stochastic_heun"
-    ]  # which has settings of its own
     parser.add_argument(
-        "--sampler", dest="name", choices=names, help="another one than the model's own"
+        "--sampler",
+        dest="name",
+        help=f"another one than the model's own, such as {', '.join(samplers.CHOICES)}",
     )
     parser.add_argument("--num_steps", type=int, help="another number of steps")
     parser.add_argument(

@@ -96,11 +96,13 @@ def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
 
 
 def find(name: str) -> Protocol:
-    """The protocol of that name.
+    """Returns the protocol of that name, or what a function of the user's own package gives.
 
     Raises:
       ValueError: there is none; lists those that there are.
     """
+    if name not in PROTOCOLS and "." in name:
+        return lookup.find("evals", name)()
     if name not in PROTOCOLS:
         raise ValueError(
             f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: {', '.join(PROTOCOLS)}."

@@ -1,162 +1,306 @@
-"""What a config describes, as objects; the stages share this, and nothing below them sees a config."""
+"""Builds what a config describes: its stages, and for each of them samplers, recipes, data and devices.
+
+Nothing outside of this folder and `main` sees a config: a stage's program gets a `Stage`.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import ml_collections
 import numpy as np
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import encoders, generate, lookup, losses, recipes, samplers, sharding
+from dmd_jax import encoders, generate, lookup, recipes, samplers, sharding
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
 from dmd_jax.encoders import autoencoder as autoencoder_lib
+from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.models import layers, quantize
 from dmd_jax.models import lpips as lpips_lib
 from dmd_jax.runtime import distributed, storage
 from dmd_jax.weights import diffusers, lpips, published, state_dict
 
-PROCESSES = {c.__name__: c for c in (process_lib.EDM, process_lib.VP, process_lib.RectifiedFlow)}
-PREDICTIONS = {
-    "EDM": ("edm",),
-    "VP": ("eps", "v"),
-    "RectifiedFlow": ("flow", "flow_to_data"),
-}  # those that are defined for each process
-RECTIFIED = "rectified"  # the prediction of a stage that is a rectified flow by the change of variables from the config's process
-SAMPLER_NAMES = (
-    "one_step",
-    "euler",
-    "heun",
-    "stochastic_heun",
-    "rk45",
-    "ddim",
-    "pndm",
-    "dpm_solver_pp",
-)
-SAMPLERS = {name: getattr(samplers, name) for name in SAMPLER_NAMES}
+# Which of our processes each of our predictions is defined for.
+FITS = {
+    "edm": process_lib.EDM,
+    "eps": process_lib.VP,
+    "v": process_lib.VP,
+    "flow": process_lib.RectifiedFlow,
+    "flow_to_data": process_lib.RectifiedFlow,
+}
+# The prediction of a stage that is a rectified flow by the change of variables from the run's process.
+RECTIFIED = "rectified"
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
-DISTANCES = {"squared_error": False, "lpips": True}  # whether it has weights
 EVALUATION_SEED = 2**32  # far from the seeds of runs
 
 
-def of_stage(config: ml_collections.ConfigDict, stage: str, key: str):
-    """`network`, `process` or `prediction` of a stage: its own, or the config's."""
-    return config.get(stage, {}).get(key, config[key])
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a network is and how it is read, as it is written into files.
+
+    Attributes:
+      network: the function in dmd_jax/models that makes it, by name, with its arguments.
+      process: the noise process, likewise.
+      prediction: what the network predicts.
+    """
+
+    network: dict
+    process: dict
+    prediction: str
 
 
-def make_network(config: ml_collections.ConfigDict, stage: str = "") -> layers.Network:
-    """The network of a stage: its own, or `config.network`."""
-    settings = of_stage(config, stage, "network").to_dict()
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """A stage of a run, as its program gets it.
+
+    Attributes:
+      name: of the stage, and of its directory in the workdir.
+      run: what the stages of the run share.
+      settings: of its program.
+      model: its own, or the run's.
+      network: of the model.
+      denoiser: the network with its process and its prediction.
+      stages: all stages of the config by their names, this one among them; `run.stages` run.
+    """
+
+    name: str
+    run: settings_lib.Run
+    settings: settings_lib.Stage
+    model: Model
+    network: layers.Network
+    denoiser: denoiser_lib.Denoiser
+    stages: Mapping[str, "Stage"]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of what the run's networks make: images or latents."""
+        network = self.run.network
+        return network["size"], network["size"], network["channels"]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the run's networks know; 0 for none."""
+        return self.run.network["num_classes"]
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the stage's sampler; 1 for none."""
+        return self.settings.sampler.get("guidance_scale", 1.0)
+
+    @property
+    def evaluation(self) -> "Stage | None":
+        """The evaluation that a training stage names, or the run's first; None if it has none."""
+        named = getattr(self.settings, "evaluation", "")
+        evaluations = [
+            stage
+            for stage in self.stages.values()
+            if stage.settings.program == "evaluate" and named in ("", stage.name)
+        ]
+        return evaluations[0] if evaluations else None
+
+    def changed(self, run: dict | None = None, **settings) -> "Stage":
+        """Returns the stage with other settings, of its run or of its own; its network stays as it is."""
+        return dataclasses.replace(
+            self,
+            run=dataclasses.replace(self.run, **(run or {})),
+            settings=dataclasses.replace(self.settings, **settings),
+        )
+
+
+def overridden(stage: Stage, overrides: Mapping) -> Stage:
+    """Builds a stage again with other values for some keys with dots, such as "mesh.fsdp"."""
+    values = settings_lib.to_dict(stage.run)
+    values |= {name: settings_lib.to_dict(s.settings) for name, s in stage.stages.items()}
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return from_settings(*settings_lib.read(values))[stage.name]
+
+
+def stages(config: ml_collections.ConfigDict) -> dict[str, Stage]:
+    """Builds the stages of a config, those that run first, in their order.
+
+    Raises:
+      ValueError: a key is unknown or missing, or a value does not fit; see `settings.read`.
+    """
+    config = settings_lib.complete(config.copy_and_resolve_references())
+    return from_settings(*settings_lib.read(config.to_dict()))
+
+
+def from_settings(run: settings_lib.Run, settings: Mapping) -> dict[str, Stage]:
+    """Builds the stages of a run from their settings."""
+    models = {}
+    found = {}
+    for name, own in settings.items():
+        model = Model(
+            network=own.network or run.network,
+            process=own.process or run.process,
+            prediction=own.prediction or run.prediction,
+        )
+        key = json.dumps(dataclasses.asdict(model))
+        if key not in models:
+            models[key] = _build(model, run, name)
+        found[name] = Stage(name, run, own, model, *models[key], stages=found)
+    return found
+
+
+def _build(model, run, name):
+    """The network and the denoiser of a model."""
+    try:
+        network = make_network(model.network)
+        process = make_process(model.process)
+        prediction = _prediction(model, run, process)
+    except (TypeError, ZeroDivisionError, KeyError) as error:
+        raise ValueError(
+            f"network or process of {name} does not fit ({error}); check names and values."
+        ) from error
+    return network, denoiser_lib.Denoiser(network.apply, process, prediction, network.cast)
+
+
+def make_network(settings: dict) -> layers.Network:
+    """Builds the network that settings describe by `name` and arguments."""
+    settings = dict(settings)
     return lookup.find("models", settings.pop("name"))(**settings)
 
 
-def make_denoiser(config: ml_collections.ConfigDict, stage: str = "") -> denoiser_lib.Denoiser:
-    """The network of a stage with its process and prediction: its own, or the config's."""
-    network = make_network(config, stage)
-    return denoiser_lib.Denoiser(
-        network.apply, *_process_and_prediction(config, stage), network.cast
-    )
+def make_process(settings: dict):
+    """Builds the noise process that settings describe by `name` and arguments."""
+    settings = dict(settings)
+    return lookup.find("process", settings.pop("name"))(**settings)
 
 
-def quantized(
-    config: ml_collections.ConfigDict, stage: str, params: dict, cond: np.ndarray
-) -> tuple[denoiser_lib.Denoiser, dict]:
-    """The denoiser of a stage in eight bits, and its parameters, for conditions like `cond` [B, ...]."""
-    inputs = [
-        np.zeros((1, *shape), dtype)
-        for shape, dtype in ((image_shape(config), np.float32), ((), np.float32))
-    ]
-    apply, params = quantize.int8(make_network(config, stage), params, (*inputs, cond[:1]))
-    return dataclasses.replace(make_denoiser(config, stage), network=apply), params
+def _prediction(model, run, process):
+    name = model.prediction
+    if name == RECTIFIED and isinstance(process, process_lib.RectifiedFlow):
+        before = make_process(run.process)
+        if run.prediction != RECTIFIED:
+            return denoiser_lib.rectified(before, _defined(run.prediction, before))
+    return _defined(name, process)
 
 
-def make_flow(config: ml_collections.ConfigDict, stage: str) -> denoiser_lib.Denoiser:
-    """As `make_denoiser`, as a rectified flow: by the change of variables if it is none."""
-    denoiser = make_denoiser(config, stage)
+def _defined(name, process):
+    """The prediction of that name, if it is defined for the process."""
+    kind = type(process)
+    if kind in FITS.values() and "." not in name and FITS.get(name) is not kind:
+        names = [prediction for prediction, fitting in FITS.items() if fitting is kind]
+        names += [RECTIFIED] if kind is process_lib.RectifiedFlow else []
+        raise ValueError(
+            f"no prediction for {kind.__name__} {name!r}{lookup.nearest(name, names)}; "
+            f"there are: {', '.join(names)}."
+        )
+    return lookup.find("denoiser", name)
+
+
+def quantized(stage: Stage, params: dict, cond: np.ndarray) -> tuple[denoiser_lib.Denoiser, dict]:
+    """Builds the denoiser of a stage in eight bits, and its parameters.
+
+    Args:
+      stage: whose denoiser it is.
+      params: its parameters.
+      cond: conditions [B, ...] like those that it will see.
+    """
+    inputs = [np.zeros((1, *shape), np.float32) for shape in (stage.image_shape, ())]
+    apply, params = quantize.int8(stage.network, params, (*inputs, cond[:1]))
+    return dataclasses.replace(stage.denoiser, network=apply), params
+
+
+def flow(stage: Stage) -> denoiser_lib.Denoiser:
+    """Builds the denoiser of a stage as a rectified flow: by the change of variables if it is none."""
+    denoiser = stage.denoiser
     if isinstance(denoiser.process, process_lib.RectifiedFlow):
         return denoiser
     prediction = denoiser_lib.rectified(denoiser.process, denoiser.prediction)
     return dataclasses.replace(denoiser, process=process_lib.RectifiedFlow(), prediction=prediction)
 
 
-def make_parallel(config: ml_collections.ConfigDict, stage: str) -> sharding.Parallel:
-    """All devices, as `config.mesh` has them."""
-    return sharding.Parallel(
-        sharding.make_mesh(**config.mesh), config[stage].get("accumulation", 1)
-    )
+def parallel(stage: Stage, devices: list | None = None) -> sharding.Parallel:
+    """Spreads a stage's work over the devices of its run's mesh.
+
+    Args:
+      stage: whose work it is.
+      devices: to be used; all of jax's if not given.
+    """
+    mesh = sharding.make_mesh(stage.run.mesh.data, stage.run.mesh.fsdp, devices)
+    return sharding.Parallel(mesh, getattr(stage.settings, "accumulation", 1))
 
 
-def make_local_parallel(config: ml_collections.ConfigDict) -> sharding.Parallel:
-    """This process's own devices of `config.mesh`."""
-    return sharding.Parallel(distributed.local_mesh(sharding.make_mesh(**config.mesh)))
+def local_parallel(stage: Stage) -> sharding.Parallel:
+    """Spreads a stage's work over the devices of the mesh that this process has."""
+    return sharding.Parallel(distributed.local_mesh(parallel(stage).mesh))
 
 
-def make_recipe(
-    config: ml_collections.ConfigDict,
-    stage: str,
-    parallel: sharding.Parallel,
-    workdir: storage.Path,
-) -> recipes.Recipe:
-    """The recipe of a training stage."""
-    settings = config[stage].recipe.to_dict()
+def recipe(stage: Stage, parallel: sharding.Parallel, workdir: storage.Path) -> recipes.Recipe:
+    """Builds the recipe of a training stage."""
+    settings = dict(stage.settings.recipe)
     make = lookup.find("recipes", settings.pop("name"))
     if "distance" in settings:
-        settings["distance"], settings["distance_params"] = make_distance(**settings["distance"])
-    return make(
-        make_denoiser(config, stage),
-        parallel,
-        seed=config.seed,
-        null_cond=null_cond(config, workdir),
-        **settings,
-    )
+        settings["distance"], settings["distance_params"] = distance(**settings["distance"])
+    null = null_cond(stage.run, workdir)
+    return make(stage.denoiser, parallel, seed=stage.run.seed, null_cond=null, **settings)
 
 
-def make_distance(
-    name: str, *, weights: str = "", decoder: dict | None = None, **settings
-) -> tuple[Callable, dict | None]:
-    """A distance `(params, x, y) -> [B]` and its parameters: "squared_error", or "lpips" with its `weights` file.
+def method(stage: Stage):
+    """Returns the module of a training stage's recipe, which says what others must know of it."""
+    return inspect.getmodule(lookup.find("recipes", stage.settings.recipe["name"]))
 
-    Latents are first turned into images by the autoencoder `decoder`, if there is one.
+
+def distance(name: str, **settings) -> tuple[Callable, dict | None]:
+    """Builds a distance `(params, x, y) -> [B]`, and its parameters.
+
+    Args:
+      name: "lpips", a function of dmd_jax/losses.py, or a `make` of the user's own that returns both.
+      **settings: of `lpips_distance`, or of that `make`.
     """
-    if name == "squared_error":
-        return losses.squared_error, None
+    if name == "lpips":
+        return lpips_distance(**settings)
+    make = lookup.find("losses", name)
+    return make(**settings) if "." in name else (make, None)
+
+
+def lpips_distance(
+    *, weights: str, decoder: dict | None = None, **settings
+) -> tuple[Callable, dict | None]:
+    """Builds LPIPS, and its parameters.
+
+    Args:
+      weights: the file.
+      decoder: settings of the autoencoder that turns latents into images first; None for none.
+      **settings: of `lpips.make`.
+    """
     network = lpips_lib.make(**settings)
     params = state_dict.from_torch(lpips.read(weights), network.abstract)
     if not decoder:
         return network.apply, params
     autoencoder, decoder_params = autoencoder_lib.load(decoder)
 
-    def distance(params, x, y):
-        return network.apply(
-            params["lpips"], *(autoencoder.apply(params["decoder"], a) for a in (x, y))
-        )
+    def of_images(params, x, y):
+        images = [autoencoder.apply(params["decoder"], a) for a in (x, y)]
+        return network.apply(params["lpips"], *images)
 
-    return distance, {"lpips": params, "decoder": decoder_params}
+    return of_images, {"lpips": params, "decoder": decoder_params}
 
 
-def make_text_encoder(
-    config: ml_collections.ConfigDict, parallel: sharding.Parallel
-) -> encoders.Encoder:
-    """What turns prompts into conditions."""
-    settings = config.text.to_dict()
+def text_encoder(run: settings_lib.Run, parallel: sharding.Parallel) -> encoders.Encoder:
+    """Builds what turns prompts into conditions."""
+    settings = dict(run.text)
     return lookup.find("encoders", settings.pop("name"))(parallel, **settings)
 
 
-def autoencoder(config: ml_collections.ConfigDict) -> dict | None:
-    """The settings `config.autoencoder`, for dmd_jax/latents.py; None if the networks see images."""
-    return config.autoencoder.to_dict() if "autoencoder" in config else None
-
-
-def null_cond(config: ml_collections.ConfigDict, workdir: storage.Path):
-    """The condition that stands for none: a label, or what is in the file that `config.null_cond` names.
+def null_cond(run: settings_lib.Run, workdir: storage.Path):
+    """Returns the condition that stands for none: a label, or what is in the file that the run names.
 
     Raises:
       ValueError: there is no such file yet.
     """
-    if not isinstance(config.null_cond, str):
-        return config.null_cond
-    path = storage.local(config.null_cond.format(workdir=workdir))
+    if not isinstance(run.null_cond, str):
+        return run.null_cond
+    path = storage.local(run.null_cond.format(workdir=workdir))
     if not path.exists():
         raise ValueError(
             f"null_cond: {path} does not exist; run the stage {path.parent.name!r} first."
@@ -164,79 +308,83 @@ def null_cond(config: ml_collections.ConfigDict, workdir: storage.Path):
     return np.load(path)
 
 
-def null_of(config: ml_collections.ConfigDict, settings: dict, workdir: storage.Path):
-    """What a sampler of `settings` needs as `null_cond`: None if it is not guided."""
-    return null_cond(config, workdir) if settings.get("guidance_scale", 1.0) > 1 else None
+def null_for(sampler: dict, run: settings_lib.Run, workdir: storage.Path):
+    """Returns what a sampler of these settings needs as `null_cond`: None if it is not guided."""
+    return null_cond(run, workdir) if sampler.get("guidance_scale", 1.0) > 1 else None
 
 
-def make_sampler(
-    config: ml_collections.ConfigDict, stage: str, workdir: storage.Path
-) -> samplers.Sampler:
-    """How images are made with what a stage has trained."""
-    settings = config[stage].sampler.to_dict()
-    return build_sampler(
-        make_denoiser(config, stage),
-        settings,
-        null_of(config, settings, workdir),
-        f"{stage}.sampler",
-    )
+def sampler_for_stage(stage: Stage, workdir: storage.Path) -> samplers.Sampler:
+    """Builds the sampler with which images are made of what a stage has trained."""
+    settings = stage.settings.sampler
+    null = null_for(settings, stage.run, workdir)
+    return guided_sampler(stage.denoiser, settings, null, f"{stage.name}.sampler")
 
 
-def make_straightness(
-    config: ml_collections.ConfigDict, stage: str, workdir: storage.Path, num_steps: int
-) -> Callable:
-    """`samplers.straightness` of what a stage has trained, guided as its sampler is, as a rectified flow."""
-    settings, denoiser = config[stage].sampler.to_dict(), make_flow(config, stage)
-    denoise = denoiser_lib.guided(
-        denoiser, settings.get("guidance_scale", 1.0), null_of(config, settings, workdir)
-    )
+def straightness(stage: Stage, workdir: storage.Path, num_steps: int) -> Callable:
+    """Builds `samplers.straightness` of a stage's model as a rectified flow, guided as its sampler is."""
+    denoiser = flow(stage)
+    null = null_for(stage.settings.sampler, stage.run, workdir)
+    denoise = denoiser_lib.guided(denoiser, stage.guidance_scale, null)
     return samplers.straightness(denoise, denoiser.process, num_steps=num_steps)
 
 
-def build_sampler(
+def guided_sampler(
     denoiser: denoiser_lib.Denoiser, settings: dict, null, name: str
 ) -> samplers.Sampler:
-    """The sampler of `settings`, guided where they have a "guidance_scale" above 1; `name` is what an error calls them."""
+    """Builds the sampler of `settings`, guided where they have a "guidance_scale" above 1.
+
+    Args:
+      denoiser: what is sampled.
+      settings: `name` and arguments.
+      null: the condition that stands for none; None where nothing is guided.
+      name: what an error calls the settings.
+    """
     denoise = denoiser_lib.guided(denoiser, settings.get("guidance_scale", 1.0), null)
-    return sampler_of(settings, denoise, denoiser.process, name)
+    return sampler_from_settings(settings, denoise, denoiser.process, name)
 
 
-def make_streams(
-    config: ml_collections.ConfigDict, stage: str, workdir: storage.Path
-) -> dict[str, pipeline.Stream]:
-    """The data of a training stage; a stream without a `batch_size` has the stage's."""
-    streams = {}
-    for name, settings in config[stage].data.items():
-        settings = settings.to_dict()
-        batch_size = settings.pop("batch_size", config[stage].batch_size)
-        streams[name] = pipeline.Stream(make_source(config, settings, workdir), batch_size)
-    return streams
+def sampler_from_settings(
+    settings: dict, denoise: Callable | None, process, name: str
+) -> samplers.Sampler:
+    """As `guided_sampler`, of a function that is guided already; None for one that is never called."""
+    if not isinstance(settings, Mapping) or "name" not in settings:
+        raise ValueError(
+            f"{name} is {settings!r}, expected the name of a sampler and its settings."
+        )
+    arguments = {key: value for key, value in settings.items() if key != "guidance_scale"}
+    make = lookup.find("samplers", arguments.pop("name"))
+    try:
+        return make(denoise, process, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not fit: {error}.") from error
 
 
-def sources(tree, name: str = "") -> Iterator[tuple[str, dict]]:
-    """The data sources in a config, with the keys under which they stand."""
-    if isinstance(tree, dict):
-        if "source" in tree:
-            yield name, tree
-        for key, value in tree.items():
-            yield from sources(value, f"{name}.{key}" if name else key)
+def streams(stage: Stage, workdir: storage.Path) -> dict[str, pipeline.Stream]:
+    """Opens the data of a training stage; a stream without a `batch_size` has the stage's."""
+    opened = {}
+    for name, settings in stage.settings.data.items():
+        source = {key: value for key, value in settings.items() if key != "batch_size"}
+        batch_size = settings.get("batch_size", stage.settings.batch_size)
+        opened[name] = pipeline.Stream(checked_source(stage, source, workdir), batch_size)
+    return opened
 
 
 def open_source(settings: dict, workdir: storage.Path):
-    """The data source `settings["source"]`; {workdir} in a string stands for the run's directory."""
+    """Opens the data source `settings["source"]`; {workdir} in a string is the run's directory."""
     return lookup.open_source(located(settings, workdir))
 
 
-def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: storage.Path):
-    """As `open_source`, for what the network takes or is compared with.
+def checked_source(stage: Stage, settings: dict, workdir: storage.Path):
+    """As `open_source`, for what the run's networks take or are compared with.
 
     Raises:
-      ValueError: there is no such source, or some of its images or labels are not what the network takes.
+      ValueError: there is no such source, or some of its images or labels do not fit the networks.
     """
-    source, name, n = open_source(settings, workdir), settings["source"], config.network.num_classes
+    source = open_source(settings, workdir)
+    name = settings["source"]
     shapes = {
-        image_shape(config),
-        autoencoder_lib.image_shape(autoencoder(config), image_shape(config)),
+        stage.image_shape,
+        autoencoder_lib.image_shape(stage.run.autoencoder, stage.image_shape),
     }
     for i in {*range(min(len(source), 100)), len(source) - 1}:
         try:
@@ -246,97 +394,44 @@ def make_source(config: ml_collections.ConfigDict, settings: dict, workdir: stor
         if "image" in row and row["image"].shape not in shapes:
             expected = " or ".join(map(str, shapes))
             raise ValueError(
-                f"{name}: image {i} has shape {row['image'].shape}, the network makes {expected}; change one of them."
+                f"{name}: image {i} has shape {row['image'].shape}, the network makes {expected}; "
+                "change one of them."
             )
-        if n and np.ndim(row["cond"]) == 0 and row["cond"] >= n:
+        if stage.num_classes and np.ndim(row["cond"]) == 0 and row["cond"] >= stage.num_classes:
             raise ValueError(
-                f"{name}: label {row['cond']} of item {i} is not below config.network.num_classes = {n}; change one of them."
+                f"{name}: label {row['cond']} of item {i} is not below network.num_classes = "
+                f"{stage.num_classes}; change one of them."
             )
     return source
 
 
-def replicated(parallel: sharding.Parallel) -> Callable:
-    """`tree -> shardings`: all of it on all devices of `parallel`."""
-    return lambda tree: jax.tree.map(lambda _: parallel.replicated, tree)
-
-
 def find_files(name: str) -> storage.Path:
-    """The file, or the directory in the layout of diffusers, of others.
+    """Finds a file, or a directory in the layout of diffusers, of others.
 
     Raises:
       ValueError: it is not there, and cannot be fetched.
     """
     path = storage.path(name)
-    return (
-        published.find(path)
-        if path.is_file() or path.suffix in FILE_SUFFIXES
-        else diffusers.find(name)
-    )
+    if path.is_file() or path.suffix in FILE_SUFFIXES:
+        return published.find(path)
+    return diffusers.find(name)
 
 
-def image_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
-    """[H, W, C] of what the network makes."""
-    return config.network.size, config.network.size, config.network.channels
+def inputs(stage: Stage, indices: Iterable[int], conditions) -> dict:
+    """Returns what images to look at or to measure are made of.
 
-
-def inputs(config: ml_collections.ConfigDict, indices: range, conditions) -> dict:
-    """What images to look at or to measure are made of: the same for every model, unlike that of any pair."""
-    return generate.inputs(EVALUATION_SEED, indices, image_shape(config), conditions)
-
-
-def _process_and_prediction(config, stage):
-    settings, prediction = (
-        of_stage(config, stage, "process").to_dict(),
-        of_stage(config, stage, "prediction"),
-    )
-    name = settings.pop("name")
-    process = choose("process", PROCESSES, name)(**settings)
-    predictions = {p: getattr(denoiser_lib, p) for p in PREDICTIONS[name]}
-    if stage and name == "RectifiedFlow":
-        predictions[RECTIFIED] = denoiser_lib.rectified(*_process_and_prediction(config, ""))
-    return process, choose(f"prediction for {name}", predictions, prediction)
-
-
-def sampler_of(settings: dict, denoise: Callable | None, process, name: str) -> samplers.Sampler:
-    """As `build_sampler`, of what is guided already; None for one that is never called."""
-    if not isinstance(settings, dict) or "name" not in settings:
-        raise ValueError(
-            f"{name} is {settings!r}, expected the name of a sampler and its settings."
-        )
-    settings = {key: value for key, value in settings.items() if key != "guidance_scale"}
-    make = choose("sampler", SAMPLERS, settings.pop("name"))
-    try:
-        return make(denoise, process, **settings)
-    except TypeError as error:
-        raise ValueError(f"{name} does not fit: {error}.") from error
+    It is the same for every model of a run, and unlike that of any pair.
+    """
+    return generate.inputs(EVALUATION_SEED, indices, stage.image_shape, conditions)
 
 
 def located(settings, workdir: storage.Path):
-    """A copy of settings as plain dicts, with the run's directory in place of {workdir}."""
-    if hasattr(settings, "items"):
+    """Returns a copy of settings with the run's directory in place of {workdir}."""
+    if isinstance(settings, Mapping):
         return {key: located(value, workdir) for key, value in settings.items()}
     return settings.format(workdir=workdir) if isinstance(settings, str) else settings
 
 
-def choose(what: str, choices: Mapping, name: str):
-    """`choices[name]`.
-
-    Raises:
-      ValueError: there is no such `what`; lists those that there are.
-    """
-    if name not in choices:
-        raise ValueError(
-            f"no {what} {name!r}{lookup.nearest(name, list(choices))}; there are: {', '.join(choices)}."
-        )
-    return choices[name]
-
-
-def flat(tree, prefix: str = "") -> dict:
-    """Nested settings by their keys with dots."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
-    }
+def replicated(parallel: sharding.Parallel) -> Callable:
+    """Returns `tree -> shardings`: all of it on all devices of `parallel`."""
+    return lambda tree: jax.tree.map(lambda _: parallel.replicated, tree)

@@ -1,233 +1,246 @@
-"""Whether a config can work, before anything is made of it."""
+"""Checks at the start whether a run can work, before anything is made."""
 
 import json
-import pathlib
-import re
-from collections.abc import Iterable
-
-import ml_collections
+from collections.abc import Iterable, Mapping
 
 from dmd_jax import lookup, optim
 from dmd_jax.experiment import build, evaluation
+from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.models import quantize
 from dmd_jax.runtime import profiling, storage
 from dmd_jax.weights import published
 
-PROGRAMS = ("import_weights", "embed", "train", "pairs", "evaluate")
-POSITIVE = re.compile(
-    r"(batch_size|num_steps|log_every|scores\.every|checkpoint_every|keep_checkpoints|accumulation|fsdp|count|shard_size|timing_repeats)$"
-)
-FILES = re.compile(
-    r"(^|\.)(checkpoint|weights|statistics)$|^(clip|lpips)$"
-)  # of others, wanted from the start even if used at the end
+OPENED = ("captions.", "folder.", "twemoji")  # data sources that lie in files of others
 
 
-def config(config: ml_collections.ConfigDict):
-    """Raises ValueError for a config that cannot work whatever the workdir."""
-    for key, value in build.flat(config.to_dict()).items():
-        if POSITIVE.search(key) and value is not None and value < 1:
-            raise ValueError(f"{key} is {value}; expected at least 1.")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed is {config.seed}; expected 0 to 2^32 - 1.")
-    if config.mesh.data < 1 and config.mesh.data != -1:
-        raise ValueError(
-            f"mesh.data is {config.mesh.data}; expected at least 1, or -1 for all devices."
-        )
-    if not config.stages:
-        raise ValueError("stages is empty; name at least one.")
-    for stage in config.stages:
-        if stage not in config or config[stage].get("program") not in PROGRAMS:
-            raise ValueError(
-                f"stage {stage!r} needs a key of that name with a program, one of {', '.join(PROGRAMS)}."
-            )
-        before = config[stage].get("continues")
-        if before and config[stage].num_steps <= config[before].num_steps:
-            done = config[before].num_steps
-            raise ValueError(
-                f"{stage}.num_steps is {config[stage].num_steps}, but {before}, which it continues, has {done}; give it more."
-            )
-    if "profile" in config:
-        profiling.parse(config.profile)
-    _names(config)
+def stages(stages: Mapping[str, build.Stage]):
+    """Checks that the stages of a run fit together and name things that exist; opens no file.
+
+    Raises:
+      ValueError: something does not fit.
+    """
+    run = next(iter(stages.values())).run
+    for stage in (stages[name] for name in run.stages):
+        for name, source in settings_lib.sources(settings_lib.to_dict(stage.settings)):
+            try:
+                lookup.find("data", source["source"])
+            except ValueError as error:
+                raise ValueError(f"{stage.name}.{name}: {error}") from error
+        sampler = getattr(stage.settings, "sampler", None)
+        if sampler is not None:
+            process = stage.denoiser.process
+            build.sampler_from_settings(sampler, None, process, f"{stage.name}.sampler")
+        if stage.settings.program in CHECKS:
+            CHECKS[stage.settings.program](stage)
+    if run.profile:
+        profiling.parse(run.profile)
 
 
-def files(config: ml_collections.ConfigDict, stages: Iterable[str], workdir: storage.Path):
-    """Raises ValueError if files of others are missing, all of them at once, that a stage still needs."""
-    missing, sources = [], []
-    shared = [
-        key
-        for key in ("features", "text", "autoencoder")
-        if key in config and any("recipe" not in config[s] for s in stages)
-    ]
-    for stage in (*stages, *shared):
-        found = [
-            source for _, source in build.sources(config[stage].to_dict())
-        ]  # those of captions that no stage makes
-        found += (
-            evaluation.real_images(config)
-            if config.get(stage, {}).get("program") == "evaluate"
-            else []
-        )
-        sources += [
-            s
-            for s in found
-            if s["source"].startswith(("captions.", "folder.", "twemoji"))
-            and "{workdir}" not in json.dumps(s)
-        ]
-        for key, value in build.flat(config[stage].to_dict()).items():
-            imported = key == "checkpoint" and (workdir / stage / workdir_lib.SOURCE).exists()
-            if FILES.search(key) and value and "{workdir}" not in value and not imported:
-                try:
-                    find = published.find if key in ("clip", "lpips") else build.find_files
-                    find(value)
-                except ValueError as error:
-                    missing.append(str(error))
-    for settings in {json.dumps(source): source for source in sources}.values():
+def files(stages: Iterable[build.Stage], workdir: storage.Path):
+    """Checks that the files of others are there that some stages still need.
+
+    Raises:
+      ValueError: files are missing; all of them, one a line, with where each is published.
+    """
+    missing = []
+    sources = {}
+    for stage in stages:
+        for name, path in _files(stage, workdir):
+            try:
+                find = published.find if name in ("clip", "lpips") else build.find_files
+                find(path)
+            except ValueError as error:
+                missing.append(str(error))
+        for source in _sources(stage):
+            sources[json.dumps(source)] = source
+    for source in sources.values():
         try:
-            build.open_source(settings, workdir)
+            build.open_source(source, workdir)
         except ValueError as error:
             missing.append(str(error))
-    if missing:  # COCO's captions without its images are part of those with them
-        raise ValueError(
-            " ".join(
-                m
-                for m in dict.fromkeys(missing)
-                if not any(m in other and m != other for other in missing)
-            )
-        )
+    # COCO's captions without its images are part of those with them.
+    lines = [
+        line
+        for line in dict.fromkeys(missing)
+        if not any(line in other and line != other for other in missing)
+    ]
+    if lines:
+        raise ValueError("\n".join(lines))
 
 
-def _names(config: ml_collections.ConfigDict):
-    """Raises ValueError if something that the config names does not exist; opens no file."""
-    denoisers, made = {}, {}
-    for stage in ("", *config.stages):
-        settings = json.dumps(
-            [build.of_stage(config, stage, key) for key in ("network", "process", "prediction")],
-            default=dict,
-        )
+def _files(stage, workdir):
+    """Names and paths of the files that a stage needs, but for those that are in the workdir."""
+    imported = (workdir / stage.name / workdir_lib.SOURCE).exists()
+    pairs = list(settings_lib.files(stage.settings, ("checkpoint",) if imported else ()))
+    measured = _measured_by(stage)
+    if measured:
+        pairs += settings_lib.files(measured.settings)
+        pairs += settings_lib.of_arguments(evaluation.features_of(measured))
+    if stage.settings.program == "embed":
+        pairs += settings_lib.of_arguments(stage.run.text)
+    if _decodes(stage) and stage.run.autoencoder:
+        pairs += settings_lib.of_arguments(stage.run.autoencoder)
+    return [(name, path) for name, path in pairs if "{workdir}" not in path]
+
+
+def _measured_by(stage):
+    """The evaluation by which a stage measures images, if it does."""
+    if stage.settings.program == "evaluate":
+        return stage
+    return stage.evaluation if getattr(stage.settings, "scores", None) else None
+
+
+def _decodes(stage):
+    """Whether a stage turns latents into images, or images into latents."""
+    settings = stage.settings
+    return (
+        settings.program == "evaluate"
+        or getattr(settings, "latents", False)
+        or getattr(settings, "preview_every", 0) > 0
+        or getattr(settings, "scores", None) is not None
+    )
+
+
+def _sources(stage):
+    """The data sources of a stage that lie in files of others, not in the workdir."""
+    sources = [source for _, source in settings_lib.sources(settings_lib.to_dict(stage.settings))]
+    if measured := _measured_by(stage):
+        sources += evaluation.real_images(measured)
+    for source in sources:
+        if source["source"].startswith(OPENED) and "{workdir}" not in json.dumps(source):
+            yield {key: value for key, value in source.items() if key != "batch_size"}
+
+
+def _check_import(stage):
+    pass
+
+
+def _check_pairs(stage):
+    _check_sampled(stage, stage.settings.teacher, f"{stage.name}.teacher")
+
+
+def _check_train(stage):
+    settings = stage.settings
+    _check_recipe(settings.recipe, f"{stage.name}.recipe")
+    _check_start(stage)
+    _check_scores(stage)
+    distance = settings.recipe.get("distance", {"name": "squared_error"})
+    if distance["name"] != "lpips":
         try:
-            denoisers[stage] = made[settings] = made.get(settings) or build.make_denoiser(
-                config, stage
-            )
-        except (TypeError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"network or process of {stage or 'the config'} does not fit ({error}); check names and values."
-            ) from error
-    for name, settings in build.sources(config.to_dict()):
-        try:
-            lookup.find("data", settings["source"])
+            lookup.find("losses", distance["name"])
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    for stage in config.stages:
-        settings = config[stage]
-        if "sampler" in settings:
-            build.sampler_of(
-                settings.sampler.to_dict(), None, denoisers[stage].process, f"{stage}.sampler"
-            )
-        if "recipe" in settings:
-            _check_recipe(settings.recipe.to_dict(), f"{stage}.recipe")
-            _check_start(config, stage)
-            _check_scores(config, stage)
-            distance = settings.recipe.get("distance", {"name": "squared_error"})
-            if build.choose("distance", build.DISTANCES, distance["name"]) and not distance.get(
-                "weights"
-            ):
-                raise ValueError(
-                    f"{stage}.recipe.distance {distance['name']!r} needs a file of weights; name one."
-                )
-        for role in ("teacher", "student"):
-            if role in settings:
-                _check_sampled(config, settings[role], f"{stage}.{role}")
-        if settings.program == "evaluate":
-            evaluation.check(config, settings.protocol, settings.count, stage)
-            _check_rows(config, stage, denoisers)
+            raise ValueError(f"{stage.name}.recipe.distance: {error} Or use lpips.") from error
+    elif not distance.get("weights"):
+        raise ValueError(f"{stage.name}.recipe.distance 'lpips' needs a file of weights; name one.")
 
 
 def _check_recipe(settings, name):
-    make, optimizers = (
-        lookup.find("recipes", settings.pop("name")),
-        [key for key in settings if key.endswith("optimizer")],
-    )
-    lookup.check_arguments(make, settings | {"seed": 0, "null_cond": 0}, name, None, None)
-    for key in optimizers:
-        lookup.check_arguments(optim.adamw, settings[key], f"{name}.{key}")
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    make = lookup.find("recipes", settings.get("name", ""))
+    lookup.check_arguments(make, arguments | {"seed": 0, "null_cond": 0}, name, None, None)
+    for key, value in arguments.items():
+        if key.endswith("optimizer"):
+            lookup.check_arguments(optim.adamw, value, f"{name}.{key}")
 
 
-def _check_start(config, stage):
-    """Whether a stage can go on from what the one before has learnt."""
-    before = pathlib.Path(config[stage].get("init_from", "")).name
-    if before not in config.stages:
+def _check_start(stage):
+    """Checks that a stage can go on from what the ones before have learnt."""
+    settings = stage.settings
+    for key in ("init_from", "continues"):
+        before = getattr(settings, key)
+        if before:
+            _check_sampled(stage, before, f"{stage.name}.{key}")
+    if settings.continues:
+        done = stage.stages[settings.continues].settings.num_steps
+        if settings.num_steps <= done:
+            raise ValueError(
+                f"{stage.name}.num_steps is {settings.num_steps}, but {settings.continues}, "
+                f"which it continues, has {done}; give it more."
+            )
+    if not settings.init_from:
         return
+    before = stage.stages[settings.init_from]
     for key in ("size", "channels", "num_classes"):
-        ours, theirs = build.of_stage(config, stage, "network").get(key), config.network.get(key)
+        ours = stage.model.network.get(key)
+        theirs = stage.run.network.get(key)
         if ours != theirs:
             raise ValueError(
-                f"{stage}.network.{key} is {ours}, expected {theirs}, as config.network has it."
+                f"{stage.name}.network.{key} is {ours}, expected {theirs}, as network has it."
             )
     flows = [
-        build.of_stage(config, name, "prediction")
-        for name in (stage, before)
-        if build.of_stage(config, name, "process").name == "RectifiedFlow"
+        s.model.prediction for s in (stage, before) if s.model.process["name"] == "RectifiedFlow"
     ]
     if len(set(flows)) > 1:
         raise ValueError(
-            f"{stage}.prediction is {flows[0]!r}, but it starts from {before}, whose is {flows[1]!r}; give both the same."
+            f"{stage.name}.prediction is {flows[0]!r}, but it starts from {before.name}, "
+            f"whose is {flows[1]!r}; give both the same."
         )
 
 
-def _check_scores(config, stage):
-    scores, best = config[stage].get("scores"), config[stage].best_metric
-    if not scores:
-        if best:
+def _check_scores(stage):
+    settings = stage.settings
+    if (settings.scores or settings.preview_every) and stage.evaluation is None:
+        named = settings.evaluation or "any"
+        raise ValueError(
+            f"{stage.name}: scores and previews use the conditions of an evaluation, but there is "
+            f"no stage {named!r} with the program 'evaluate'; add one, or leave them out."
+        )
+    if not settings.scores:
+        if settings.best_metric:
             raise ValueError(
-                f"{stage}.best_metric {best!r} needs scores; name a protocol, or leave it out."
+                f"{stage.name}.best_metric {settings.best_metric!r} needs scores; "
+                "name a protocol, or leave it out."
             )
         return
-    if set(scores.keys()) != {"every", "protocol", "count"}:
+    scores = settings.scores
+    evaluation.check(stage.evaluation, scores.protocol, scores.count, f"{stage.name}.scores")
+    if settings.best_metric and settings.checkpoint_every % scores.every:
         raise ValueError(
-            f"{stage}.scores is {scores.to_dict()}, expected every, protocol and count, or nothing at all."
-        )
-    evaluation.check(config, scores.protocol, scores.count, f"{stage}.scores")
-    if best and config[stage].checkpoint_every % scores.every:
-        raise ValueError(
-            f"{stage}.best_metric {best!r} needs scores at every checkpoint, but checkpoint_every "
-            f"{config[stage].checkpoint_every} is not a multiple of {stage}.scores.every {scores.every}; change one of them."
+            f"{stage.name}.best_metric {settings.best_metric!r} needs scores at every checkpoint, "
+            f"but checkpoint_every {settings.checkpoint_every} is not a multiple of "
+            f"{stage.name}.scores.every {scores.every}; change one of them."
         )
 
 
-def _check_sampled(config, stage, name):
-    found = config.get(stage) if isinstance(stage, str) else None
-    if not isinstance(found, ml_collections.ConfigDict) or "sampler" not in found:
-        raise ValueError(f"{name} is {stage!r}, which is no stage with a sampler.")
-
-
-def _check_rows(config, stage, denoisers):
-    settings = config[stage].to_dict()
-    for name, row in settings.get("others", {}).items():
-        where = f"{stage}.others.{name}"
-        if name in ("real", settings["teacher"], settings["student"]):
+def _check_evaluation(stage):
+    settings = stage.settings
+    for role in ("teacher", "student"):
+        _check_sampled(stage, getattr(settings, role), f"{stage.name}.{role}")
+    evaluation.check(stage, settings.protocol, settings.count, stage.name)
+    for metric in settings.metrics:
+        lookup.find("evals", metric)
+    for name, row in settings.others.items():
+        where = f"{stage.name}.others.{name}"
+        if name in ("real", settings.teacher, settings.student):
             raise ValueError(f"{where} has a name that is taken; choose another one.")
-        if not isinstance(row, dict) or not {"stage", "sampler"} <= row.keys() <= {
-            "stage",
-            "sampler",
-            "quantize",
-        }:
+        _check_sampled(stage, row.stage, f"{where}.stage")
+        if row.stage not in stage.run.stages:
             raise ValueError(
-                f"{where} is {row!r}, expected stage, sampler and, if wanted, quantize."
+                f"{where}.stage {row.stage!r} is not among the stages: {', '.join(stage.run.stages)}."
             )
-        _check_sampled(config, row["stage"], f"{where}.stage")
-        if row["stage"] not in config.stages:
-            raise ValueError(
-                f"{where}.stage {row['stage']!r} is not among the stages: {', '.join(config.stages)}."
-            )
-        build.sampler_of(row["sampler"], None, denoisers[row["stage"]].process, f"{where}.sampler")
-        if build.choose("quantize", {"": False, "int8": True}, row.get("quantize", "")):
+        process = stage.stages[row.stage].denoiser.process
+        build.sampler_from_settings(row.sampler, None, process, f"{where}.sampler")
+        if row.quantize not in ("", "int8"):
+            raise ValueError(f"{where}.quantize is {row.quantize!r}; expected 'int8' or nothing.")
+        if row.quantize:
             quantize.require_qwix()
-    if straightness := settings.get("straightness"):
-        if straightness.keys() != {"stages", "num_steps", "count"}:
-            raise ValueError(
-                f"{stage}.straightness is {straightness}, expected stages, num_steps and count."
-            )
-        for name in straightness["stages"]:
-            _check_sampled(config, name, f"{stage}.straightness.stages: {name}")
+    if settings.straightness:
+        for name in settings.straightness.stages:
+            _check_sampled(stage, name, f"{stage.name}.straightness.stages: {name}")
+
+
+def _check_sampled(stage, name, where):
+    having = [s.name for s in stage.stages.values() if hasattr(s.settings, "sampler")]
+    if name not in having:
+        raise ValueError(
+            f"{where} is {name!r}, which is no stage with a sampler"
+            f"{lookup.nearest(name, having)}; there are: {', '.join(having)}."
+        )
+
+
+CHECKS = {
+    "pairs": _check_pairs,
+    "train": _check_train,
+    "evaluate": _check_evaluation,
+}

@@ -2,13 +2,14 @@
 
 python -m dmd_jax sample --workdir=/data/coco --prompt="a photograph of an astronaut riding a horse" --out=astronaut.png
 
-    from dmd_jax import sample
+    import dmd_jax
     model = dmd_jax.load("/data/coco")
     images = model(["a photograph of an astronaut riding a horse"], seed=0)     # [1, 512, 512, 3] float32 in [-1, 1]
 """
 
 import dataclasses
 import functools
+import inspect
 import math
 import time
 import warnings
@@ -16,20 +17,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
 from dmd_jax import encoders, generate, lookup, samplers, sharding
 from dmd_jax.encoders import autoencoder
 from dmd_jax.experiment import build
+from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.models import controlnet as controlnet_lib
 from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers, state_dict
 
-PIPELINE = dict(
-    name="pndm", num_steps=50, guidance_scale=7.5
-)  # what Stable Diffusion's own pipeline does
+# What Stable Diffusion's own pipeline does.
+PIPELINE = {"name": "pndm", "num_steps": 50, "guidance_scale": 7.5}
 
 
 class Model(NamedTuple):
@@ -163,34 +163,23 @@ class Found(NamedTuple):
     """What a path holds; `make_model` makes a model of it, for any size of batches.
 
     Attributes:
-      config: of the run, or of the directory.
-      stage: of the config.
+      stage: of the run, or of the directory.
       sampler: settings.
       read: `parallel -> params`, on all its devices; they are read once for the same devices.
       controlnet: a directory, or nothing.
       quantize: "int8", or nothing.
     """
 
-    config: ml_collections.ConfigDict
-    stage: str
+    stage: build.Stage
     sampler: dict
     read: Callable
     controlnet: str
     quantize: str
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of a latent."""
-        return build.image_shape(self.config)
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
-        return autoencoder.image_shape(build.autoencoder(self.config), self.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Of the network."""
-        return build.of_stage(self.config, self.stage, "network").dtype
+        """[H, W, C] of an image; `stage.image_shape` is that of a latent."""
+        return autoencoder.image_shape(self.stage.run.autoencoder, self.stage.image_shape)
 
 
 def load(
@@ -241,87 +230,79 @@ def find(
     controlnet: str = "",
     quantize: str = "",
 ) -> Found:
-    """What `load` makes a model of, its weights yet to be read; see there for arguments and errors."""
+    """Finds what `load` makes a model of, and leaves its weights to be read.
+
+    Arguments and errors are those of `load`.
+    """
     if quantize not in ("", "int8"):
         raise ValueError(f"quantize is {quantize!r}; expected 'int8' or nothing.")
     if quantize and controlnet:
         raise ValueError("eight bits do not go together with a ControlNet; leave out one of them.")
     workdir = storage.absolute(path)
     of_run = (workdir / "config.json").exists()
-    config, stage = (
-        workdir_lib.read_run(workdir, stage) if of_run else (_of_directory(path), "teacher")
-    )
-    for settings in (config, config[stage]):
-        if "network" in settings:
-            settings.network.dtype = dtype or settings.network.dtype
+    if of_run:
+        stage = workdir_lib.read_run(workdir, stage, dtype=dtype)
+    else:
+        stage = _of_directory(path, dtype or "float32")
 
     def read(parallel):
         shardings = build.replicated(parallel)
         if of_run:
-            return workdir_lib.load_params(
-                config, f"{{workdir}}/{stage}", workdir, shardings=shardings
-            )
-        return workdir_lib.load_directory(build.make_network(config), config.checkpoint, shardings)
+            return workdir_lib.load_params(stage, workdir, shardings=shardings)
+        return workdir_lib.load_directory(stage.network, stage.settings.checkpoint, shardings)
 
-    settings = _override(config[stage].sampler.to_dict(), sampler or {})
-    return Found(config, stage, settings, functools.lru_cache(1)(read), controlnet, quantize)
+    settings = _override(dict(stage.settings.sampler), sampler or {})
+    return Found(stage, settings, functools.lru_cache(1)(read), controlnet, quantize)
 
 
 def make_model(found: Found, batch_size: int) -> Model:
-    """The model that makes `batch_size` images at once; see `load`."""
+    """Makes the model that makes `batch_size` images at once; see `load`."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
     parallel = sharding.Parallel(sharding.make_mesh(data=math.gcd(batch_size, jax.device_count())))
-    config, stage = found.config.copy_and_resolve_references(), found.stage
-    if "batch_size" in config.get("text", {}):
-        config.text.batch_size = batch_size
-    encoder = build.make_text_encoder(config, parallel) if "text" in config else None
-    params, null = found.read(parallel), None
+    stage = found.stage
+    run = stage.run
+    if run.text and "batch_size" in run.text:
+        run = dataclasses.replace(run, text=run.text | {"batch_size": batch_size})
+    encoder = build.text_encoder(run, parallel) if run.text else None
+    params = found.read(parallel)
+    null = None
     if found.sampler.get("guidance_scale", 1) > 1:
-        null = encoder.encode([""])[0] if encoder else config.null_cond
-    denoiser, control_shape = build.make_denoiser(config, stage), None
+        null = encoder.encode([""])[0] if encoder else run.null_cond
+    denoiser = stage.denoiser
+    control_shape = None
     if found.quantize:
         cond = np.zeros((1, *encoder.shape), np.float32) if encoder else np.zeros(1, np.int32)
-        denoiser, params = build.quantized(config, stage, params, cond)
+        denoiser, params = build.quantized(stage, params, cond)
     if found.controlnet:
-        network, params, control_shape = _with_controlnet(
-            found.controlnet, config, stage, params, parallel
-        )
-        denoiser, null = (
-            dataclasses.replace(denoiser, network=network),
-            {"text": null, "control": None, "scale": None},
-        )
-    made = build.build_sampler(denoiser, found.sampler, null, "sampler")
-    sample = generate.make_sample(made, parallel, batch_size)
-    decode = autoencoder.make_decode(build.autoencoder(config), parallel, batch_size)
+        network, params, control_shape = _with_controlnet(found.controlnet, stage, params, parallel)
+        denoiser = dataclasses.replace(denoiser, network=network)
+        null = {"text": null, "control": None, "scale": None}
+    sampler = build.guided_sampler(denoiser, found.sampler, null, "sampler")
     return Model(
-        made,
-        sample,
-        decode,
-        params,
-        encoder,
-        found.shape,
-        config.network.num_classes,
-        control_shape,
-        {},
+        sampler=sampler,
+        sample=generate.make_sample(sampler, parallel, batch_size),
+        decode=autoencoder.make_decode(run.autoencoder, parallel, batch_size),
+        params=params,
+        encoder=encoder,
+        shape=stage.image_shape,
+        num_classes=stage.num_classes,
+        control_shape=control_shape,
+        seconds={},
     )
 
 
-def _with_controlnet(path, config, stage, params, parallel):
+def _with_controlnet(path, stage, params, parallel):
     """A stage's network with a ControlNet, the parameters of both, and the shape of a control image."""
     settings, tensors = diffusers.controlnet(diffusers.find(path))
-    network = lookup.find("models", settings.pop("name"))(**settings, dtype=config.network.dtype)
-    both = controlnet_lib.controlled(build.make_network(config, stage), network)
-    added = state_dict.from_torch(
-        tensors,
-        network.abstract,
-        place=lambda array, path: sharding.place(array, parallel.replicated),
+    network = lookup.find("models", settings.pop("name"))(
+        **settings, dtype=stage.run.network["dtype"]
     )
-    return (
-        both,
-        {"unet": params, "controlnet": added},
-        controlnet_lib.control_shape(network, build.image_shape(config)),
-    )
+    both = controlnet_lib.controlled(stage.network, network)
+    place = lambda array, path: sharding.place(array, parallel.replicated)
+    added = state_dict.from_torch(tensors, network.abstract, place=place)
+    shape = controlnet_lib.control_shape(network, stage.image_shape)
+    return both, {"unet": params, "controlnet": added}, shape
 
 
 def _override(settings, changes):
@@ -333,7 +314,8 @@ def _override(settings, changes):
     settings |= changes
     if settings.get("num_steps", 1) < 1:
         raise ValueError(f"num_steps is {settings['num_steps']}; expected at least 1.")
-    if settings["name"] in ("one_step", "rk45"):
+    make = lookup.find("samplers", settings["name"])
+    if "num_steps" not in inspect.signature(make).parameters:
         if "num_steps" in changes:
             raise ValueError(
                 f"num_steps is {changes['num_steps']}, but the sampler is {settings['name']}; name another one."
@@ -348,15 +330,20 @@ def _override(settings, changes):
     return settings
 
 
-def _of_directory(path):
-    """A config of what lies in a diffusers directory."""
+def _of_directory(path, dtype):
+    """The one stage of what lies in a diffusers directory."""
     directory = diffusers.find(path)
     network, _ = diffusers.unet(directory)
-    one_step = diffusers.is_one_step(directory)
-    config = ml_collections.ConfigDict(diffusers.scheduler(directory))
-    config.network = network | {"dtype": "float32", "remat": False}
-    config.checkpoint = str(directory)
-    config.text = dict(name="clip", checkpoint=str(directory), batch_size=1)
-    config.autoencoder = dict(checkpoint=str(directory))
-    config.teacher = dict(sampler=dict(name="one_step") if one_step else PIPELINE)
-    return config
+    sampler = {"name": "one_step"} if diffusers.is_one_step(directory) else PIPELINE
+    run = settings_lib.Run(
+        stages=("teacher",),
+        network=network | {"dtype": dtype, "remat": False},
+        text={"name": "clip", "checkpoint": str(directory), "batch_size": 1},
+        autoencoder={"checkpoint": str(directory)},
+        mesh=settings_lib.Mesh(),
+        **diffusers.scheduler(directory),
+    )
+    teacher = settings_lib.ImportWeights(
+        program="import_weights", checkpoint=str(directory), sampler=sampler
+    )
+    return build.from_settings(run, {"teacher": teacher})["teacher"]

@@ -18,10 +18,7 @@ def quick_gelu(x):
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable] = {
-    "quick_gelu": quick_gelu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
+ACTIVATIONS: dict[str, Callable] = {"quick_gelu": quick_gelu, "gelu": layers.gelu}
 INITIALIZERS = (
     (r"scale$", layers.ones),
     (r"bias$", layers.zeros),

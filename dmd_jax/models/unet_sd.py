@@ -58,7 +58,7 @@ class TransformerBlock(nnx.Module):
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), cond)
         value, gate = jnp.split(self.ff.net["0"].proj(self.norm3(x)), 2, axis=-1)
-        return x + self.ff.net["2"](value * jax.nn.gelu(gate, approximate=False))
+        return x + self.ff.net["2"](value * layers.gelu(gate))
 
 
 class Transformer(nnx.Module):

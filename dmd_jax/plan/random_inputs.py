@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from dmd_jax.experiment import build
+from dmd_jax.experiment import build, settings
 from dmd_jax.models import lpips, vae
 from dmd_jax.weights import state_dict
 
@@ -25,37 +25,32 @@ KL = dict(
     norm_num_groups=32,
 )
 KL |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-STREAMS = {
-    "fresh": ("cond",),
-    "pairs": ("noise", "image", "cond"),
-    "images": ("image", "cond"),
-}  # what recipes read of each
 
 
-def random_cond(config, n: int) -> np.ndarray:
-    """Labels [n], or embeddings of texts [n, L, D]."""
-    if "text" not in config:
+def random_cond(run: settings.Run, n: int) -> np.ndarray:
+    """Draws labels [n], or embeddings of texts [n, L, D]."""
+    if run.text is None:
         return np.arange(n, dtype=np.int32) % 10
-    shape = n, config.text.get("length", LENGTH), config.network.cross_attention_dim
+    shape = n, run.text.get("length", LENGTH), run.network["cross_attention_dim"]
     return np.random.default_rng(1).standard_normal(shape, np.float32).astype(np.float16)
 
 
-def random_batch(config, stage: str, n: int) -> dict:
-    """A batch for a training stage, `n` of each of its streams: noise in place of images and texts."""
+def random_batch(stage: build.Stage, n: int) -> dict:
+    """Draws a batch for a training stage, `n` rows of each of its streams."""
     rng = np.random.default_rng(0)
-    shape = n, *build.image_shape(config)
-    noise, image = (rng.standard_normal(shape, np.float32) for _ in range(2))
-    rows = {"noise": noise, "image": np.tanh(image), "cond": random_cond(config, n)}
-    return {
-        stream: {field: rows[field] for field in STREAMS[stream]} for stream in config[stage].data
-    }
+    shape = n, *stage.image_shape
+    noise = rng.standard_normal(shape, np.float32)
+    image = np.tanh(rng.standard_normal(shape, np.float32))
+    rows = {"noise": noise, "image": image, "cond": random_cond(stage.run, n)}
+    streams = build.method(stage).STREAMS
+    return {stream: {field: rows[field] for field in fields} for stream, fields in streams.items()}
 
 
-def batch_sizes(config, stage: str) -> dict[str, int]:
-    """Of each stream of a training stage, over all devices."""
+def batch_sizes(stage: build.Stage) -> dict[str, int]:
+    """Returns the batch size of each stream of a training stage, over all devices."""
     return {
-        name: settings.get("batch_size", config[stage].batch_size)
-        for name, settings in config[stage].data.items()
+        name: source.get("batch_size", stage.settings.batch_size)
+        for name, source in stage.settings.data.items()
     }
 
 
@@ -76,31 +71,34 @@ def random_params(abstract: dict) -> dict:
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def write_files(config, stage: str, directory: pathlib.Path):
-    """What a training stage reads besides its data, at random: LPIPS, the decoder before it, the null condition. `config` then names it.
+def write_files(stage: build.Stage, directory: pathlib.Path) -> build.Stage:
+    """Writes what a training stage reads besides its data, at random.
 
-    Raises:
-      ValueError: there is no such stage.
+    It is LPIPS, the decoder before it, and the condition that stands for none.
+
+    Returns:
+      The stage, which names the files.
     """
-    training = [name for name in config.stages if "recipe" in config[name]]
-    if stage not in training:
-        raise ValueError(f"the config trains no stage {stage!r}; there are: {', '.join(training)}.")
-    distance = config[stage].recipe.get("distance", {})
+    recipe = dict(stage.settings.recipe)
+    distance = dict(recipe.get("distance", {}))
     if "weights" in distance:
-        distance.weights = str(directory / "lpips.npz")
-        np.savez(distance.weights, **state_dict.to_torch(lpips.make().init(0)))
-    if "checkpoint" in distance.get("decoder", {}):
-        tiny = distance.decoder.checkpoint == config.get("taesd")
-        distance.decoder.checkpoint, channels = str(directory), config.network.channels
+        distance["weights"] = str(directory / "lpips.npz")
+        np.savez(distance["weights"], **state_dict.to_torch(lpips.make().init(0)))
+    if "checkpoint" in (distance.get("decoder") or {}):
+        tiny = distance["decoder"]["checkpoint"] == stage.run.variables.get("taesd")
+        distance["decoder"] = distance["decoder"] | {"checkpoint": str(directory)}
+        channels = stage.run.network["channels"]
         (directory / "vae").mkdir()
         (directory / "vae/config.json").write_text(
             json.dumps((TAESD if tiny else KL) | {"latent_channels": channels})
         )
-        tensors = state_dict.to_torch(
-            (vae.tiny if tiny else vae.kl)(latent_channels=channels).init(0)
-        )
+        decoder = (vae.tiny if tiny else vae.kl)(latent_channels=channels)
+        tensors = state_dict.to_torch(decoder.init(0))
         safetensors.numpy.save_file(tensors, directory / "vae/diffusion_pytorch_model.safetensors")
-    if isinstance(config.null_cond, str):
-        path = pathlib.Path(config.null_cond.format(workdir=directory))
+    if distance:
+        recipe["distance"] = distance
+    if isinstance(stage.run.null_cond, str):
+        path = pathlib.Path(stage.run.null_cond.format(workdir=directory))
         path.parent.mkdir()
-        np.save(path, random_cond(config, 1)[0])
+        np.save(path, random_cond(stage.run, 1)[0])
+    return stage.changed(recipe=recipe)

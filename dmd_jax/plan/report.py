@@ -6,9 +6,9 @@ import resource
 from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
+from dmd_jax.experiment import build
 from dmd_jax.plan import hlo, machines
 
 SOURCES = (  # (what jax calls a collective, what it is in words); the first that fits
@@ -52,9 +52,7 @@ class Plan(NamedTuple):
     collectives: tuple[hlo.Collective, ...] = ()
 
 
-def describe(
-    config: ml_collections.ConfigDict, stage: str, machine: machines.Target, plan: Plan
-) -> str:
+def describe(stage: build.Stage, machine: machines.Target, plan: Plan) -> str:
     """All that is known of a step."""
     chips, mesh = plan.mesh.size, " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items())
     batch = " + ".join(f"{size} {name}" for name, size in plan.batch.items())
@@ -62,7 +60,7 @@ def describe(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = [
         "",
-        f"{stage}: {plan.parameters:,} parameters; batch {batch}, accumulation {plan.accumulation}: {pieces} at a time on each of {chips}",
+        f"{stage.name}: {plan.parameters:,} parameters; batch {batch}, accumulation {plan.accumulation}: {pieces} at a time on each of {chips}",
         f"mesh {mesh}",
         ", ".join(f"{what} {s:.1f} s" for what, s in plan.seconds.items())
         + f", at most {gib(peak)} GiB of this machine's memory",
@@ -74,7 +72,7 @@ def describe(
         *(f"    {gib(size):>9} {part}" for part, size in plan.state.items()),
     ]
     if plan.collectives or plan.fits is not False:
-        lines += _work(plan) + _sent(plan) + _bound(config, stage, machine, plan)
+        lines += _work(plan) + _sent(plan) + _bound(stage, machine, plan)
     return "\n".join(lines)
 
 
@@ -173,21 +171,22 @@ def bounds(plan: Plan, machine: machines.Target) -> dict[str, float]:
     return found | ({"memory": plan.accessed / chip.bandwidth} if plan.accessed else {})
 
 
-def _bound(config, stage, machine, plan):
+def _bound(stage, machine, plan):
     found = bounds(plan, machine)
     if not found:
         return ["", "no bound of the seconds of a step: peaks of this machine are not known"]
-    limit, before = max(found, key=found.get), config[stage].get("continues")
-    steps, seconds, chips = (
-        config[stage].num_steps - (config[before].num_steps if before else 0),
-        found[limit],
-        plan.mesh.size,
-    )
-    rows, hours = sum(plan.batch.values()) / seconds, steps * seconds / 3600
+    limit = max(found, key=found.get)
+    seconds = found[limit]
+    before = stage.settings.continues
+    steps = stage.settings.num_steps
+    steps -= stage.stages[before].settings.num_steps if before else 0
+    chips = plan.mesh.size
+    rows = sum(plan.batch.values()) / seconds
+    hours = steps * seconds / 3600
     each = ", ".join(f"{what} {s:.3g}" for what, s in found.items())
     length = f"{hours:.3g} hours, {hours * chips:.3g} chip-hours"
     return [
         "",
         f"no step is faster than these figures at the chip's published peaks, in seconds, derived: {each}; bound by {limit}",
-        f"at that bound {rows:.0f} rows/s; {steps:,} steps of {stage} in {length}; the other stages are not in it",
+        f"at that bound {rows:.0f} rows/s; {steps:,} steps of {stage.name} in {length}; the other stages are not in it",
     ]

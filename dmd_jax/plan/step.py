@@ -12,60 +12,65 @@ import math
 import pathlib
 import tempfile
 import time
+from collections.abc import Mapping
 
 import jax
-import ml_collections
 
-from dmd_jax import sharding
 from dmd_jax.experiment import build
 from dmd_jax.plan import hlo, machines, random_inputs, report
 from dmd_jax.runtime import flops
 
 
-def run(config: ml_collections.ConfigDict, machine: machines.Target, stage: str | None = None):
-    """Prints the plan of each training stage of `config`, or of the one named, for `machine`.
+def run(stages: Mapping[str, build.Stage], machine: machines.Target, only: str | None = None):
+    """Prints the plan of each training stage of a run for a machine.
+
+    Args:
+      stages: of the run, by name.
+      machine: the one that the plan is for.
+      only: the one stage to plan; None for all.
 
     Raises:
       ValueError: there is no such stage, or the machine cannot share the batch.
     """
-    training = [name for name in config.stages if "recipe" in config[name]]
-    if stage and stage not in training:
-        raise ValueError(f"the config trains no stage {stage!r}; there are: {', '.join(training)}.")
+    run = next(iter(stages.values())).run
+    training = [name for name in run.stages if stages[name].settings.program == "train"]
+    if only and only not in training:
+        raise ValueError(f"the config trains no stage {only!r}; there are: {', '.join(training)}.")
     print(f"{machine.name}: {machine.about}, jax {jax.__version__}")
     if machine.options:
         print(
-            f"compiler options {machine.options}: not those of training, whose memory and traffic may differ",
+            f"compiler options {machine.options}: not those of training, whose memory and traffic "
+            "may differ",
             flush=True,
         )
-    for name in [stage] if stage else training:
-        found = make(config, name, machine)
-        print(report.describe(config, name, machine, found), flush=True)
-        if found.fits is False:
-            advise(config, name, machine, found)
+    for name in [only] if only else training:
+        plan = make(stages[name], machine)
+        print(report.describe(stages[name], machine, plan), flush=True)
+        if plan.fits is False:
+            advise(stages[name], machine, plan)
 
 
-def make(config: ml_collections.ConfigDict, stage: str, machine: machines.Target) -> report.Plan:
-    """Compiles the step of a stage; the networks in training are shapes alone, what else it reads is random.
+def make(stage: build.Stage, machine: machines.Target) -> report.Plan:
+    """Compiles the step of a training stage.
+
+    The networks in training are shapes alone; what else the step reads is random.
 
     Raises:
       ValueError: the devices cannot share the batch.
     """
-    config = config.copy_and_resolve_references()
-    parallel = sharding.Parallel(
-        sharding.make_mesh(**config.mesh, devices=machine.devices),
-        config[stage].get("accumulation", 1),
-    )
+    parallel = build.parallel(stage, machine.devices)
     if parallel.mesh.size != len(machine.devices):
         raise ValueError(
-            f"config.mesh has {parallel.mesh.size} devices, {machine.name} has {len(machine.devices)}; set mesh.data=-1."
+            f"config.mesh has {parallel.mesh.size} devices, {machine.name} has "
+            f"{len(machine.devices)}; set mesh.data=-1."
         )
-    sizes = random_inputs.batch_sizes(config, stage)
+    sizes = random_inputs.batch_sizes(stage)
     for name, size in sizes.items():
         parallel.check_batch(f"{name} batch_size", size)
     with tempfile.TemporaryDirectory() as directory:
-        random_inputs.write_files(config, stage, pathlib.Path(directory))
-        recipe = build.make_recipe(config, stage, parallel, pathlib.Path(directory))
-    state = jax.eval_shape(recipe.init, build.make_network(config, stage).abstract, recipe.others)
+        placed = random_inputs.write_files(stage, pathlib.Path(directory))
+        recipe = build.recipe(placed, parallel, pathlib.Path(directory))
+    state = jax.eval_shape(recipe.init, stage.network.abstract, recipe.others)
     shardings = parallel.state_shardings(state)
     placed = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
@@ -73,7 +78,7 @@ def make(config: ml_collections.ConfigDict, stage: str, machine: machines.Target
     shape = lambda a, size: jax.ShapeDtypeStruct(
         (size, *a.shape[1:]), a.dtype, sharding=parallel.batch_sharding
     )
-    rows = random_inputs.random_batch(config, stage, 1)
+    rows = random_inputs.random_batch(stage, 1)
     batch = {
         name: jax.tree.map(lambda a, size=size: shape(a, size), rows[name])
         for name, size in sizes.items()
@@ -156,58 +161,56 @@ def at_rest(state, shardings) -> dict[str, int]:
     return {name: size for name, part in parts.items() if (size := sum(jax.tree.leaves(part)))}
 
 
-def advise(
-    config: ml_collections.ConfigDict, stage: str, machine: machines.Target, failed: report.Plan
-):
-    """Prints what would fit in the place of the step `failed`, which does not, after compiling at most two others.
+def advise(stage: build.Stage, machine: machines.Target, failed: report.Plan):
+    """Prints what would fit in the place of a step that does not, after compiling at most two others.
 
-    The smallest pieces of the batch are tried first, activations recomputed. If they fit, pieces of a middle size are tried and a line is
-    drawn through the two; if not, the state is split over all devices.
+    The smallest pieces of the batch are tried first, activations recomputed. If they fit, pieces of a
+    middle size are tried and a line is drawn through the two; if not, the state is split over all
+    devices.
+
+    Args:
+      stage: whose step does not fit.
+      machine: the one that it does not fit.
+      failed: the plan of that step.
     """
     per_device = math.gcd(*failed.batch.values()) // failed.mesh.size
-    pieces = [
-        n for n in range(per_device, 0, -1) if per_device % n == 0
-    ]  # accumulation, from the smallest pieces to the largest
-    overrides = {f"{stage}.accumulation": pieces[0]}
-    if not build.of_stage(config, stage, "network").get("remat", True):
-        overrides[
-            "network.remat" if "network" not in config[stage] else f"{stage}.network.remat"
-        ] = True
+    # Accumulation, from the smallest pieces to the largest.
+    pieces = [n for n in range(per_device, 0, -1) if per_device % n == 0]
+    accumulation = f"{stage.name}.accumulation"
+    overrides = {accumulation: pieces[0]}
+    if not stage.model.network.get("remat", True):
+        own = stage.settings.network is not None
+        overrides[f"{stage.name}.network.remat" if own else "network.remat"] = True
     same = len(overrides) == 1 and failed.accumulation == pieces[0]
-    smallest = failed if same else _try(config, stage, machine, overrides)
+    smallest = failed if same else _try(stage, machine, overrides)
     if not smallest.fits:
         overrides |= {"mesh.data": 1, "mesh.fsdp": smallest.mesh.size}
-        if (
-            config.mesh.fsdp == smallest.mesh.size
-            or not _try(config, stage, machine, overrides).fits
-        ):
-            print(f"{stage} does not fit, even so; take more chips, or chips with more memory")
+        split = stage.run.mesh.fsdp == smallest.mesh.size
+        if split or not _try(stage, machine, overrides).fits:
+            print(f"{stage.name} does not fit, even so; take more chips, or chips with more memory")
         return
     if len(pieces) == 1:
         return
     middle = pieces[len(pieces) // 2]
-    larger = _try(config, stage, machine, overrides | {f"{stage}.accumulation": middle})
-    slope = (larger.memory["total"] - smallest.memory["total"]) / (
-        per_device // middle - per_device // pieces[0]
-    )
+    larger = _try(stage, machine, overrides | {accumulation: middle})
+    rows = per_device // middle - per_device // pieces[0]
+    slope = (larger.memory["total"] - smallest.memory["total"]) / rows
     if slope > 0:
         needed = {
             n: smallest.memory["total"] + slope * (per_device // n - per_device // pieces[0])
             for n in pieces
         }
         best = min(n for n in pieces if needed[n] <= machine.capacity)
-        flags = report.flags(overrides | {f"{stage}.accumulation": best})
-        print(
-            f"largest pieces that fit by these two (derived: {report.gib(needed[best])} of {report.gib(machine.capacity)} GiB): {flags}"
-        )
+        flags = report.flags(overrides | {accumulation: best})
+        size = f"{report.gib(needed[best])} of {report.gib(machine.capacity)} GiB"
+        print(f"largest pieces that fit by these two (derived: {size}): {flags}")
 
 
-def _try(config, stage, machine, overrides):
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(overrides)
-    found = make(config, stage, machine)
+def _try(stage, machine, overrides):
+    plan = make(build.overridden(stage, overrides), machine)
     print(
-        f"{report.flags(overrides)}: {report.fit(found, machine)}, compiled in {found.seconds['compiling']:.0f} s",
+        f"{report.flags(overrides)}: {report.fit(plan, machine)}, "
+        f"compiled in {plan.seconds['compiling']:.0f} s",
         flush=True,
     )
-    return found
+    return plan

@@ -1,17 +1,24 @@
-"""Distillation of an ODE into one step by its own pairs (InstaFlow, arXiv 2309.06380, equation 6): with x made of z by the ODE,
+"""Distils an ODE into one step, from pairs of its noise z and its image x (InstaFlow, arXiv
+2309.06380, equation 6):
 
-    min E D(x, G(z, cond)),    for a flow G(z) = z - v(z, 1): one Euler step
+    min E D(x, G(z, cond)),    for a flow G(z, cond) = z - v(z, 1, cond): one Euler step
 
-D is L2 at first and LPIPS then, in two stages. Of a flow that reflow has straightened little is left to learn.
+InstaFlow takes L2 as the distance D in a first stage and LPIPS in a second one. The straighter the
+flow, the less there is to learn; see `reflow`.
 """
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, optim, recipes, samplers, sharding, state
+from dmd_jax import losses, recipes, sharding
+
+STREAMS = {"pairs": ("noise", "image", "cond")}
+PLOTTED = ("loss",)
+METHOD = recipes.Method(
+    "distillation on pairs of an ODE as in InstaFlow "
+    "(rectified flow, https://arxiv.org/abs/2309.06380)",
+    "instaflow",
+)
 
 
 def make(
@@ -26,45 +33,39 @@ def make(
     distance: Callable = losses.squared_error,
     distance_params=None,
 ) -> recipes.Recipe:
-    """Batches are {"pairs": {"noise": [B, H, W, C], "image": [B, H, W, C], "cond": [B, ...]}}.
+    """Makes the recipe for batches {"pairs": {"noise": [B, H, W, C], "image": [B, H, W, C],
+    "cond": [B, ...]}}.
 
     Args:
-      denoiser: of any process; the generator is its one step at the highest noise level.
+      denoiser: a denoiser of any process; the generator is its one step from the highest noise
+        level.
       parallel: the devices.
-      seed: not used: nothing is drawn.
-      null_cond: not used either.
+      seed: without effect, because nothing is random.
+      null_cond: without effect, because no condition is dropped.
       optimizer: arguments of `optim.adamw`.
-      ema_decay: of the running mean of the parameters, per step; 0 to keep none.
+      ema_decay: of the running mean of the parameters, per step; 0 keeps none.
       ema_warmup: see `optim.warmed_up`; 0 for none.
       distance: see `losses.regression_loss`.
-      distance_params: what it needs.
+      distance_params: parameters of the distance.
     """
-    del seed, null_cond
-    generate = samplers.one_step(denoiser, denoiser.process).sample
-    tx = optim.adamw(**optimizer)
+    del null_cond
+    generate = denoiser_lib.one_step(denoiser, denoiser.process)
 
-    def init(params, others=distance_params):
-        frozen = jax.tree.map(jnp.array, {"distance": others})
-        return state.TrainState(
-            jnp.zeros((), jnp.int32), state.create(params, tx, ema=ema_decay > 0), frozen=frozen
-        )
+    def draw(_, batch):
+        return batch["pairs"]
 
-    def gradients(generator, frozen, batch):
-        def loss(generator):
-            x = generate(generator, batch["noise"], batch["cond"])
-            return losses.regression_loss(x, batch["image"], frozen["distance"], distance=distance)
+    def loss(params, distance_params, pairs):
+        x = generate(params, pairs["noise"], pairs["cond"])
+        return losses.regression_loss(x, pairs["image"], distance_params, distance=distance)
 
-        value, grads = jax.value_and_grad(loss)(generator)
-        return grads, {"loss": value}
-
-    def train_step(train_state, batch):
-        generator = denoiser.cast(train_state.generator.params)
-        grads, metrics = parallel.gradients(gradients)(
-            generator, train_state.frozen, batch["pairs"]
-        )
-        decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
-        generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
-        metrics |= {"grad_norm": norm, "skipped": generator.skipped}
-        return train_state.replace(step=train_state.step + 1, generator=generator), metrics
-
-    return recipes.Recipe(init, train_step, distance_params)
+    return recipes.single(
+        denoiser,
+        parallel,
+        draw=draw,
+        loss=loss,
+        seed=seed,
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
+        others=distance_params,
+    )

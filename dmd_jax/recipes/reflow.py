@@ -1,17 +1,23 @@
-"""Reflow: a flow learns to go straight from the noise of pairs to their images, which straightens it (Liu et al., arXiv 2209.03003,
-equation 1; InstaFlow, arXiv 2309.06380, equation 5):
+"""Reflow: a flow learns to go straight from the noise of each pair to its image, so its paths become
+straighter (Liu et al., arXiv 2209.03003, equation 1; InstaFlow, arXiv 2309.06380, equation 5):
 
     min E || (eps - x) - v(x_t, t, cond) ||^2,    x_t = (1 - t) x + t eps,    t uniform
 
-where another flow's ODE, or the teacher's, made x of eps. With pairs of a stage trained so, it is the next round.
+The pairs (eps, x) come from the ODE of the teacher or of another flow. Reflow can be repeated with
+pairs of the flow that it has trained.
 """
 
 import jax
-import jax.numpy as jnp
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, optim, recipes, sharding, state
+from dmd_jax import losses, recipes, sharding
 from dmd_jax import process as process_lib
+
+STREAMS = {"pairs": ("noise", "image", "cond")}
+PLOTTED = ("loss",)
+METHOD = recipes.Method(
+    "reflow as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)", "rectified-flow"
+)
 
 
 def make(
@@ -25,54 +31,49 @@ def make(
     ema_warmup: float = 0.0,
     cond_dropout: float = 0.0,
 ) -> recipes.Recipe:
-    """Batches are {"pairs": {"noise": [B, H, W, C], "image": [B, H, W, C], "cond": [B, ...]}}.
+    """Makes the recipe for batches {"pairs": {"noise": [B, H, W, C], "image": [B, H, W, C],
+    "cond": [B, ...]}}.
 
     Args:
-      denoiser: of a `RectifiedFlow`.
+      denoiser: a denoiser of the process `RectifiedFlow`.
       parallel: the devices.
       seed: of the times.
       null_cond: the condition that stands for none.
       optimizer: arguments of `optim.adamw`.
-      ema_decay: of the running mean of the parameters, per step; 0 to keep none.
+      ema_decay: of the running mean of the parameters, per step; 0 keeps none.
       ema_warmup: see `optim.warmed_up`; 0 for none.
       cond_dropout: fraction of samples that see `null_cond`.
+
+    Raises:
+      ValueError: the denoiser has another process.
     """
-    if not isinstance(denoiser.process, process_lib.RectifiedFlow):
+    process = denoiser.process
+    if not isinstance(process, process_lib.RectifiedFlow):
         raise ValueError(
-            f"reflow needs the process RectifiedFlow, got {type(denoiser.process).__name__}; give it to the stage."
-        )
-    tx = optim.adamw(**optimizer)
-
-    def init(params, others=None):
-        return state.TrainState(
-            step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0)
+            f"reflow needs the process RectifiedFlow, got {type(process).__name__}; "
+            "give it to the stage."
         )
 
-    def gradients(params, frozen, batch):
-        x_t = process_lib.add_noise(denoiser.process, batch["image"], batch["noise"], batch["t"])
-
-        def loss(params):
-            velocity = denoiser_lib.velocity(
-                x_t, denoiser(params, x_t, batch["t"], batch["cond"]), batch["t"]
-            )
-            return losses.denoising_loss(velocity, batch["noise"] - batch["image"])
-
-        value, grads = jax.value_and_grad(loss)(params)
-        return grads, {"loss": value}
-
-    def train_step(train_state, batch):
+    def draw(key, batch):
         pairs = batch["pairs"]
-        k_t, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(seed), train_state.step))
-        t = denoiser.process.sample_t(k_t, pairs["image"].shape[:1])
+        k_t, k_drop = jax.random.split(key)
+        t = process.sample_t(k_t, pairs["image"].shape[:1])
         cond = recipes.drop(k_drop, pairs["cond"], null_cond, cond_dropout)
-        batch = parallel.split(pairs | {"cond": cond, "t": t})
+        return pairs | {"cond": cond, "t": t}
 
-        grads, metrics = parallel.gradients(gradients)(
-            denoiser.cast(train_state.generator.params), None, batch
-        )
-        decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
-        generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
-        metrics |= {"grad_norm": norm, "skipped": generator.skipped}
-        return train_state.replace(step=train_state.step + 1, generator=generator), metrics
+    def loss(params, _, arrays):
+        x, eps, t = arrays["image"], arrays["noise"], arrays["t"]
+        x_t = process_lib.add_noise(process, x, eps, t)
+        x_hat = denoiser(params, x_t, t, arrays["cond"])
+        return losses.denoising_loss(denoiser_lib.velocity(x_t, x_hat, t), eps - x)
 
-    return recipes.Recipe(init, train_step)
+    return recipes.single(
+        denoiser,
+        parallel,
+        draw=draw,
+        loss=loss,
+        seed=seed,
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
+    )

@@ -1,10 +1,20 @@
-"""Trains a diffusion model from scratch: the denoising loss of EDM (Karras et al., arXiv 2206.00364, equation 8)."""
+"""Trains a diffusion model from scratch with EDM's denoising loss (Karras et al., arXiv 2206.00364,
+equation 8):
+
+    min E lambda(sigma) || x_hat(x + sigma eps, sigma, cond) - x ||^2,    sigma from the process
+
+That is the plain mean squared error of the network's output, see `Denoiser.output_and_target`; it
+serves every process and prediction.
+"""
 
 import jax
-import jax.numpy as jnp
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, optim, recipes, sharding, state
+from dmd_jax import losses, recipes, sharding
+
+STREAMS = {"images": ("image", "cond")}
+PLOTTED = ("loss",)
+METHOD = None
 
 
 def make(
@@ -18,7 +28,7 @@ def make(
     cond_dropout: float,
     ema_warmup: float = 0.0,
 ) -> recipes.Recipe:
-    """Batches are {"images": {"image": [B, H, W, C], "cond": [B, ...]}}.
+    """Makes the recipe for batches {"images": {"image": [B, H, W, C], "cond": [B, ...]}}.
 
     Args:
       denoiser: the model to be trained.
@@ -26,45 +36,34 @@ def make(
       seed: of noise and times.
       null_cond: the condition that stands for none.
       optimizer: arguments of `optim.adamw`.
-      ema_decay: of the running mean of the parameters, per step; 0 to keep none.
+      ema_decay: of the running mean of the parameters, per step; 0 keeps none.
       cond_dropout: fraction of samples that see `null_cond`, so that the model can be guided.
       ema_warmup: see `optim.warmed_up`; 0 for none.
     """
-    tx = optim.adamw(**optimizer)
-    process = denoiser.process
 
-    def init(params, others=None):
-        return state.TrainState(
-            step=jnp.zeros((), jnp.int32), generator=state.create(params, tx, ema=ema_decay > 0)
-        )
-
-    def gradients(params, frozen, batch):
-        def loss(params):
-            output, target = denoiser.output_and_target(
-                params, batch["image"], batch["eps"], batch["t"], batch["cond"]
-            )
-            return losses.denoising_loss(output, target)
-
-        value, grads = jax.value_and_grad(loss)(params)
-        return grads, {"loss": value}
-
-    def train_step(train_state, batch):
+    def draw(key, batch):
         image, cond = batch["images"]["image"], batch["images"]["cond"]
-        k_t, k_eps, k_drop = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), train_state.step), 3
-        )
-        t = process.sample_t(k_t, image.shape[:1])
-        cond = recipes.drop(k_drop, cond, null_cond, cond_dropout)
-        batch = parallel.split(
-            {"image": image, "cond": cond, "t": t, "eps": jax.random.normal(k_eps, image.shape)}
-        )
+        k_t, k_eps, k_drop = jax.random.split(key, 3)
+        return {
+            "image": image,
+            "cond": recipes.drop(k_drop, cond, null_cond, cond_dropout),
+            "t": denoiser.process.sample_t(k_t, image.shape[:1]),
+            "eps": jax.random.normal(k_eps, image.shape),
+        }
 
-        grads, metrics = parallel.gradients(gradients)(
-            denoiser.cast(train_state.generator.params), None, batch
+    def loss(params, _, arrays):
+        output, target = denoiser.output_and_target(
+            params, arrays["image"], arrays["eps"], arrays["t"], arrays["cond"]
         )
-        decay = optim.warmed_up(ema_decay, ema_warmup, train_state.step)
-        generator, norm = optim.apply_gradients(train_state.generator, grads, tx, ema_decay=decay)
-        metrics |= {"grad_norm": norm, "skipped": generator.skipped}
-        return train_state.replace(step=train_state.step + 1, generator=generator), metrics
+        return losses.denoising_loss(output, target)
 
-    return recipes.Recipe(init, train_step)
+    return recipes.single(
+        denoiser,
+        parallel,
+        draw=draw,
+        loss=loss,
+        seed=seed,
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+        ema_warmup=ema_warmup,
+    )

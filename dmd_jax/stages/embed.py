@@ -8,7 +8,6 @@ import math
 import warnings
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 
@@ -21,12 +20,12 @@ from dmd_jax.weights import digests
 NULL = "null.npy"  # the embedding of the empty text
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
+def done(stage: build.Stage, workdir: storage.Path) -> bool:
     """Whether everything is there, of the captions that the config names and by its encoders."""
-    directory = workdir / stage
+    directory = workdir / stage.name
     if not (directory / records.MANIFEST).exists():
         return False
-    manifest, *_ = _prepare(config, stage, workdir)
+    manifest, *_ = _prepare(stage, workdir)
     records.claim(directory, manifest)
     whole = (
         (directory / NULL).exists()
@@ -36,7 +35,7 @@ def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -
     return whole and "count" in records.read_manifest(directory)
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
+def run(stage: build.Stage, workdir: storage.Path):
     """Writes the shards that are missing, the texts of all rows and the embedding of the empty text.
 
     Every process makes some of the shards, on its own devices.
@@ -44,19 +43,20 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
     Raises:
       ValueError: too many rows cannot be read, the images do not fit the network, or the directory holds other captions.
     """
-    settings, directory = config[stage], workdir / stage
-    manifest, source, encoder = _prepare(config, stage, workdir)
+    settings = stage.settings
+    directory = workdir / stage.name
+    manifest, source, encoder = _prepare(stage, workdir)
     encode_images = None
     if settings.latents:
         encode_images = autoencoder_lib.make_encode(
-            build.autoencoder(config), build.make_local_parallel(config), settings.batch_size
+            stage.run.autoencoder, build.local_parallel(stage), settings.batch_size
         )
     if (directory / records.MANIFEST).exists():
         records.claim(directory, manifest)
     paths, skipped = records.shard_paths(directory, manifest), []
     for first in tqdm.tqdm(
         range(0, len(paths), jax.process_count()),
-        desc=stage,
+        desc=stage.name,
         unit="shard",
         disable=jax.process_index() > 0,
     ):
@@ -72,7 +72,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
         arrays = {"cond": encoder.encode(texts).astype(settings.dtype)} if rows else {}
         if rows and encode_images:
             arrays["image"] = _encode_images(
-                encode_images, rows, manifest["features"]["image"]["shape"], stage
+                encode_images, rows, manifest["features"]["image"]["shape"], stage.name
             )
         records.claim(directory, manifest)  # not before the first shard is known to fit
         cut = [texts[k] for k in encoder.truncated(texts)]
@@ -150,22 +150,22 @@ def _finish(directory, manifest, null):
             )
 
 
-def _prepare(config, stage, workdir):
+def _prepare(stage, workdir):
     """The manifest, the captions and the encoder of text."""
-    settings = config[stage]
+    settings = stage.settings
     source = build.open_source(settings.captions, workdir)
-    encoder = build.make_text_encoder(config, build.make_local_parallel(config))
+    encoder = build.text_encoder(stage.run, build.local_parallel(stage))
     features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
-    autoencoder = build.autoencoder(config) if settings.latents else None
+    autoencoder = None
     if settings.latents:
-        if autoencoder is None or "batch_size" not in settings:
+        if stage.run.autoencoder is None or settings.batch_size is None:
             raise ValueError(
-                f"{stage}: latents need config.autoencoder and {stage}.batch_size, the images encoded at once; set them, or latents=False."
+                f"{stage.name}: latents need config.autoencoder and {stage.name}.batch_size, the "
+                "images encoded at once; set them, or latents=False."
             )
-        autoencoder["checkpoint"] = digests.of_params(
-            autoencoder_lib.load(autoencoder)[1]
-        )  # not where it lies
-        features["image"] = {"shape": list(build.image_shape(config)), "dtype": "float32"}
+        _, params = autoencoder_lib.load(stage.run.autoencoder)
+        autoencoder = stage.run.autoencoder | {"checkpoint": digests.of_params(params)}
+        features["image"] = {"shape": list(stage.image_shape), "dtype": "float32"}
     manifest = {
         "shards": math.ceil(len(source) / settings.shard_size),
         "shard_size": settings.shard_size,

@@ -1,6 +1,6 @@
 """The stage that measures the one-step generator against its teacher: evaluation.json and report.png in the workdir.
 
-As a command it measures images in files: python -m dmd_jax score --help, see evaluate_files.py.
+python -m dmd_jax score measures images in files; see dmd_jax/commands/score.py.
 """
 
 import dataclasses
@@ -9,19 +9,22 @@ import json
 from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
 from dmd_jax import generate
 from dmd_jax.data import captions
 from dmd_jax.encoders import autoencoder as autoencoder_lib
-from dmd_jax.evals import protocols, report, retrieval, suite
+from dmd_jax.evals import protocols, report, retrieval
+from dmd_jax.evals import suite as suite_lib
 from dmd_jax.experiment import build, evaluation
+from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import log, storage, timing
 from dmd_jax.weights import digests, published
 
 SHOWN = 100  # images in the report
+RESULT = "evaluation.json"  # in the directory of the stage
+REPORT = "report.png"
 
 
 class Measured(NamedTuple):
@@ -38,229 +41,227 @@ class Measured(NamedTuple):
     quantize: str = ""
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
-    """Whether evaluation.json is about the checkpoints that are there now, by the same protocol."""
-    path = workdir / "evaluation.json"
-    found = storage.read_json(path) if path.exists() and (workdir / "report.png").exists() else {}
-    return all(found.get(key) == value for key, value in _asked(config, stage, workdir).items())
+def done(stage: build.Stage, workdir: storage.Path) -> bool:
+    """Returns whether the result is about the checkpoints that are there now, by the same protocol."""
+    path = workdir / stage.name / RESULT
+    written = path.exists() and (workdir / stage.name / REPORT).exists()
+    result = storage.read_json(path) if written else {}
+    return all(result.get(key) == value for key, value in _asked(stage, workdir).items())
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
+def run(stage: build.Stage, workdir: storage.Path):
     """Samples all models from the same seeds and measures the images against real ones.
 
     Raises:
       ValueError: a checkpoint or a file is missing, or the batch does not fit the devices.
     """
-    settings, parallel = config[stage], build.make_parallel(config, stage)
-    measuring = evaluation.make_suite(config, settings.protocol, workdir, parallel)
-    asked = _asked(config, stage, workdir)
-    real, conditions, count = (
-        evaluation.reference(config, measuring, workdir),
-        evaluation.conditions(config, workdir),
-        asked["protocol"]["count"],
-    )
-    decode = autoencoder_lib.make_decode(build.autoencoder(config), parallel, settings.batch_size)
-    retrieve = (
-        _retrieval(config, settings, measuring.features, workdir)
-        if settings.get("retrieval")
-        else None
-    )
+    settings = stage.settings
+    parallel = build.parallel(stage)
+    suite = evaluation.make_suite(stage, settings.protocol, workdir, parallel)
+    asked = _asked(stage, workdir)
+    real = evaluation.reference(stage, suite, workdir)
+    conditions = evaluation.conditions(stage, workdir)
+    count = asked["protocol"]["count"]
+    decode = autoencoder_lib.make_decode(stage.run.autoencoder, parallel, settings.batch_size)
+    retrieve = _retrieval(stage, suite.features, workdir) if settings.retrieval else None
 
-    models = _models(config, settings)
-    scores, images, captioned, seconds, nfe = {}, {}, {}, {}, {}
-    first = build.inputs(config, range(settings.batch_size), conditions)
+    models = _models(stage)
+    scores = {}
+    images = {}
+    captioned = {}
+    seconds = {}
+    nfe = {}
+    first = build.inputs(stage, range(settings.batch_size), conditions)
     # Rows of one stage follow one another.
-    load = functools.lru_cache(1)(
-        lambda stage: workdir_lib.load_params(config, f"{{workdir}}/{stage}", workdir)
-    )
+    load = functools.lru_cache(1)(lambda name: _load(stage, name, workdir))
     for name, model in models.items():
-        sample, nfe[name] = _make_sample(
-            config, model, load(model.stage), first, parallel, settings.batch_size, workdir
-        )
+        sample, nfe[name] = _make_sample(stage, model, load(model.stage), first, parallel, workdir)
         draw = lambda inputs, sample=sample: decode(sample(inputs))
         images[name] = draw(first)[:SHOWN]
-        seconds[name] = (
-            timing.median_seconds(functools.partial(draw, first), settings.timing_repeats)
-            / settings.batch_size
-        )
-        ranges = [range(r * count, (r + 1) * count) for r in range(measuring.protocol.ranges)]
+        batch = functools.partial(draw, first)
+        seconds[name] = timing.median_seconds(batch, settings.timing_repeats) / settings.batch_size
+        ranges = [range(r * count, (r + 1) * count) for r in range(suite.protocol.ranges)]
         scores[name] = [
-            evaluation.score(config, measuring, real, draw, indices, conditions, name)
+            evaluation.score(stage, suite, real, draw, indices, conditions, name)
             for indices in ranges
         ]
         if retrieve:
             retrieved, captioned[name] = retrieve(draw)
             scores[name] = [score | retrieved for score in scores[name]]
 
+    trained = dict.fromkeys(model.stage for model in models.values())
     result = asked | {
-        "networks": measuring.digests,
+        "networks": suite.digests,
         "reference_count": real.count,
         "reference_digest": real.origin,
         "reference_agreement": real.agreement,
         "packages": evaluation.packages(),
-        "scores": {name: suite.over_ranges(scores[name]) for name in scores},
-        "straightness": _straightness(config, settings, conditions, parallel, workdir)
-        if "straightness" in settings
-        else {},
-        "training_seconds": {
-            name: log.seconds(workdir / name)
-            for name in dict.fromkeys(model.stage for model in models.values())
-        },
+        "scores": {name: suite_lib.over_ranges(scores[name]) for name in scores},
+        "straightness": _straightness(stage, conditions, parallel, workdir),
+        "training_seconds": {name: log.seconds(workdir / name) for name in trained},
         "seed_ranges": scores,
         "nfe": nfe,
         "seconds_per_image": seconds,
         "speedup": seconds[settings.teacher] / seconds[settings.student],
         "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
     }
-    if floor := evaluation.floor(config, measuring, real, workdir):
+    if floor := evaluation.floor(stage, suite, real, workdir):
         result["scores"]["real"] = floor
     if jax.process_index() == 0:
-        _write(workdir, settings, result, images, captioned)
+        _write(stage, workdir, result, images, captioned)
 
 
-def _write(workdir, settings, result, images, captioned):
-    """The files, and the table."""
-    curves = {name: log.read(workdir / name) for name in (settings.teacher, settings.student)}
+def _load(stage, name, workdir):
+    return workdir_lib.load_params(stage.stages[name], workdir)
+
+
+def _write(stage, workdir, result, images, captioned):
+    """Writes the files, and prints the table."""
+    teacher = stage.settings.teacher
+    student = stage.settings.student
+    directory = workdir / stage.name
+    directory.mkdir(parents=True, exist_ok=True)
+    curves = {name: log.read(workdir / name) for name in (teacher, student)}
     if captioned:
-        with storage.writing(workdir / "captions.png") as file:
-            report.draw_captions(file, captioned, settings.retrieval.credit)
-    with storage.writing(workdir / "report.png") as file:
-        report.draw(
-            file, result, images, curves, teacher=settings.teacher, student=settings.student
-        )
-    storage.write_json(workdir / "evaluation.json", result)
-    print(report.table(result, settings.teacher, settings.student), f"\n{workdir / 'report.png'}")
+        with storage.writing(directory / "captions.png") as file:
+            report.draw_captions(file, captioned, stage.settings.retrieval.credit)
+    with storage.writing(directory / REPORT) as file:
+        report.draw(file, result, images, curves, teacher=teacher, student=student)
+    storage.write_json(directory / RESULT, result)
+    print(report.table(result, teacher, student), f"\n{directory / REPORT}")
 
 
-def _models(config, settings):
-    """What is measured, by name; the teacher and the student may be one."""
-    models = {
-        name: Measured(name, config[name].sampler.to_dict())
-        for name in (settings.teacher, settings.student)
-    }
-    others = {name: Measured(**row.to_dict()) for name, row in settings.get("others", {}).items()}
-    in_order = sorted(
-        others.items(),
-        key=lambda item: (config.stages.index(item[1].stage), item[1].sampler.get("num_steps", 0)),
+def _models(stage):
+    """The models that are measured, by name; the teacher and the student may be one."""
+    settings = stage.settings
+    models = {}
+    for name in (settings.teacher, settings.student):
+        models[name] = Measured(name, dict(stage.stages[name].settings.sampler))
+    order = stage.run.stages
+    others = sorted(
+        settings.others.items(),
+        key=lambda item: (order.index(item[1].stage), item[1].sampler.get("num_steps", 0)),
     )
-    return models | dict(in_order)
+    for name, row in others:
+        models[name] = Measured(row.stage, dict(row.sampler), row.quantize)
+    return models
 
 
-def _make_sample(config, model, params, first, parallel, batch_size, workdir):
-    """`inputs -> images`, or latents, by a model, and the network calls for one; where each has its own number, the mean over `first`."""
-    denoiser = build.make_denoiser(config, model.stage)
+def _make_sample(stage, model, params, first, parallel, workdir):
+    """`inputs -> images`, or latents, by a model, and the network calls for one.
+
+    Where each image has its own number of calls, it is the mean over `first`.
+    """
+    trained = stage.stages[model.stage]
+    batch_size = stage.settings.batch_size
+    denoiser = trained.denoiser
     if model.quantize:
-        denoiser, params = build.quantized(config, model.stage, params, first["cond"])
-    null = build.null_of(config, model.sampler, workdir)
-    sampler = build.build_sampler(denoiser, model.sampler, null, f"a sampler of {model.stage}")
+        denoiser, params = build.quantized(trained, params, first["cond"])
+    null = build.null_for(model.sampler, stage.run, workdir)
+    sampler = build.guided_sampler(denoiser, model.sampler, null, f"a sampler of {model.stage}")
     nfe = sampler.nfe
     if nfe is None:
-        nfe = float(
-            generate.make_sample(sampler._replace(sample=sampler.count), parallel, batch_size)(
-                params, first
-            ).mean()
-        )
+        counting = sampler._replace(sample=sampler.count)
+        calls = generate.make_sample(counting, parallel, batch_size)(params, first)
+        nfe = float(calls.mean())
     return functools.partial(generate.make_sample(sampler, parallel, batch_size), params), nfe
 
 
-def _straightness(config, settings, conditions, parallel, workdir):
+def _straightness(stage, conditions, parallel, workdir):
     """The mean straightness of some stages' flows, whose noise is that of the images."""
-    of, found = settings.straightness, {}
-    inputs = build.inputs(config, range(of.count), conditions)
-    for stage in of.stages:
-        straightness = build.make_straightness(config, stage, workdir, of.num_steps)
+    settings = stage.settings.straightness
+    if not settings:
+        return {}
+    inputs = build.inputs(stage, range(settings.count), conditions)
+    means = {}
+    for name in settings.stages:
+        straightness = build.straightness(stage.stages[name], workdir, settings.num_steps)
         measure = parallel.in_batches(
             "evaluation batch_size",
             lambda params, batch, f=straightness: f(params, batch["z"], batch["cond"]),
-            settings.batch_size,
+            stage.settings.batch_size,
         )
-        found[stage] = float(
-            measure(workdir_lib.load_params(config, f"{{workdir}}/{stage}", workdir), inputs).mean()
-        )
-    return found
+        means[name] = float(measure(_load(stage, name, workdir), inputs).mean())
+    return means
 
 
-def _retrieval(config, settings, features, workdir):
-    """`(inputs -> images) -> (scores, {kind of prompt: (texts, real images, images)})` for prompts of each kind."""
-    gallery = build.open_source(settings.retrieval.gallery, workdir)
+def _retrieval(stage, features, workdir):
+    """Returns a function that scores prompts of each kind.
+
+    It is `(inputs -> images) -> (scores, {kind of prompt: (texts, real images, images)})`.
+    """
+    settings = stage.settings.retrieval
+    gallery = build.open_source(settings.gallery, workdir)
     rows, skipped = captions.readable(gallery, range(len(gallery)))
     captions.refuse_if_many(skipped, len(gallery))
-    texts, real = (
-        [row["text"] for row in rows.values()],
-        np.stack([row["image"] for row in rows.values()]),
-    )
+    texts = [row["text"] for row in rows.values()]
+    real = np.stack([row["image"] for row in rows.values()])
     real_features = features.extract(real)
 
     def retrieve(sample):
-        scores, shown = {}, {}
-        for kind, source in settings.retrieval.prompts.items():
-            prompts = build.make_source(config, source, workdir)
-            chosen = (
-                np.linspace(0, len(prompts) - 1, min(len(prompts), settings.retrieval.count))
-                .astype(int)
-                .tolist()
-            )
+        scores = {}
+        shown = {}
+        for kind, source in settings.prompts.items():
+            prompts = build.checked_source(stage, source, workdir)
+            places = np.linspace(0, len(prompts) - 1, min(len(prompts), settings.count))
+            chosen = places.astype(int).tolist()
             wanted = np.array(prompts.texts)[chosen].tolist()
-            images = np.concatenate(
-                [sample(inputs) for inputs in _inputs(config, settings, chosen, prompts)]
-            )
-            found = retrieval.recall(features.extract(images), wanted, real_features, texts)
-            scores |= {f"{name} {kind}": value for name, value in found.items()}
+            batches = _inputs(stage, chosen, prompts)
+            images = np.concatenate([sample(inputs) for inputs in batches])
+            recall = retrieval.recall(features.extract(images), wanted, real_features, texts)
+            scores |= {f"{name} {kind}": value for name, value in recall.items()}
             shown[kind] = wanted, real[[texts.index(text) for text in wanted]], images
         return scores, shown
 
     return retrieve
 
 
-def _inputs(config, settings, indices, conditions):
-    for start in range(0, len(indices), settings.batch_size):
-        yield build.inputs(config, indices[start : start + settings.batch_size], conditions)
+def _inputs(stage, indices, conditions):
+    batch_size = stage.settings.batch_size
+    for start in range(0, len(indices), batch_size):
+        yield build.inputs(stage, indices[start : start + batch_size], conditions)
 
 
-def _asked(config, stage, workdir):
+def _asked(stage, workdir):
     """Everything that the scores depend on, as it is read back."""
-    settings, autoencoder = config[stage], build.autoencoder(config)
-    protocol = protocols.find(settings.protocol)
-    models, straight = _models(config, settings), settings.get("straightness", {}).get("stages", ())
-    stages = dict.fromkeys((*(model.stage for model in models.values()), *straight))
+    settings = settings_lib.to_dict(stage.settings)
+    autoencoder = stage.run.autoencoder
+    protocol = protocols.find(stage.settings.protocol)
+    models = _models(stage)
+    straight = stage.settings.straightness.stages if stage.settings.straightness else ()
+    names = dict.fromkeys((*(model.stage for model in models.values()), *straight))
+    extras = ("clip", "lpips", "metrics", "retrieval", "straightness")
+    decoder = digests.of_params(autoencoder_lib.load(autoencoder)[1]) if autoencoder else None
     asked = {
-        "protocol": dataclasses.asdict(protocol) | {"count": settings.count or protocol.count},
-        "features": config.features.to_dict(),
-        "conditions": evaluation.digest_of(evaluation.conditions(config, workdir)),
-        "reference": _content(evaluation.filled(config, protocol, "reference"), workdir),
-        "files": _hashes(config, settings, workdir),
-        "extras": {
-            key: settings.get(key) for key in ("clip", "lpips", "retrieval", "straightness")
-        },
-        "autoencoder": digests.of_params(autoencoder_lib.load(autoencoder)[1])
-        if autoencoder
-        else None,
+        "protocol": dataclasses.asdict(protocol) | {"count": settings["count"] or protocol.count},
+        "features": evaluation.features_of(stage),
+        "conditions": evaluation.digest_of(evaluation.conditions(stage, workdir)),
+        "reference": _content(evaluation.filled(stage, protocol, "reference"), workdir),
+        "files": _hashes(stage, workdir),
+        "extras": {key: settings[key] for key in extras},
+        "autoencoder": decoder,
         "seed": build.EVALUATION_SEED,
         "models": {name: model._asdict() for name, model in models.items()},
-        "versions": {name: workdir_lib.version(workdir / name) for name in stages},
-        "guidance": {name: config[name].sampler.get("guidance_scale", 1.0) for name in straight},
+        "versions": {name: workdir_lib.version(workdir / name) for name in names},
+        "guidance": {name: stage.stages[name].guidance_scale for name in straight},
     }
-    return json.loads(json.dumps(asked, default=lambda settings: settings.to_dict()))
+    return json.loads(json.dumps(asked))
 
 
 def _content(settings, workdir):
-    """Sources that know their content by that, wherever they lie; others by their settings."""
-    source = (
-        build.open_source(settings, workdir) if settings and settings.get("path") != "" else None
-    )
-    return (
-        {"source": settings["source"], "digest": source.digest}
-        if getattr(source, "digest", None)
-        else settings
-    )
+    """What a source is known by: its content if it knows that, wherever it lies; else its settings."""
+    if not settings or settings.get("path") == "":
+        return settings
+    digest = getattr(build.open_source(settings, workdir), "digest", None)
+    return {"source": settings["source"], "digest": digest} if digest else settings
 
 
-def _hashes(config, settings, workdir):
-    """Of the files that are named, as far as they are there."""
-    features = build.located(config.features.to_dict(), workdir)
+def _hashes(stage, workdir):
+    """The hashes of the files that are named, as far as they are there."""
+    features = build.located(evaluation.features_of(stage), workdir)
     named = {
-        "statistics": settings.statistics,
-        "lpips": settings.lpips,
+        "statistics": stage.settings.statistics,
+        "lpips": stage.settings.lpips,
         "weights": features.get("weights"),
         "path": features.get("path"),
     }

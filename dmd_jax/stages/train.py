@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import ml_collections
 
 from dmd_jax import generate, lookup, recipes, sharding, state
 from dmd_jax.data import pipeline, pixels
 from dmd_jax.encoders import autoencoder
-from dmd_jax.evals import suite
+from dmd_jax.evals import suite as suite_lib
 from dmd_jax.experiment import build, evaluation
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import accelerators, checkpoint, flops, log, preemption, profiling, storage
@@ -33,71 +32,74 @@ class Step(NamedTuple):
     seconds: dict[str, float]
 
 
-def done(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path) -> bool:
-    """Whether the stage has its last checkpoint.
+def done(stage: build.Stage, workdir: storage.Path) -> bool:
+    """Returns whether the stage has its last checkpoint.
 
     Raises:
-      ValueError: it was trained on other data than there are now, such as pairs that were made again by another teacher.
+      ValueError: it was trained on other data than there are now, such as pairs that were made again
+        by another teacher.
     """
-    if max(checkpoint.all_steps(workdir / stage), default=0) < config[stage].num_steps:
+    directory = workdir / stage.name
+    if max(checkpoint.all_steps(directory), default=0) < stage.settings.num_steps:
         return False
     try:
-        streams = build.make_streams(config, stage, workdir)
+        streams = build.streams(stage, workdir)
     except (ValueError, OSError):  # gone, perhaps to make room
         return True
-    found = checkpoint.read_fingerprint(workdir / stage)
-    if found and not found.startswith(pipeline.fingerprint(streams, seed=config.seed)):
+    fingerprint = checkpoint.read_fingerprint(directory)
+    now = pipeline.fingerprint(streams, seed=stage.run.seed)
+    if fingerprint and not fingerprint.startswith(now):
         raise ValueError(
-            f"{workdir / stage} was trained on other data than its sources have now; use another workdir, or delete it and what was made "
-            "from it to train it again."
+            f"{directory} was trained on other data than its sources have now; use another workdir, "
+            "or delete it and what was made from it to train it again."
         )
     return True
 
 
-def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
-    """Trains `config[stage]` from its newest checkpoint, if any, to `num_steps`.
+def run(stage: build.Stage, workdir: storage.Path):
+    """Trains from the newest checkpoint, if there is one, to the last step.
 
     Raises:
       ValueError: something in the config, the data or the workdir does not fit.
       FloatingPointError: too many updates were not finite.
       Preempted: a machine is wanted back; the step is saved.
     """
-    settings, directory = config[stage], workdir / stage
-    parallel = build.make_parallel(config, stage)
-    streams = build.make_streams(config, stage, workdir)
-    _check(settings, parallel, streams)
-    recipe = build.make_recipe(config, stage, parallel, workdir)
-    params = _first_params(config, stage, parallel, workdir)
-    fingerprint = f"{pipeline.fingerprint(streams, seed=config.seed)}-{digests.of_params((params, recipe.others))}"
+    settings = stage.settings
+    directory = workdir / stage.name
+    parallel = build.parallel(stage)
+    streams = build.streams(stage, workdir)
+    for name, stream in streams.items():
+        parallel.check_batch(f"{name} batch_size", stream.batch_size)
+    recipe = build.recipe(stage, parallel, workdir)
+    params = _first_params(stage, parallel, workdir)
+    of_data = pipeline.fingerprint(streams, seed=stage.run.seed)
+    fingerprint = f"{of_data}-{digests.of_params((params, recipe.others))}"
     manager = checkpoint.open_manager(
         directory, keep=settings.keep_checkpoints, best=settings.best_metric
     )
 
     abstract, shardings = abstract_state(recipe, params, parallel)
     train_state = checkpoint.restore(manager, abstract, fingerprint=fingerprint)
-    if train_state is None and settings.get("continues"):
+    if train_state is None and settings.continues:
         train_state = checkpoint.load_state(workdir / settings.continues, abstract)
     train_state = first_state(recipe, params, shardings, train_state)
     del params  # the state has copies of its own
     start = int(train_state.step)
     loader = pipeline.batches(
-        streams, seed=config.seed, start=start, sharding=parallel.batch_sharding
+        streams, seed=stage.run.seed, start=start, sharding=parallel.batch_sharding
     )
-    preview, score = (
-        _previews(config, stage, workdir, parallel),
-        _scorer(config, stage, workdir, parallel),
-    )
-    writer = log.Writer(directory, name=stage, start=start, num_steps=settings.num_steps)
+    preview = _previews(stage, workdir, parallel)
+    score = _scorer(stage, workdir, parallel)
+    writer = log.Writer(directory, name=stage.name, start=start, num_steps=settings.num_steps)
     with contextlib.closing(writer), checkpoint.closing(manager):
         batch = next(loader)
         compiled = compile_step(recipe.train_step, train_state, batch, shardings)
-        writer.note(
-            ", ".join(f"{what} in {seconds:.1f} s" for what, seconds in compiled.seconds.items())
-            + f", starts at step {start}"
-        )
+        took = ", ".join(f"{what} in {s:.1f} s" for what, s in compiled.seconds.items())
+        writer.note(f"{took}, starts at step {start}")
         watch = _Watch(settings.max_skipped_updates, writer, compiled.operations)
-        agree, stop = preemption.make_agreement(parallel.mesh), False
-        trace = profiling.Trace(config.get("profile"), directory / "profile")
+        agree = preemption.make_agreement(parallel.mesh)
+        stop = False
+        trace = profiling.Trace(stage.run.profile or None, directory / "profile")
         with preemption.deferred() as notice:
             for step in range(start + 1, settings.num_steps + 1):
                 with trace.step(step - start):
@@ -108,7 +110,8 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
                 stop = agree(notice.is_set())
                 batch = next(loader)
                 writer.advance(step)
-                last, scores = step == settings.num_steps, {}
+                last = step == settings.num_steps
+                scores = {}
                 if step % settings.log_every == 0 or last:
                     watch.log(step, values)
                 if preview and (step % settings.preview_every == 0 or last):
@@ -117,6 +120,7 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
                     scores = score(train_state.generator.weights)
                     writer.write(step, scores)
                 if step % settings.checkpoint_every == 0 or last or stop:
+                    watch.flush()  # a run that is killed has all rows up to its last checkpoint
                     writer.flush()
                     checkpoint.save(
                         manager, train_state, step, fingerprint=fingerprint, metrics=scores
@@ -127,13 +131,9 @@ def run(config: ml_collections.ConfigDict, stage: str, workdir: storage.Path):
             checkpoint.wait(manager)
             if stop:
                 raise preemption.Preempted(
-                    f"{stage} was stopped at step {step}, which is saved; run the same command again."
+                    f"{stage.name} was stopped at step {step}, which is saved; "
+                    "run the same command again."
                 )
-
-
-def _check(settings, parallel, streams):
-    for name, stream in streams.items():
-        parallel.check_batch(f"{name} batch_size", stream.batch_size)
 
 
 def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
@@ -177,75 +177,82 @@ def compile_step(train_step: Callable, train_state, batch, shardings) -> Step:
     return Step(program, flops.of_program(traced, program), seconds)
 
 
-def _first_params(config, stage, parallel, workdir):
-    """Those of the stage `init_from`, or random; a network that is made of several of that stage's starts from copies of it."""
-    network, start = build.make_network(config, stage), config[stage].init_from
+def _first_params(stage, parallel, workdir):
+    """The parameters of the stage `init_from`, or random ones.
+
+    A network that is made of several of that stage's starts from copies of it.
+    """
+    network = stage.network
+    start = stage.settings.init_from
     if not start:
-        params = network.init(config.seed)
+        params = network.init(stage.run.seed)
         return sharding.place(params, parallel.state_shardings(params))
-    params = workdir_lib.load_params(config, start, workdir, shardings=parallel.state_shardings)
+    before = stage.stages[start]
+    params = workdir_lib.load_params(before, workdir, shardings=parallel.state_shardings)
     if network.grow and jax.tree.structure(params) != jax.tree.structure(network.abstract):
         return network.grow(params)
-    shapes, expected = (
-        {jax.tree_util.keystr(path): a.shape for path, a in jax.tree.leaves_with_path(t)}
-        for t in (params, network.abstract)
-    )
-    if differing := [
-        path for path in shapes.keys() | expected.keys() if shapes.get(path) != expected.get(path)
-    ]:
+    shapes = _shapes(params)
+    expected = _shapes(network.abstract)
+    paths = shapes.keys() | expected.keys()
+    differing = [path for path in paths if shapes.get(path) != expected.get(path)]
+    if differing:
         raise ValueError(
-            f"the network of {stage} does not fit what {start} has, which it starts from: {len(differing)} parameters differ, such as "
-            f"{min(differing)}; give both the same settings."
+            f"the network of {stage.name} does not fit what {start} has, which it starts from: "
+            f"{len(differing)} parameters differ, such as {min(differing)}; give both the same "
+            "settings."
         )
     return params
 
 
-def _previews(config, stage, workdir, parallel):
+def _shapes(params):
+    return {jax.tree_util.keystr(path): a.shape for path, a in jax.tree.leaves_with_path(params)}
+
+
+def _previews(stage, workdir, parallel):
     """`params -> picture` from the same noise every time, or None if the stage wants none."""
-    settings = config[stage]
+    settings = stage.settings
     if not settings.preview_every:
         return None
-    draw = _make_draw(config, stage, workdir, parallel, settings.preview_images)
-    inputs = build.inputs(
-        config, range(settings.preview_images), evaluation.conditions(config, workdir)
-    )
+    draw = _make_draw(stage, workdir, parallel, settings.preview_images)
+    conditions = evaluation.conditions(stage.evaluation, workdir)
+    inputs = build.inputs(stage, range(settings.preview_images), conditions)
     return lambda params: pixels.grid(draw(params, inputs)[:100])
 
 
-def _make_draw(config, stage, workdir, parallel, batch_size):
+def _make_draw(stage, workdir, parallel, batch_size):
     """`(params, inputs) -> images`"""
     parallel = sharding.Parallel(parallel.mesh)
-    sample = generate.make_sample(build.make_sampler(config, stage, workdir), parallel, batch_size)
-    decode = autoencoder.make_decode(build.autoencoder(config), parallel, batch_size)
+    sampler = build.sampler_for_stage(stage, workdir)
+    sample = generate.make_sample(sampler, parallel, batch_size)
+    decode = autoencoder.make_decode(stage.run.autoencoder, parallel, batch_size)
     return lambda params, inputs: decode(sample(params, inputs))
 
 
-def _scorer(config, stage, workdir, parallel):
-    """`params -> scores` by the protocol of `config[stage].scores`, or None if the stage wants none."""
-    settings = config[stage].get("scores")
-    if not settings:
+def _scorer(stage, workdir, parallel):
+    """`params -> scores` by the protocol of the stage's scores, or None if the stage wants none."""
+    scores = stage.settings.scores
+    if not scores:
         return None
-    measuring = evaluation.make_suite(
-        config, settings.protocol, workdir, sharding.Parallel(parallel.mesh)
-    )
-    real, conditions = (
-        evaluation.reference(config, measuring, workdir),
-        evaluation.conditions(config, workdir),
-    )
-    names, best = (
-        measuring.protocol.named(suite.distances(measuring, real), settings.count),
-        config[stage].best_metric,
-    )
+    measured = stage.evaluation
+    parallel = sharding.Parallel(parallel.mesh)
+    suite = evaluation.make_suite(measured, scores.protocol, workdir, parallel)
+    real = evaluation.reference(measured, suite, workdir)
+    conditions = evaluation.conditions(measured, workdir)
+    names = suite.protocol.named(suite_lib.distances(suite, real), scores.count)
+    best = stage.settings.best_metric
     if best not in ("", *names):
         raise ValueError(
-            f"no distance {best!r} for best_metric, which keeps the lowest{lookup.nearest(best, list(names))}; there are: "
-            f"{', '.join(names)}."
+            f"no distance {best!r} for best_metric, which keeps the lowest"
+            f"{lookup.nearest(best, list(names))}; there are: {', '.join(names)}."
         )
-    draw = _make_draw(config, stage, workdir, parallel, config.evaluate.batch_size)
+    draw = _make_draw(stage, workdir, parallel, measured.settings.batch_size)
 
-    return lambda params: evaluation.score(
-        config, measuring, real, functools.partial(draw, params), range(settings.count), conditions
-    )
+    def score(params):
+        of_params = functools.partial(draw, params)
+        indices = range(scores.count)
+        return evaluation.score(measured, suite, real, of_params, indices, conditions)
+
+    return score
 
 
 class _Watch:

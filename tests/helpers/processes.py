@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from tests.helpers import xla
+
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",
@@ -20,8 +22,8 @@ def environment(devices=1):
     cache = os.environ.get(
         "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests")
     )
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false"
-    return os.environ | SETTINGS | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": cache}
+    flags = {"XLA_FLAGS": xla.flags(devices), "JAX_COMPILATION_CACHE_DIR": cache}
+    return os.environ | SETTINGS | flags
 
 
 def start(workdir, *arguments, processes=1, devices=1, heartbeat=10, extra=((),), **env):
