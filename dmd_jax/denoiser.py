@@ -60,6 +60,15 @@ def flow_to_data(process: process_lib.Process, t: jax.Array) -> Coefficients:
     return flow(process, t)._replace(out=process.sigma(t))
 
 
+PROCESSES = {
+    edm: (process_lib.EDM,),
+    eps: (process_lib.EDM, process_lib.VP),  # a flow has alpha 0 at t_max, by which it divides
+    v: (process_lib.VP,),
+    flow: (process_lib.RectifiedFlow,),
+    flow_to_data: (process_lib.RectifiedFlow,),
+}  # those that each prediction is defined for
+
+
 def rectified(process: process_lib.Process, prediction: Callable) -> Callable:
     """Returns the prediction with which a network of `process` and `prediction` serves as a flow.
 
@@ -103,6 +112,17 @@ class Denoiser:
     prediction: Callable = edm
     cast: Callable = lambda params: params
 
+    def __post_init__(self):
+        """Raises ValueError if one of our predictions is undefined for one of our processes."""
+        kind = type(self.process)
+        fitting = [prediction for prediction, kinds in PROCESSES.items() if kind in kinds]
+        if fitting and self.prediction in PROCESSES and self.prediction not in fitting:
+            names = " or ".join(prediction.__name__ for prediction in fitting)
+            raise ValueError(
+                f"the prediction {self.prediction.__name__} does not fit the process "
+                f"{kind.__name__}; expected {names}, or a function of your own."
+            )
+
     def __call__(self, params, x_t: jax.Array, t: jax.Array, cond=None) -> jax.Array:
         """Predicts the clean image of `x_t` [B, H, W, C] at times `t` [B], in float32."""
         skip, out, in_, noise = self._coefficients(x_t, t)
@@ -124,7 +144,12 @@ class Denoiser:
         return *(process_lib.expand(c, x) for c in (skip, out, in_)), noise
 
     def _network(self, params, x, noise, cond):
-        return self.network(params, x, noise, cond).astype(jnp.float32)
+        output = self.network(params, x, noise, cond)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network made {output.shape} of {x.shape}; expected the shape of its input."
+            )
+        return output.astype(jnp.float32)
 
 
 def one_step(denoise: Callable, process: process_lib.Process) -> Callable:

@@ -94,7 +94,12 @@ class Parallel:
         """Constrains the arrays of `tree` to be split along their first axis.
 
         Random arrays must pass through here; otherwise every device would draw all of them.
+
+        Raises:
+          ValueError: the devices cannot share the batch evenly.
         """
+        for size in sorted({len(a) for a in jax.tree.leaves(tree)}):
+            self.check_batch("batch_size", size)
         return jax.lax.with_sharding_constraint(tree, self.batch_sharding)
 
     @property

@@ -32,7 +32,6 @@ PAIRS = {
         denoiser_lib.flow_to_data,
         lambda alpha, sigma: X - EPS,
     ),
-    "flow-eps": (process_lib.RectifiedFlow(), denoiser_lib.eps, lambda alpha, sigma: EPS),
 }
 
 
@@ -134,6 +133,30 @@ def test_generator_is_the_denoiser_at_the_noisiest_time(name, prior, t):
         samplers.one_step(denoiser, denoiser.process).sample(0.5, z, cond),
         denoiser(0.5, prior * z, jnp.full(len(z), float(t)), cond),
     )
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction", "expected"),
+    [
+        (process_lib.RectifiedFlow(), denoiser_lib.edm, "flow or flow_to_data"),
+        (process_lib.RectifiedFlow(), denoiser_lib.eps, "flow or flow_to_data"),
+        (process_lib.EDM(), denoiser_lib.flow, "edm or eps"),
+        (process_lib.VP(), denoiser_lib.flow, "eps or v"),
+    ],
+)
+def test_a_prediction_that_does_not_fit_the_process_is_refused(process, prediction, expected):
+    message = (
+        f"^the prediction {prediction.__name__} does not fit the process "
+        f"{type(process).__name__}; expected {expected}, or a function of your own.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        denoiser_lib.Denoiser(returns_its_params, process, prediction)
+
+
+def test_a_network_that_changes_the_shape_is_refused():
+    denoiser = denoiser_lib.Denoiser(returns_its_params, process_lib.EDM())
+    with pytest.raises(ValueError, match=r"the network made \(2, 4\) of \(2, 1, 1, 4\)"):
+        denoiser(jnp.ones((2, 4)), jnp.ones((2, 1, 1, 4)), jnp.ones(2))
 
 
 def test_epsilon_round_trip_at_999():

@@ -130,6 +130,11 @@ def test_batches_that_can_be_split():
     parallel(2, 4, accumulation=2).check_batch("batch_size", 32)
 
 
+def test_split_refuses_a_batch_that_cannot_be_split():
+    with pytest.raises(ValueError, match=r"^batch_size 12 is not divisible by 8 devices; use 8"):
+        parallel(8, 1, 1).split({"even": np.zeros(16), "odd": np.zeros(12)})
+
+
 def test_make_mesh():
     assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1}
     assert dict(sharding.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import chex
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dmd_jax
 from dmd_jax import generate, lookup, main, sharding
 from dmd_jax.data import digits, records
 from dmd_jax.data import images as images_lib
@@ -447,6 +450,22 @@ def test_images_of_labels(finished):
     np.testing.assert_allclose(model([3], seed=1)[0], images[0], atol=1e-5)
     with pytest.raises(ValueError, match="expected labels from 0 to 9"):
         model(["three"])
+
+
+def test_load_is_on_the_packages_face(finished):
+    images = dmd_jax.load(finished, stage="teacher", sampler=dict(num_steps=2))([3])
+    assert images.shape == (1, 8, 8, 1)
+    assert dmd_jax.__all__ == ["__version__", "load"]
+    with pytest.raises(ValueError, match="absent"):
+        dmd_jax.load(str(finished / "absent"))
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, dmd_jax; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout == "False False\n"
 
 
 def as_flow(config, workdir):
