@@ -285,31 +285,6 @@ def _normal_cdf_jvp(primals, tangents):
     return _normal_cdf(x), density * dx
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """Returns x Phi(x), the exact GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
-
-    It is jax.nn.gelu(approximate=False) with a derivative that works inside jax.shard_map.
-    """
-    return x * _normal_cdf(x)
-
-
-# Its derivative is stated because jax 0.12 cannot differentiate erf and erfc inside jax.shard_map:
-# "Primitive polynomial requires varying manual axes to match".
-@jax.custom_jvp
-def _normal_cdf(x):
-    """Returns Phi(x), the cumulative distribution function of the standard normal distribution."""
-    return 0.5 * jax.lax.erfc(-x * np.sqrt(0.5).astype(x.dtype))
-
-
-@_normal_cdf.defjvp
-def _normal_cdf_jvp(primals, tangents):
-    """Returns Phi(x) and phi(x) dx, where phi is the density."""
-    (x,) = primals
-    (dx,) = tangents
-    density = np.sqrt(0.5 / np.pi).astype(x.dtype) * jnp.exp(-0.5 * x**2)
-    return _normal_cdf(x), density * dx
-
-
 def zeros(rng, shape):
     """Returns zeros."""
     return np.zeros(shape)
