@@ -65,6 +65,7 @@ setup(
         "torch": TORCH,  # what tests and benchmarks compare with
         "dev": ["pre-commit>=4", "pyright>=1.1.400"],  # see CONTRIBUTING.md
         "test": TEST + DIGITS + EVAL + EMOJI + GCS + TORCH,
+        "test_without_torch": TEST + DIGITS + EVAL + EMOJI + GCS,
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
     },
