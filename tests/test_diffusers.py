@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from dmd_jax import denoiser, lookup, process, sharding
 from dmd_jax.models import clip_text
+from dmd_jax.recipes.dmd import METHOD
 from dmd_jax.weights import diffusers, diffusers_files, diffusers_write, state_dict
 from tests.helpers import sd
 
@@ -234,7 +235,7 @@ def test_written_directory_samples_in_one_step(tmp_path, prediction):
     network, params = load(teacher, "unet")
     params = jax.tree.map(lambda a: 1.1 * a, params)
     out = tmp_path / "out"
-    diffusers_write.write(out, teacher, params, base_model="owner/name")
+    diffusers_write.write(out, teacher, params, base_model="owner/name", method=METHOD)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out",
         "teacher",
@@ -278,7 +279,7 @@ def test_written_directory_samples_in_one_step(tmp_path, prediction):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_written_weights(plain, tmp_path, dtype):
     _, params = load(plain, "unet")
-    diffusers_write.write(tmp_path / "out", plain, params, dtype=dtype)
+    diffusers_write.write(tmp_path / "out", plain, params, dtype=dtype, method=METHOD)
     _, tensors = diffusers.unet(tmp_path / "out")
     assert {tensors[name].dtype.name for name in tensors} == {dtype}
     chex.assert_trees_all_close(
@@ -311,7 +312,9 @@ def test_shards_and_variants_are_copied(tmp_path):
         teacher / "vae", variant="fp16", max_shard_size="200KB"
     )
     (teacher / "vae/diffusion_pytorch_model.fp16.safetensors").unlink(missing_ok=True)
-    diffusers_write.write(tmp_path / "out", teacher, load(teacher, "unet")[1], dtype="float16")
+    diffusers_write.write(
+        tmp_path / "out", teacher, load(teacher, "unet")[1], dtype="float16", method=METHOD
+    )
     assert (tmp_path / "out/text_encoder/model.safetensors").exists()
     chex.assert_trees_all_equal(load(tmp_path / "out", "vae")[1], load(teacher, "vae")[1])
     sd.diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -338,23 +341,16 @@ def test_what_is_not_written(plain, copy, tmp_path):
             params,
             {"dtype": "int8"},
         ),
-        (
-            "no method 'gan'; there are: dmd, distil, reflow",
-            "out",
-            plain,
-            params,
-            {"method": "gan"},
-        ),
         ("no finite float16: .*; use another dtype", "out", plain, huge, {"dtype": "float16"}),
         (r"does not fit .*: missing conv_in\.bias; .*unused conv_new", "out", plain, less, {}),
         (r"conv_in\.bias has shape \(4, 4\), expected \(16,\)", "out", plain, other, {}),
         (r"has no unet/, vae/.*; expected a whole directory", "out", plain / "unet", params, {}),
     ):
         with pytest.raises(ValueError, match=message):
-            diffusers_write.write(tmp_path / out, teacher, content, **options)
+            diffusers_write.write(tmp_path / out, teacher, content, **options, method=METHOD)
     next((copy / "text_encoder").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"text_encoder has no weights"):
-        diffusers_write.write(tmp_path / "out", copy, params)
+        diffusers_write.write(tmp_path / "out", copy, params, method=METHOD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "full"]  # nothing half done
 
 

@@ -12,6 +12,7 @@ from dmd_jax.commands import export
 from dmd_jax.experiment import configs
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
+from dmd_jax.recipes.dmd import METHOD
 from dmd_jax.runtime import storage
 from dmd_jax.stages import import_weights
 from dmd_jax.weights import diffusers, diffusers_write, state_dict
@@ -274,7 +275,7 @@ def test_what_is_not_exported(student, tmp_path):
         (
             "distil",
             {"recipe.name": "teacher"},
-            "no method 'teacher'; there are: dmd, distil, reflow",
+            "was trained by teacher, which makes no one-step generator",
         ),
         (
             "distil",
@@ -305,7 +306,7 @@ def test_the_other_sign_is_exact(instaflow, tmp_path, dtype):
             instaflow,
             params,
             dtype=dtype,
-            method="reflow",
+            method=METHOD,
             trained_for=trained_for,
         )
     same, other = (

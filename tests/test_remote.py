@@ -10,6 +10,7 @@ import pytest
 from dmd_jax import __main__, lookup, main
 from dmd_jax.data import captions, fashion_mnist, folder, pixels, records, tfds
 from dmd_jax.encoders import tokenizer
+from dmd_jax.recipes.dmd import METHOD
 from dmd_jax.runtime import checkpoint, log, storage
 from dmd_jax.stages import import_weights
 from dmd_jax.weights import (
@@ -241,8 +242,8 @@ def test_a_generator_from_and_to_a_bucket(bucket, plain, tmp_path):
     )
     (plain / "README.md").write_text("---\nlicense: mit\n---\n")
     (plain / "LICENSE").write_text("of those")
-    diffusers_write.write("gs://bucket/out", upload(plain, "sd"), params)
-    diffusers_write.write(tmp_path / "out", plain, params, base_model="sd")
+    diffusers_write.write("gs://bucket/out", upload(plain, "sd"), params, method=METHOD)
+    diffusers_write.write(tmp_path / "out", plain, params, base_model="sd", method=METHOD)
     assert below(storage.local("gs://bucket/out")) == below(tmp_path / "out")
     assert diffusers.is_one_step("gs://bucket/out") and list(bucket)[-1].count("/") == 1
 

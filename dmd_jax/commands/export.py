@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 
+from dmd_jax.experiment import build
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_write, edm
@@ -46,6 +47,12 @@ def export(
                 f"{stage.name!r} has trained nothing; use the directory that it was imported from, "
                 f"{teacher}."
             )
+        method = build.method(stage).METHOD
+        if method is None:
+            raise ValueError(
+                f"{stage.name!r} was trained by {stage.settings.recipe['name']}, which makes no "
+                "one-step generator; export a student."
+            )
         process = stage.denoiser.process
         trained_for = {
             "process": {"name": type(process).__name__} | dataclasses.asdict(process),
@@ -55,7 +62,7 @@ def export(
             dtype=dtype,
             base_model=base_model or _teacher_name(stage),
             trained_for=trained_for,
-            method=stage.settings.recipe["name"],
+            method=method,
         )
         diffusers_write.write(out, teacher, load(), **options)
     elif (

@@ -48,15 +48,23 @@ def _cells(scores, names):
 
 
 def draw(
-    path: str | os.PathLike, result: dict, images: dict, curves: dict, *, teacher: str, student: str
+    path: str | os.PathLike,
+    result: dict,
+    images: dict,
+    curves: dict,
+    losses: dict,
+    *,
+    teacher: str,
+    student: str,
 ):
-    """Grids of both models from the same noise and conditions, the scores, the losses and the scores over time.
+    """Draws images of both models from the same noise, the scores, and losses and scores over time.
 
     Args:
       path: of the PNG file.
       result: what evaluation.json holds.
       images: of each model, [N, H, W, C]; the first 100 are shown.
       curves: rows of each model's metrics.jsonl.
+      losses: names of the metrics of each model that are drawn.
       teacher: name of a model.
       student: name of a model.
     """
@@ -75,13 +83,8 @@ def draw(
             f"{_describe(name, result)}, {1e3 * result['seconds_per_image'][name]:.3f} ms an image"
         )
         axes[key].axis("off")
-    _plot(axes["c"], curves[teacher], ("loss",), f"{teacher}: loss")
-    _plot(
-        axes["d"],
-        curves[student],
-        ("matching", "regression", "fake_score", "loss"),
-        f"{student}: losses",
-    )
+    _plot(axes["c"], curves[teacher], losses[teacher], f"{teacher}: loss")
+    _plot(axes["d"], curves[student], losses[student], f"{student}: losses")
     scored = next(
         (
             list(row)

@@ -124,13 +124,19 @@ def _write(stage, workdir, result, images, captioned):
     directory = workdir / stage.name
     directory.mkdir(parents=True, exist_ok=True)
     curves = {name: log.read(workdir / name) for name in (teacher, student)}
+    losses = {name: _losses(stage.stages[name]) for name in (teacher, student)}
     if captioned:
         with storage.writing(directory / "captions.png") as file:
             report.draw_captions(file, captioned, stage.settings.retrieval.credit)
     with storage.writing(directory / REPORT) as file:
-        report.draw(file, result, images, curves, teacher=teacher, student=student)
+        report.draw(file, result, images, curves, losses, teacher=teacher, student=student)
     storage.write_json(directory / RESULT, result)
     print(report.table(result, teacher, student), f"\n{directory / REPORT}")
+
+
+def _losses(stage):
+    """The names of the metrics that a report draws of a stage."""
+    return build.method(stage).PLOTTED if stage.settings.program == "train" else ()
 
 
 def _models(stage):

@@ -50,17 +50,6 @@ FLOW = (
     }
 )
 NEGATED = "_negated"  # in scheduler_config.json: whether the last convolution was written with the other sign
-METHODS = {  # by recipe: how a card calls it, and its tags
-    "dmd": ("Distribution Matching Distillation (https://arxiv.org/abs/2311.18828)", "dmd"),
-    "distil": (
-        "distillation on pairs of an ODE as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)",
-        "instaflow",
-    ),
-    "reflow": (
-        "reflow as in InstaFlow (rectified flow, https://arxiv.org/abs/2309.06380)",
-        "rectified-flow",
-    ),
-}
 CARD = """---
 {front}library_name: diffusers
 pipeline_tag: text-to-image
@@ -101,7 +90,7 @@ def write(
     base_model: str | None = None,
     variant: str | None = None,
     trained_for: dict | None = None,
-    method: str = "dmd",
+    method: tuple[str, str],
 ):
     """Writes the directory `out`, whole or not at all.
 
@@ -113,7 +102,7 @@ def write(
       base_model: the teacher's name, best that on the hub; None: that of its directory.
       variant: of the teacher's weight files.
       trained_for: process and prediction of the generator, as `diffusers.scheduler` has them; None: those of the teacher.
-      method: the recipe that trained it, one of METHODS.
+      method: what trained it, as a card calls it, and its tag: a `recipes.Method`.
 
     Raises:
       ValueError: `out` is not empty, the teacher's directory is not complete, the parameters do not fit it or `dtype`, or diffusers has
@@ -121,9 +110,8 @@ def write(
     """
     check_vacant(out, teacher)
     teacher = storage.path(teacher)
-    for name, value, choices in (("dtype", dtype, DTYPES), ("method", method, METHODS)):
-        if value not in choices:
-            raise ValueError(f"no {name} {value!r}; there are: {', '.join(choices)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
     if missing := [
         name
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -275,7 +263,7 @@ def _card(teacher, base_model, method, scheduler):
         if name
         else UNKNOWN.format(base_model=base_model)
     )
-    method, tag = METHODS[method]
+    method, tag = method
     flow = CARD_OF_FLOW if scheduler["_class_name"] == FLOW["_class_name"] else ""
     front = "".join(f"{line}\n" for line in front)
     return CARD.format(
