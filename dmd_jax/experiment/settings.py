@@ -51,17 +51,15 @@ class Mesh:
 class Run:
     """What the stages of a run share."""
 
-    stages: tuple = (
-        setting()
-    )  # their names, in the order in which they run; each is a key of its own
+    # Their names, in the order in which they run; each is a key of its own.
+    stages: tuple = setting()
     network: dict = setting()  # of a function in dmd_jax/models
     process: dict = setting()  # of a class in dmd_jax/process.py
     prediction: str = setting()  # what the network predicts, see dmd_jax/denoiser.py
     seed: int = setting(0, least=0)  # of everything
     mesh: Mesh = setting({}, may_change=True)
-    null_cond: int | str | None = setting(
-        None
-    )  # the label, or the file, that stands for no condition
+    # The label, or the file, that stands for no condition.
+    null_cond: int | str | None = setting(None)
     features: dict = setting({}, may_change=True)  # what protocols leave open of their features
     text: dict | None = setting(None)  # of a function in dmd_jax/encoders; None without texts
     # {"checkpoint": a diffusers directory, ...}; None where networks see images.

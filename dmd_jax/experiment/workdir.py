@@ -133,7 +133,8 @@ def version(directory: storage.Path) -> int | str | None:
 LOCK = "lock"  # in the workdir
 
 
-# What may change between two runs in one workdir: lengths, intervals, where it runs, further rows of an evaluation, and where files of
+# What may change between two runs in one workdir: lengths, intervals, where it runs, further rows
+# of an evaluation, and where files of
 # others lie, whose content is compared by digests.
 
 

@@ -1,9 +1,12 @@
 """What a compiled program moves, read from the text that XLA gives of it.
 
-An instruction in the body of a loop counts as often as the loop runs, and one that is split into a start and a done counts once. With S the
-bytes of the whole array, before it is scattered or after it is gathered, each of n devices sends at least
+An instruction in the body of a loop counts as often as the loop runs, and one that is split into a
+start and a done counts once. With S the bytes of the whole array, before it is scattered or after it
+is gathered, each of n devices sends at least
 
-    all-gather, reduce-scatter, all-to-all: S (n - 1) / n        all-reduce: 2 S (n - 1) / n        collective-permute: S
+    all-gather, reduce-scatter, all-to-all    S (n - 1) / n
+    all-reduce                                2 S (n - 1) / n
+    collective-permute                        S
 
 as rings do (Patarasuk & Yuan, J. Parallel Distrib. Comput. 69, 2009).
 """
@@ -20,7 +23,8 @@ HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*\{$")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{(.*?)\}"
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
+    r"|branch_computations=\{(.*?)\}"
 )
 CONTROL = ("while", "call", "conditional")
 NO_TRAFFIC = (
@@ -35,7 +39,10 @@ NO_TRAFFIC = (
 
 
 class Instruction(NamedTuple):
-    """A line of the program: `name = type opcode(operands), attributes`, a constant has a value in their place."""
+    """A line of the program: `name = type opcode(operands), attributes`.
+
+    A constant has its value in the place of operands.
+    """
 
     name: str
     type: str
@@ -50,10 +57,12 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      groups: of devices that exchange with one another, by their places in the mesh; pairs for collective-permute.
+      groups: of devices that exchange with one another, by their places in the mesh; pairs for
+        collective-permute.
       size: bytes of the whole arrays.
       count: how often a run of the program does it.
-      source: where it comes from, as jax names it; empty where the compiler has put it in or joined several.
+      source: where it comes from, as jax names it; empty where the compiler has put it in or
+        joined several.
     """
 
     kind: str
@@ -104,7 +113,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def repetition(text: str) -> float:
-    """Bytes that instructions read and write, each loop counted as often as it runs, over the same with every loop counted once."""
+    """Returns the ratio of bytes read and written with loops counted fully, and counted once."""
     computations, once, repeated = _parse(text), 0, 0
     for computation, count in _calls(computations, CONTROL):
         sizes = {i.name: _bytes(i.type) for i in computations[computation]}
@@ -152,7 +161,10 @@ def _closing(text):
 
 
 def _calls(computations, opcodes=None, name="", times=1) -> Iterator[tuple[str, int | None]]:
-    """Each computation with how often it runs, None if unknown, once for each place that calls it; only what `opcodes` call, if given."""
+    """Yields each computation, once for each place that calls it, with how often it runs.
+
+    It is None where that is unknown. Only what `opcodes` call counts, if they are given.
+    """
     yield name, times
     for i in computations[name]:
         if opcodes and i.opcode not in opcodes:
@@ -164,7 +176,7 @@ def _calls(computations, opcodes=None, name="", times=1) -> Iterator[tuple[str, 
 
 
 def _trips(loop, computations):
-    """As the compiler says, or the one constant that the counter of a loop from 0 is compared with."""
+    """Returns how often a loop runs, as the compiler says or by the constant of its condition."""
     if found := re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes):
         return int(found[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)[1]
@@ -192,7 +204,7 @@ def _result(i):
 
 
 def _bytes(type):
-    """Of all arrays of a type; a bit or four bits take what their number says, but for booleans, which take a byte."""
+    """Returns the bytes of all arrays of a type; a boolean takes a byte."""
     total = 0
     for dtype, shape in ARRAY.findall(type):
         bits = re.search(r"\d+", dtype)

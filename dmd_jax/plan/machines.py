@@ -1,4 +1,4 @@
-"""Machines that need not be there, by name, as devices to compile for: TPU slices, GPUs, CPU devices."""
+"""Machines to compile for, by name, which need not be there: TPU slices, GPUs, CPU devices."""
 
 import contextlib
 import importlib.metadata
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dmd_jax.runtime import accelerators
 
+# Chips.
 FLAT = {
     1: "1x1",
     4: "2x2",
@@ -23,7 +24,8 @@ FLAT = {
     64: "8x8",
     128: "8x16",
     256: "16x16",
-}  # chips
+}
+# Cores, 2 a chip.
 DEEP = {
     8: "2x2x1",
     16: "2x2x2",
@@ -33,7 +35,7 @@ DEEP = {
     256: "4x4x8",
     512: "4x8x8",
     1024: "8x8x8",
-}  # cores, 2 a chip
+}
 SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": DEEP}
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -43,19 +45,24 @@ QUIET = {
 }
 QUIET |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # no chip is used
 PER_HOST = 8  # GPUs
-GPUS = {  # what XLA asks of a GPU: multiprocessors, bytes of shared memory in each, capability, units of each, bytes of L2, GHz
+# What XLA asks of a GPU: multiprocessors, bytes of shared memory in each, capability, units of
+# each, bytes of L2, GHz.
+GPUS = {
     "a100": (108, 167_936, (8, 0), 64, 40 * 2**20, 1.41),
     "h100": (132, 233_472, (9, 0), 128, 50 * 2**20, 1.98),
     "h200": (132, 233_472, (9, 0), 128, 50 * 2**20, 1.98),
 }
 GPU_CONFIG = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  threads_per_core_limit: 2048 shared_memory_per_block: 49152
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: {cores} shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin} fpus_per_core: {units}
+  core_count: {cores} shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {optin} fpus_per_core: {units}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
-  memory_bandwidth: {bandwidth} device_memory_size: {memory} l2_cache_size: {cache} clock_rate_ghz: {clock}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  l2_cache_size: {cache} clock_rate_ghz: {clock}
 }}
 platform_name: "CUDA" device_description_str: "{kind}"
 dnn_version_info {{ major: 9 minor: 7 }} runtime_version {{ major: 13 }}
@@ -134,7 +141,7 @@ def _tpu(name, size):
 
 
 def _usable(device):
-    """Bytes of a TPU's memory that its compiler gives to programs: what it says of one that is far too large."""
+    """Returns the bytes that a TPU's compiler gives to programs, by what it says of a huge one."""
     everywhere = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     try:
         jax.jit(lambda x: x + 1).lower(
@@ -146,7 +153,7 @@ def _usable(device):
 
 
 def too_large(message: str) -> tuple[float, float] | None:
-    """Bytes needed and bytes there, from the message of a compiler that ran out of memory; None if it is another message."""
+    """Returns the bytes needed and there, from a compiler's message; None if it is another one."""
     for pattern in (
         r"Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm",
         r"\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)",
@@ -169,12 +176,12 @@ def _gpu(count, name):
     ):
         version = jax.__version__
         raise ValueError(
-            'the compiler for GPUs is not installed; run: pip install "dmd_jax[cuda13]", or, enough to compile, '
+            'the compiler for GPUs is not installed; run: pip install "dmd_jax[cuda13]", or, enough '
+            "to compile, "
             f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
         )
-    os.environ.setdefault(
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1"
-    )  # which wants all of CUDA's libraries
+    # Which wants all of CUDA's libraries.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")
     chip, (cores, shared, (major, minor), units, cache, clock) = (
         accelerators.CHIPS[name],
@@ -197,10 +204,10 @@ def _gpu(count, name):
     devices = topologies.get_topology_desc(
         platform="cuda", target_config=GPU_CONFIG.format(**settings), topology=shape
     ).devices
-    about = f"{count} x {chip.kinds[0]}, jax's CUDA plugin; without the workspaces that cuDNN asks for on a real one"
-    fraction = float(
-        os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)
-    )  # what jax takes of a GPU's memory
+    about = f"{count} x {chip.kinds[0]}, jax's CUDA plugin; "
+    about += "without the workspaces that cuDNN asks for on a real one"
+    # What jax takes of a GPU's memory.
+    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     about += f"; {fraction:.0%} of its memory, as XLA_PYTHON_CLIENT_MEM_FRACTION says"
     options = {"xla_gpu_autotune_level": 0}  # there is nothing to try algorithms on
     return Target(f"gpu:{count}x{name}", devices, chip, about, fraction * chip.memory, options)
@@ -216,5 +223,6 @@ def _cpu(count):
             f"jax has started with {len(devices)} CPU devices; cpu:{count} needs a process of its "
             "own."
         )
-    about = f"{count} CPU devices; memory and traffic are those of the compiler for CPUs, which computes in float32 what is bfloat16"
+    about = f"{count} CPU devices; memory and traffic are those of the compiler for CPUs, "
+    about += "which computes in float32 what is bfloat16"
     return Target(f"cpu:{count}", devices[: int(count)], None, about, None, {})

@@ -1,4 +1,4 @@
-"""What stands in for the data, the weights and the files of others where only their shapes matter: all of it at random."""
+"""Random data, weights and files, for where only their shapes matter."""
 
 import json
 import pathlib
@@ -55,7 +55,7 @@ def batch_sizes(stage: build.Stage) -> dict[str, int]:
 
 
 def random_params(abstract: dict) -> dict:
-    """Weights on the device, made one array after another. None of them is 0, unlike in a fresh network."""
+    """Draws weights on the device, one array after another; none is 0, unlike in a fresh network."""
     rng = np.random.default_rng(0)
 
     def draw(path, a):

@@ -1,4 +1,4 @@
-"""What dmd_jax/plan.py has found, in words; what is derived from compiled and counted figures is derived here."""
+"""A plan in words; what is derived from compiled and counted figures is derived here."""
 
 import itertools
 import re
@@ -33,7 +33,8 @@ class Plan(NamedTuple):
       memory: {part: bytes} while a step runs, compiled; only "total" if it does not fit.
       fits: whether the memory is enough; None if that is not known.
       operations: of convolutions and matrix products, counted.
-      compiled_operations: of all, by the compiler, with what its loops repeat; None where it does not say.
+      compiled_operations: of all, by the compiler, with what its loops repeat; None where it does
+        not say.
       accessed: bytes read and written, likewise.
       collectives: of the program.
     """
@@ -142,13 +143,15 @@ def _sent(plan):
             f"  {kind:<20}{name:<7}{among:>6}{count:>7}{size / 1e6:>11.3f}{sent / 1e6:>11.3f}  "
             f"{what}"
         )
-    total, whole = sum(c.sent for c in plan.collectives), 4 * plan.parameters
-    share = f"the parameters of one network are {whole / 1e6:.3f} MB in float32: {total / whole:.2f} times"
+    total = sum(c.sent for c in plan.collectives)
+    whole = 4 * plan.parameters
+    share = f"the parameters of one network are {whole / 1e6:.3f} MB in float32: "
+    share += f"{total / whole:.2f} times"
     return [*lines, f"  each chip sends {total / 1e6:.3f} MB; {share}"]
 
 
 def axis(groups: frozenset, mesh: jax.sharding.Mesh) -> str:
-    """The axes of the mesh along which devices exchange: one by its name, "all" for all, "other" if they are none."""
+    """Returns the axis of the mesh along which devices exchange: its name, "all" or "other"."""
     places = np.arange(mesh.size).reshape(mesh.devices.shape)
     names = [name for name, n in mesh.shape.items() if n > 1]
     for taken in itertools.chain.from_iterable(
@@ -166,7 +169,7 @@ def axis(groups: frozenset, mesh: jax.sharding.Mesh) -> str:
 
 
 def bounds(plan: Plan, machine: machines.Target) -> dict[str, float]:
-    """Seconds that a step takes at least, for each of the chip's limits of which a figure is known; derived."""
+    """Derives the least seconds of a step, for each of the chip's limits that is known."""
     chip = machine.chip
     if not chip:
         return {}

@@ -1,9 +1,9 @@
-"""A training step for a machine that need not be there: what it takes of each chip, and what no step can be faster than.
+"""A training step for a machine that need not be there: what it takes, and how fast it can be.
 
-The program is the one that the stage trains with, compiled ahead of time for the machine's devices. Figures are compiled (the compiler's),
-counted (from shapes or from the program's text) or derived from such; a step takes at least
+The program is the one that the stage trains with, compiled ahead of time for the machine's devices.
+Figures are compiled (the compiler's), counted (from shapes or from the program's text) or derived from such; a step takes at least
 
-    max(operations / peak, bytes accessed / bandwidth of the memory, bytes sent / bandwidth of the links)
+    max(operations / peak, bytes accessed / memory bandwidth, bytes sent / link bandwidth)
 
 (the roofline: Williams et al., Commun. ACM 52, 2009).
 """
@@ -84,9 +84,8 @@ def make(stage: build.Stage, machine: machines.Target) -> report.Plan:
         for name, size in sizes.items()
     }
 
-    step = jax.jit(
-        recipe.train_step, donate_argnums=0, out_shardings=(shardings, None)
-    )  # as train.compile_step
+    # As train.compile_step.
+    step = jax.jit(recipe.train_step, donate_argnums=0, out_shardings=(shardings, None))
     began = time.perf_counter()
     traced = step.trace(placed, batch)
     seconds = {"tracing": time.perf_counter() - began}
@@ -119,7 +118,7 @@ def make(stage: build.Stage, machine: machines.Target) -> report.Plan:
 
 
 def _measured(plan, compiled, machine, repeated):
-    """With what the compiled program says; `repeated` are operations of loops beyond their first round."""
+    """Adds what the compiled program says; `repeated` are operations of loops' later rounds."""
     text, cost, sizes = (
         compiled.as_text(),
         compiled.cost_analysis() or {},
@@ -162,10 +161,10 @@ def at_rest(state, shardings) -> dict[str, int]:
 
 
 def advise(stage: build.Stage, machine: machines.Target, failed: report.Plan):
-    """Prints what would fit in the place of a step that does not, after compiling at most two others.
+    """Prints what would fit in the place of a step that does not; compiles at most two others.
 
-    The smallest pieces of the batch are tried first, activations recomputed. If they fit, pieces of a
-    middle size are tried and a line is drawn through the two; if not, the state is split over all
+    The smallest pieces of the batch are tried first, activations recomputed. If they fit, pieces of
+    a middle size are tried and a line is drawn through the two; if not, the state is split over all
     devices.
 
     Args:

@@ -33,9 +33,8 @@ class Writer:
             self._file = path.open("a")
             # Not SummaryWriter: its thread dies on a full disk, and its queue then waits for ever.
             self._events = event_file_writer.EventsWriter(str(self._files.path / "events"))
-            restart = event_pb2.SessionLog(
-                status=event_pb2.SessionLog.START
-            )  # TensorBoard forgets the steps from here on
+            # TensorBoard forgets the steps from here on.
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._events.write_event(event_pb2.Event(step=start + 1, session_log=restart))
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(

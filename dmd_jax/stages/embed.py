@@ -36,7 +36,7 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
 
 
 def run(stage: build.Stage, workdir: storage.Path):
-    """Writes the shards that are missing, the texts of all rows and the embedding of the empty text.
+    """Writes the missing shards, the texts of all rows and the embedding of the empty text.
 
     Every process makes some of the shards, on its own devices.
 

@@ -1,7 +1,7 @@
 """The stage that brings a public checkpoint into the workdir.
 
-EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted; a diffusers directory
-is checked and used where it lies.
+EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted; a diffusers
+directory is checked and used where it lies.
 """
 
 import json

@@ -286,13 +286,11 @@ class _Watch:
         now = time.perf_counter()
         if self._clock:
             values["steps_per_second"] = (step - self._clock[0]) / (now - self._clock[1])
-            values["tflops"] = (
-                self._operations * values["steps_per_second"] / 1e12
-            )  # of each device
+            # Of each device.
+            values["tflops"] = self._operations * values["steps_per_second"] / 1e12
             if self._chip:
-                values["mfu"] = (
-                    values["tflops"] * 1e12 / self._chip.flops
-                )  # of its peak in bfloat16
+                # Of its peak in bfloat16.
+                values["mfu"] = values["tflops"] * 1e12 / self._chip.flops
         self._clock, self._pending = (step, now), None
         self._writer.write(step, values)
         if values["skipped"] > self._max_skipped:
