@@ -1,4 +1,7 @@
-"""The step in PyTorch that ours is timed against does the same: an oracle of the whole of Algorithm 1. The rest at toy size."""
+"""The step in PyTorch does the same as ours, so it is an oracle of all of Algorithm 1.
+
+The other benchmarks run at toy size.
+"""
 
 import math
 
@@ -92,7 +95,8 @@ def random_weights(abstract):
 def test_a_config_that_does_not_exist():
     with pytest.raises(
         ValueError,
-        match=r"no config cifar11.*; there are: cifar10, coco, digits, fashion_mnist, imagenet64, twemoji\.",
+        match=r"no config cifar11.*; there are: cifar10, coco, digits, fashion_mnist, "
+        r"imagenet64, twemoji\.",
     ):
         configs.load("cifar11")
 
@@ -237,7 +241,8 @@ def test_the_memory_of_statistics_is_told(capsys):
         ),
         (
             "features --images=0",
-            "expected --images, --batch_size and --repeats of at least 1, and --size of at least 0.",
+            "expected --images, --batch_size and --repeats of at least 1, "
+            "and --size of at least 0.",
         ),
         ("memory --images=1", "images is 1; expected at least 2."),
         (

@@ -45,7 +45,7 @@ def adds_its_condition(params, x, noise, cond):
 
 @pytest.fixture(params=PAIRS)
 def exact(request):
-    """A denoiser whose network's output is given as params, the output that is right for X and EPS, and x_t and t."""
+    """A denoiser whose params are its network's output; the right output for X and EPS; x_t; t."""
     process, prediction, target = PAIRS[request.param]
     t = process.level(jnp.asarray(LEVELS))
     alpha, sigma = (
@@ -208,7 +208,9 @@ def test_guidance_is_one_call_that_equals_two():
     [(process_lib.VP(), denoiser_lib.eps), (process_lib.EDM(), denoiser_lib.edm)],
 )
 def test_rectified_is_the_change_of_variables_of_rectified_flows(process, prediction):
-    """tau = alpha / (alpha + sigma) in the papers' time, z = x_s / (alpha + sigma), v = x_hat - eps_hat."""
+    """In the papers' time tau = alpha / (alpha + sigma), z = x_s / (alpha + sigma), and v is
+    x_hat - eps_hat.
+    """
     s = process.level(jnp.asarray(LEVELS))
     alpha, sigma = (np.asarray(a, np.float64) for a in (process.alpha(s), process.sigma(s)))
     seen = []

@@ -38,7 +38,9 @@ def shifted(x):
 
 
 SPLIT, WHOLE = P("fsdp"), P()
-PROGRAMS = {  # (of each device, how what it takes and makes is split, [(kind, axis, bytes of the whole, count, bytes sent)])
+# {name: (program of a device, split of its argument, split of its result, collectives)}
+# A collective is (kind, axis, bytes of the complete array, count, bytes sent).
+PROGRAMS = {
     "all-gather": (gathered, SPLIT, WHOLE, [("all-gather", "fsdp", BYTES, 1, BYTES * 3 / 4)]),
     "reduce-scatter": (
         scattered,
@@ -149,11 +151,13 @@ EVERY_OTHER = {(0, 2, 4, 6), (1, 3, 5, 7)}
         ("replica_groups=mesh['x'=4,'y'=2] {'y'}", PAIRS),
         ("replica_groups=mesh['x'=4,'y'=2] {'x'}", EVERY_OTHER),
         (
-            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}",
+            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], "
+            "device_ids=([4,2]T(1,0)) {'axis_0'}",
             PAIRS,
         ),
         (
-            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}",
+            "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], "
+            "device_ids=([4,2]T(1,0)) {'axis_2'}",
             EVERY_OTHER,
         ),
     ],

@@ -99,8 +99,14 @@ def test_other_stages_end_at_once(trained, stage, sign):
 
 def test_at_once_even_inside_a_program():
     """A Python handler alone would wait until the main thread is back from C++."""
-    script = "import jax; from dmd_jax.runtime import preemption; preemption.watch(); print(1, flush=True)\n"
-    script += "jax.block_until_ready(jax.jit(lambda: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 2, 0.0))())"
+    script = """
+import jax
+from dmd_jax.runtime import preemption
+preemption.watch()
+print(1, flush=True)
+endless = jax.jit(lambda: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 2, 0.0))
+jax.block_until_ready(endless())
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=processes.environment(), stdout=subprocess.PIPE
     )

@@ -88,7 +88,7 @@ def test_vp_table():
 
 
 def test_vp_between_timesteps():
-    """As diffusers' EulerDiscreteScheduler: np.interp of sigma / alpha; nothing but the image at -1."""
+    """It is np.interp of sigma / alpha, as in diffusers' EulerDiscreteScheduler; no noise at -1."""
     process, t = process_lib.VP(), np.array([-1, -0.25, 0.5, 437.5, 998.9])
     abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     ratio = np.interp(t, np.arange(-1, 1000), np.append(0, np.sqrt(1 / abar - 1)))

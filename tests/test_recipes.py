@@ -209,7 +209,9 @@ def test_devices_share_the_work(runs):
     ("guidance_scale", "expected"), [(2.0, [12, 16, 8, 8]), (1.0, [12, 8, 8, 8])]
 )
 def test_network_calls_of_a_dmd_step(guidance_scale, expected):
-    """Fresh images and pairs through the generator at once, the guided teacher at once, the fake score twice."""
+    """The generator is called once for fresh images and pairs, the guided teacher once, and the
+    fake score twice.
+    """
     sizes = []
 
     def counting(params, x, noise, cond):
@@ -230,7 +232,11 @@ def linear(params, x, noise, cond):
 
 
 def recorded_step(monkeypatch, recipe, step=0, **changes):
-    """One step of a linear network from w = 0.7 (fake score 0.5, teacher 0.9): state, metrics and what it drew."""
+    """Makes a step of a linear network from w = 0.7 (fake score 0.5, teacher 0.9).
+
+    Returns:
+      The state, the metrics and the arrays that it drew.
+    """
     drawn = []
 
     def split(self, tree):

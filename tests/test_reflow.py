@@ -1,5 +1,8 @@
-"""Reflow between two Gaussians, where all is known: from noise N(0, 1) to images N(MEAN, STD^2) the ODE of the first rectified flow is
-z -> MEAN + STD z, and of its pairs the straight flow has the velocity z - x at x_t = (1 - t) x + t z."""
+"""Reflow between two Gaussians, from noise N(0, 1) to images N(MEAN, STD^2), in closed form.
+
+The ODE of the first rectified flow is z -> MEAN + STD z. The straight flow of its pairs has the
+velocity z - x at x_t = (1 - t) x + t z.
+"""
 
 import itertools
 

@@ -26,7 +26,7 @@ def exact(x_t, sigma):
 
 
 def network(params, x, noise, cond):
-    """The output that makes the denoiser exact, plus a correction that starts at zero and is all that is trained."""
+    """The output of the exact denoiser, plus a correction that starts at zero and is trained."""
     x, noise = x.reshape(-1, 2), noise[:, None]
     sigma = jnp.exp(4 * noise)
     norm = jnp.sqrt(sigma**2 + 0.25)
@@ -104,7 +104,10 @@ def distil(pairs, *, regression_weight, num_steps=3000):
 
 
 def assert_covers_the_ring(x, *, share):
-    """Each mode has about an eighth of the samples `x` [N, 2], and `share` of them are within three standard deviations of one."""
+    """Asserts that each mode has about an eighth of the samples `x` [N, 2].
+
+    A part `share` of them has to be within three standard deviations of a mode.
+    """
     distances = np.linalg.norm(x[:, None] - MODES[None], axis=-1)
     fractions = np.bincount(distances.argmin(axis=1), minlength=8) / len(x)
     assert fractions.min() > 0.09 and fractions.max() < 0.17, fractions

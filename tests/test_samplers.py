@@ -59,7 +59,9 @@ def test_stochastic_heun_goldens():
 
 @pytest.mark.parametrize("num_steps", [18, 40, 256])
 def test_samples_of_an_exact_score_have_the_datas_variance(num_steps):
-    """Standard deviation 0.5; the deterministic sampler's own error is the golden one, the stochastic one corrects it."""
+    """The standard deviation is 0.5. The deterministic sampler has its golden value's error, and
+    the stochastic one corrects it.
+    """
     z = jax.random.normal(jax.random.key(0), (20_000, 1, 1, 1))
     noise = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(1), i), z.shape)
     exact = float(
@@ -321,7 +323,7 @@ def test_plms_forgets_the_second_call(monkeypatch):
 
 
 def test_ddim_is_euler_on_the_straight_flow():
-    """x_t / (alpha + sigma) moves along x_hat - eps_hat by as much as alpha / (alpha + sigma) does."""
+    """A change of alpha / (alpha + sigma) moves x_t / (alpha + sigma) along x_hat - eps_hat."""
     grid = VP.timesteps(20, "leading")
     total = VP.alpha(grid) + VP.sigma(grid)
     tau, x = VP.alpha(grid) / total, Z / total[0]
@@ -359,7 +361,7 @@ def flow_denoiser(params, x_t, t, cond):
 
 
 def test_rk45_is_scipys(optimisations):
-    """As in the public code, but for the end of time; on eight devices, each image with steps of its own."""
+    """It is as in the public code, except at the end of time, for each image of eight devices."""
     solve_ivp = pytest.importorskip("scipy.integrate").solve_ivp
     z = (
         np.random.default_rng(1).standard_normal((12, 4, 4, 2), np.float32)
@@ -393,7 +395,9 @@ def test_rk45_is_scipys(optimisations):
 
 
 def test_the_end_of_rk45():
-    """The last step to t = 0 is off by T_MIN^2 / 2 times the acceleration, z / SPREAD there; with no such step it would be far more."""
+    """The error of the last step to t = 0 is T_MIN^2 / 2 times the acceleration z / SPREAD; without
+    such a step it would be far larger.
+    """
     with jax.enable_x64(True):
         z = jax.random.normal(jax.random.key(0), (4, 4, 4, 2))
         x = samplers.rk45(flow_denoiser, FLOW, rtol=1e-7, atol=1e-7).sample(None, z, None)

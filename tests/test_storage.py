@@ -183,7 +183,8 @@ def test_growing_copies_now_and_then(bucket, server, monkeypatch):
     [
         (
             "gs://strangers/a",
-            "gs://strangers cannot be read (Anonymous caller does not have storage.objects.list access",
+            "gs://strangers cannot be read "
+            "(Anonymous caller does not have storage.objects.list access",
         ),
         ("gs://nowhere/a", "gs://nowhere does not exist; make that bucket first"),
         ("gs://", "gs:// has no bucket; expected gs://bucket/name"),
@@ -208,7 +209,8 @@ def test_no_room(bucket, monkeypatch):
     monkeypatch.setattr(storage, "free", lambda path: 10**5)
     with pytest.raises(
         ValueError,
-        match=r"gs://bucket/a needs 1.0 MB, but .*cache/files has 0.1 MB free; make room, or set DMD_CACHE",
+        match=r"gs://bucket/a needs 1.0 MB, but .*cache/files has 0.1 MB free; make room, "
+        r"or set DMD_CACHE",
     ):
         storage.local("gs://bucket/a")
 

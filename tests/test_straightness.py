@@ -1,8 +1,10 @@
-"""Rectified flows between N(0, 1) and N(m, s^2), a mean and a spread for each pixel, in closed form.
+"""Rectified flows between N(0, 1) and N(m, s^2), with m and s for each pixel, in closed form.
 
-Of the first flow, whose pairs are independent, x_t has the mean (1 - t) m and the variance u^2 = (1 - t)^2 s^2 + t^2. The velocity is the
-mean of eps - x given x_t, -m + u' (x_t - (1 - t) m) / u, so that z goes to (1 - t) m + u z at time t and to m + s z at the end. Of the
-reflow, whose pairs are (z, m + s z), the same holds with u = (1 - t) s + t: straight lines.
+The pairs of the first flow are independent. Its x_t has the mean (1 - t) m and the variance u^2 =
+(1 - t)^2 s^2 + t^2. Its velocity is the mean of eps - x given x_t, -m + u' (x_t - (1 - t) m) / u,
+so that z goes to (1 - t) m + u z at time t and to m + s z at the end.
+
+The pairs of the reflow are (z, m + s z). The same holds with u = (1 - t) s + t: straight lines.
 """
 
 import jax
@@ -82,8 +84,11 @@ def test_the_velocity_is_the_regression_of_the_pairs():
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_the_ways_and_their_variances(name):
-    """At every time x_t of the ODE has the mean and the variance of the interpolated pairs; between the ends the variances of the two flows
-    differ by 2 t (1 - t) s, since the pairs (z, m + s z) have the covariance s."""
+    """At every time x_t of the ODE has the mean and the variance of the interpolated pairs.
+
+    Between the ends the variances of the two flows differ by 2 t (1 - t) s, because the pairs
+    (z, m + s z) have the covariance s.
+    """
     flow = FLOWS[name]
     for t in (0.75, 0.4, 0.1):
         with jax.enable_x64(True):
