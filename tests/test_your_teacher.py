@@ -21,11 +21,11 @@ for saved, mean in zip(jax.tree.leaves(student), jax.tree.leaves(state.generator
     np.testing.assert_array_equal(saved, mean)
 """
 CHECK_RESTORED = """
-assert int(state.step) == 1500
+assert int(state.step) == 2000
 for saved, mean in zip(jax.tree.leaves(student), jax.tree.leaves(state.generator.ema), strict=True):
     np.testing.assert_array_equal(saved, mean)
 state, metrics = train_step(state, batch)
-assert int(state.step) == 1501 and int(metrics["skipped"]) == 0
+assert int(state.step) == 2001 and int(metrics["skipped"]) == 0
 """
 CHECK_DDPM = """
 k = np.array([0, 500, 999])
