@@ -121,7 +121,7 @@ def get_config(variant: str = "cond") -> ml_collections.ConfigDict:
 
 
 def _rectified_flow(config, rounds=1):
-    """The first flow is the teacher; each round has pairs by RK45 and reflow; LPIPS ends in one step."""
+    """Reflows from the teacher, on pairs by RK45, and distils into one step by LPIPS."""
     data = dict(
         source="tfds.read",
         name="cifar10",

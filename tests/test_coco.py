@@ -107,10 +107,12 @@ def files(tmp_path_factory):
 
 def tiny(files, variant="tiny", directory="sd"):
     config = configs.load(f"coco:{variant}")
-    config.update(
-        checkpoint=str(files / directory), coco=str(files / "coco"), taesd=str(files / "taesd")
+    config.variables.update(
+        checkpoint=str(files / directory),
+        coco=str(files / "coco"),
+        taesd=str(files / "taesd"),
+        prompts_file=str(files / "prompts.txt"),
     )
-    config.variables.prompts_file = str(files / "prompts.txt")
     for settings in (config[stage] for stage in config.stages):
         if "weights" in settings.get("recipe", {}).get("distance", {}):
             settings.recipe.distance.weights = str(files / "lpips.npz")
@@ -320,7 +322,7 @@ def test_embeddings_are_of_these_captions_wherever_they_lie(files, tmp_path):
     (tmp_path / "b.txt").write_text("a red flower\nblue skies\n")
     for call in (embed.done, embed.run):
         with pytest.raises(ValueError, match="holds others than the config asks for: captions is"):
-            call(config, "prompts", tmp_path)
+            call(stage_of(config, "prompts"), tmp_path)
 
 
 def test_captions_that_are_mended(files, tmp_path):

@@ -43,7 +43,7 @@ def write_run(path, *, seed=0, scores=1.0, config=(), **changes):
     settings = smoke()
     settings.seed = seed
     settings.update(dict(config))
-    path.mkdir(parents=True)
+    (path / "evaluate").mkdir(parents=True)
     (path / "config.json").write_text(settings.to_json_best_effort())
     found = {
         "real": {"FD": 0.5, "recall": 1.0},
@@ -250,7 +250,7 @@ def test_weights_that_are_not_those_of_the_scores(workdir):
     )
     with pytest.raises(
         ValueError,
-        match=r"evaluation\.json is of dmd at 10, which is now at 20; evaluate the run again",
+        match=r"the evaluation of .* is of dmd at 10, which is now at 20; evaluate the run again",
     ):
         compare.sampled(compare.open_rows([str(workdir)]), 1, 1)
 
@@ -267,18 +267,19 @@ def test_models_of_other_shapes_are_not_in_one_picture(tmp_path):
 def test_the_prompts_of_a_run_stand_above(tmp_path):
     """Those with which its evaluation begins, gone through again and again."""
     pytest.importorskip("diffusers")
-    from tests import sd
+    from tests.helpers import sd
 
     config, workdir = configs.load("coco:tiny"), tmp_path / "run"
     sd.build(tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a red flower\nblue sky\n")
-    config.update(checkpoint=str(tmp_path / "sd"), prompts_file=str(tmp_path / "prompts.txt"))
+    config.variables.update(
+        checkpoint=str(tmp_path / "sd"), prompts_file=str(tmp_path / "prompts.txt")
+    )
     config.mesh.data = 1
     stages = {stage: config[stage].program for stage in config.stages}
     import_weights.run(stage_of(config, "teacher"), workdir)
-    embed.run(
-        config, next(stage for stage, program in stages.items() if program == "embed"), workdir
-    )
+    name = next(stage for stage, program in stages.items() if program == "embed")
+    embed.run(stage_of(config, name), workdir)
     shutil.copytree(workdir / "teacher", workdir / "dmd")  # a student with the teacher's weights
     config.evaluate.conditions = dict(source="records.read", directory="{workdir}/prompts")
     (workdir / "config.json").write_text(config.to_json_best_effort())

@@ -231,7 +231,7 @@ needs_wordllama = pytest.mark.skipif(
 
 @needs_wordllama
 def test_wordllama():
-    encoder = lookup.find("text", "wordllama")(None, length=8, dim=64)
+    encoder = lookup.find("encoders", "wordllama")(None, length=8, dim=64)
     got = encoder.encode(
         ["open book", "", "a book", "clockwise rightwards and leftwards open circle arrows"]
     )

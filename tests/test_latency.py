@@ -154,13 +154,13 @@ def files(tmp_path_factory):
 def test_the_parts_together_are_the_model(files):
     found = model_lib.find(str(files / "student"))
     model = model_lib.make_model(found, 2)
-    parts = latency.parts(model, 2, decodes=found.image_shape != found.shape)
+    parts = latency.parts(model, 2, decodes=found.image_shape != found.stage.image_shape)
     assert list(parts) == ["text", "network", "decoder", "together"] and found.image_shape == (
         16,
         16,
         3,
     )
-    noise = generate.inputs(0, range(2), found.shape, [{"cond": 0}])["z"]
+    noise = generate.inputs(0, range(2), found.stage.image_shape, [{"cond": 0}])["z"]
     expected = model([latency.PROMPT] * 2, noise=noise)
     for part in ("decoder", "together"):
         np.testing.assert_allclose(np.clip(parts[part](), -1, 1), expected, atol=1e-5)

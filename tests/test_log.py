@@ -31,7 +31,7 @@ def writer(tmp_path):
 def test_what_is_told_is_there_at_once(writer, tmp_path):
     threads = threading.active_count()
     writer.write(3, {"loss": 0.5})
-    writer.write_picture(3, np.zeros((34, 34, 3), np.uint8))
+    writer.write_picture(3, np.zeros((34, 340, 3), np.uint8))
     assert log.read(tmp_path) == [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 1.0},

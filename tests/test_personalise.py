@@ -332,7 +332,6 @@ def test_command_line(plain, file, tmp_path, monkeypatch):
         run(f"--model={plain}", f"--out={tmp_path / 'out'}")
     with pytest.raises(SystemExit, match=r"error: alpha is 0\.5, but there is no custom model"):
         run(
-            monkeypatch,
             f"--model={plain}",
             f"--lora={file}",
             "--alpha=0.5",

@@ -125,7 +125,7 @@ def test_an_error_of_one_ends_all(tmp_path):
 
 
 def test_a_coordinator_that_cannot_be_reached():
-    script = "from dmd_jax import distributed\nwith distributed.started('127.0.0.1:9', 2, 1, initialization_timeout=2): pass"
+    script = "from dmd_jax.runtime import distributed\nwith distributed.started('127.0.0.1:9', 2, 1, initialization_timeout=2): pass"
     result = subprocess.run(
         [sys.executable, "-c", script],
         env=processes.environment(),

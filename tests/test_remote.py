@@ -283,7 +283,7 @@ def test_a_run(bucket, tmp_path, monkeypatch, capfd):
         main.run(config, remote)
     assert checkpoint.all_steps(remote / "teacher") == [2, 4] and {
         row["step"] for row in rows(remote, "teacher")
-    } == {1, 2, 3}
+    } == {1, 2, 3, 4}
     del bucket["run/teacher/checkpoints/4/commit_success.txt"]
     assert checkpoint.all_steps(remote / "teacher") == [2]
     monkeypatch.setattr(log.Writer, "advance", advance)

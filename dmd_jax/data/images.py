@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dmd_jax.data import pixels
+from dmd_jax.data import pixels as pixels_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Images:
     def __getitem__(self, index):
         image = self.image[index]
         return {
-            "image": pixels.to_float(image) if image.dtype == np.uint8 else image,
+            "image": pixels_lib.to_float(image) if image.dtype == np.uint8 else image,
             "cond": self.cond[index],
         }
 
@@ -69,7 +69,7 @@ class Files:
         if not 0 <= index < len(self):
             raise IndexError(f"{self._origin}: no image {index} of {len(self)}")
         pixels, cond = self._decode(int(index))
-        return {"image": pixels.to_float(pixels), "cond": np.int32(cond)}
+        return {"image": pixels_lib.to_float(pixels), "cond": np.int32(cond)}
 
     @property
     def digest(self) -> str:
@@ -124,7 +124,7 @@ class Cropped:
     def __getitem__(self, index):
         try:
             data, cond = self._records.read(int(index))
-            return {"image": pixels.to_float(cropped(data, self._size)), "cond": np.int32(cond)}
+            return {"image": pixels_lib.to_float(cropped(data, self._size)), "cond": np.int32(cond)}
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
             name = self._records.name(int(index))
             raise ValueError(

@@ -65,7 +65,7 @@ def _from_its_place(values, workdir):
         directory = storage.read_json(source).get("directory") if source.exists() else None
         if directory:
             for settings in (values.get(key) or {} for key in ("text", "autoencoder")):
-                if settings.get("checkpoint") == values[stage]["checkpoint"]:
+                if settings.get("checkpoint") == values[stage].get("checkpoint"):
                     settings["checkpoint"] = str(storage.path(directory))  # absolute
     return values
 

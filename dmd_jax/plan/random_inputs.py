@@ -55,7 +55,7 @@ def batch_sizes(stage: build.Stage) -> dict[str, int]:
 
 
 def random_params(abstract: dict) -> dict:
-    """Draws weights on the device, one array after another; none is 0, unlike in a fresh network."""
+    """Draws weights on the device; none is 0, unlike in a fresh network."""
     rng = np.random.default_rng(0)
 
     def draw(path, a):
