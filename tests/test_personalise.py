@@ -111,7 +111,6 @@ def test_a_network_without_factors_is_left_alone(plain, tmp_path):
 def test_transfer(plain, custom, file, tmp_path, monkeypatch):
     model = sd.build(tmp_path / "model", seed=2)
     run(
-        monkeypatch,
         f"--model={model}",
         f"--custom={custom}",
         f"--base={plain}",

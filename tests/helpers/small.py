@@ -6,6 +6,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # a config is loaded as a file
 
 from configs import digits
+from dmd_jax.experiment import settings
 
 
 def get_config():
@@ -21,4 +22,4 @@ def get_config():
     del config.evaluate.others
     config.evaluate.student = "direct"
     config.evaluate.straightness.update(stages=("teacher",), num_steps=3, count=32)
-    return config
+    return settings.complete(config)
