@@ -33,10 +33,10 @@ prompts 355 GB.
 
 import ml_collections
 
-# Guidance 8, Appendix B.4, Table 6. Steps are counted on; of the images that are matched, so many
-# are those of pairs (Algorithm 1).
-# (last step, million pairs, regression weight, highest matching level, decoder, images a device, of
-# them pairs).
+# Guidance 8, Appendix B.4, Table 6. Step numbers are cumulative. The last two columns: images per
+# device seen by the matching loss, and how many of them come from pairs (Algorithm 1).
+# Rows: last step, million pairs, regression weight, highest matching level, decoder, images a
+# device, and how many of these are of pairs.
 SCHEDULE = (
     (5_400, 2.5, 0.1, 980, "taesd", 32, 16),
     (8_600, 2.5, 0.5, 980, "taesd", 32, 16),

