@@ -25,11 +25,13 @@ from dmd_jax.weights import published
 
 LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
 FIRST = 16  # rows; if the images of none of them are there, the path is wrong
-SAMPLED = 16  # examples of a prepared dataset, which has a version; to read the captions of all takes minutes
+# Examples of a prepared dataset, which has a version; to read the captions of all takes minutes.
+SAMPLED = 16
+# Bad rows beyond both are no accident: COCO and LAION as downloaded have a few in a thousand.
 FEW, SHARE = (
     10,
     0.05,
-)  # bad rows beyond both are no accident: COCO and LAION as downloaded have a few in a thousand
+)
 COCO = '{"images": [{"id": 9, "file_name": "9.jpg"}, ...], "annotations": [{"id": 1, "image_id": 9, "caption": "A cat."}, ...]}'
 
 
@@ -71,9 +73,8 @@ class Captions:
             raise IndexError(f"{self._origin}: no row {index} of {len(self)}")
         try:
             row = self._rows.read(int(index))
-            row["text"] = " ".join(
-                row["text"].replace("\ufeff", "").split()
-            )  # a byte order mark, also of files put together
+            # A byte order mark, also of files put together.
+            row["text"] = " ".join(row["text"].replace("\ufeff", "").split())
             if not row["text"]:
                 raise ValueError("the caption is empty")
             return row | (
@@ -206,7 +207,8 @@ def refuse_if_many(skipped: Sequence[str], count: int):
     """Raises ValueError if of `count` rows too many, or all, were `skipped`."""
     if len(skipped) == count or len(skipped) > max(FEW, SHARE * count):
         raise ValueError(
-            f"{len(skipped)} of {count} rows of the captions cannot be read, expected at most {SHARE:.0%}; mend or remove them. "
+            f"{len(skipped)} of {count} rows of the captions cannot be read, expected at most "
+            f"{SHARE:.0%}; mend or remove them. "
             f"The first: {'; '.join(skipped[:3])}."
         )
 
@@ -244,11 +246,13 @@ def coco(
         whole = all(isinstance(text, str) for *_, text in rows)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{path}: expected {COCO}, got something else ({error!r}); use captions_*.json, or copy it again."
+            f"{path}: expected {COCO}, got something else ({error!r}); use captions_*.json, or "
+            "copy it again."
         ) from error
     if not rows or not whole:
         raise ValueError(
-            f"{path}: expected {COCO}, got {'captions that are no text' if rows else 'no captions'}; use captions_*.json."
+            f"{path}: expected {COCO}, got "
+            f"{'captions that are no text' if rows else 'no captions'}; use captions_*.json."
         )
     if one_per_image:
         first = {}
@@ -338,7 +342,8 @@ def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True
     texts = {name for name in everything if name.endswith(".txt")}
     if not texts & {_stem(name) + ".txt" for name in names}:
         raise ValueError(
-            f"{path}: no captions among {len(everything)} files, {len(names)} of them images; expected {', '.join(sorted(PARSERS))}, or "
+            f"{path}: no captions among {len(everything)} files, {len(names)} of them images; "
+            f"expected {', '.join(sorted(PARSERS))}, or "
             "a .txt beside each image."
         )
     alone = texts - {_stem(name) + ".txt" for name in names}
@@ -409,7 +414,8 @@ def _checked(rows, origin, size):
             problems.append(str(error))
     if len(problems) == len(first):
         raise ValueError(
-            f"{origin}: expected the images of its captions, got none of the first {len(first)} ({problems[0]}); check the path."
+            f"{origin}: expected the images of its captions, got none of the first {len(first)} "
+            f"({problems[0]}); check the path."
         )
     return Captions(rows, origin=origin, size=size)
 
@@ -424,7 +430,8 @@ def _lines(data, parse, origin):
             number += 1
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{origin}: expected lines {' or '.join(LINES)}, got something else in line {number} ({error!r})."
+            f"{origin}: expected lines {' or '.join(LINES)}, got something else in line {number} "
+            f"({error!r})."
         ) from error
     if not rows:
         raise ValueError(f"{origin}: expected lines {' or '.join(LINES)}, got an empty file.")

@@ -33,14 +33,16 @@ def make(
         raise ValueError(f"Fashion-MNIST has no split {split!r}; use one of {', '.join(PREFIXES)}.")
     if size != 16 and (size < 28 or size % 2):
         raise ValueError(
-            f"Fashion-MNIST: expected 16 or an even size of at least 28, got {size}; use 16, 28 or 32."
+            f"Fashion-MNIST: expected 16 or an even size of at least 28, got {size}; use 16, 28 or "
+            "32."
         )
     directory = storage.local(path)
     pixels = read(_find(directory, f"{PREFIXES[split]}-images-idx3-ubyte"), ndim=3)
     labels = read(_find(directory, f"{PREFIXES[split]}-labels-idx1-ubyte"), ndim=1)
     if pixels.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         raise ValueError(
-            f"{path}: expected images [N, 28, 28] and N labels 0 to 9, got {list(pixels.shape)} and {len(labels)} labels up to "
+            f"{path}: expected images [N, 28, 28] and N labels 0 to 9, got {list(pixels.shape)} "
+            f"and {len(labels)} labels up to "
             f"{labels.max(initial=0)}; is this Fashion-MNIST? Install it again."
         )
     pixels, labels = pixels[: limit or None], labels[: limit or None]
@@ -65,13 +67,15 @@ def read(path: pathlib.Path, *, ndim: int) -> np.ndarray:
     magic = bytes([0, 0, 8, ndim])  # 8 = uint8
     if data[:4] != magic:
         raise ValueError(
-            f"{path}: expected an IDX file that begins with {magic.hex()}, got {data[:4].hex()}; install it again."
+            f"{path}: expected an IDX file that begins with {magic.hex()}, got {data[:4].hex()}; "
+            "install it again."
         )
     start = 4 + 4 * ndim
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
     if len(data) != start + math.prod(shape):
         raise ValueError(
-            f"{path}: expected {start + math.prod(shape)} bytes for {shape}, got {len(data)}; install it again."
+            f"{path}: expected {start + math.prod(shape)} bytes for {shape}, got {len(data)}; "
+            "install it again."
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -81,6 +85,8 @@ def _find(path, name):
         if file.exists():
             return file
     raise ValueError(
-        f"no Fashion-MNIST in {path}: {name}.gz does not exist. Run: apt-get install dataset-fashion-mnist; or without root: "
-        f"apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR, and set path='DIR{FASHION_MNIST}'."
+        f"no Fashion-MNIST in {path}: {name}.gz does not exist. Run: apt-get install "
+        "dataset-fashion-mnist; or without root: "
+        "apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR, "
+        f"and set path='DIR{FASHION_MNIST}'."
     )

@@ -117,7 +117,8 @@ def _listed(path):
     names = image_names(everything)
     if not names:
         raise ValueError(
-            f"{path}: no images; expected files that end in {', '.join(SUFFIXES)}, got {len(everything)} others; check the path."
+            f"{path}: no images; expected files that end in {', '.join(SUFFIXES)}, got "
+            f"{len(everything)} others; check the path."
         )
     return files, names, everything
 
@@ -157,23 +158,27 @@ def _labels(text, names, num_classes, origin):
     if entries is None:
         where = f"no {LABELS}" if text is None else f"null labels in {LABELS}"
         raise ValueError(
-            f"{origin}: expected labels of {num_classes} classes, got {where}; add them, or set num_classes=0."
+            f"{origin}: expected labels of {num_classes} classes, got {where}; add them, or set "
+            "num_classes=0."
         )
     labels = dict(entries)
     missing = [name for name in names if name not in labels]
     if missing:
         raise ValueError(
-            f"{origin}: {len(missing)} of {len(names)} images have no label in {LABELS}: {_some(missing)}; add them."
+            f"{origin}: {len(missing)} of {len(names)} images have no label in {LABELS}: "
+            f"{_some(missing)}; add them."
         )
     absent = sorted(labels.keys() - set(names))
     if absent:
         raise ValueError(
-            f"{origin}: {LABELS} has {len(absent)} images that are not there: {_some(absent)}; restore them, or remove them."
+            f"{origin}: {LABELS} has {len(absent)} images that are not there: {_some(absent)}; "
+            "restore them, or remove them."
         )
     outside = [f"{name} ({labels[name]})" for name in names if not 0 <= labels[name] < num_classes]
     if outside:
         raise ValueError(
-            f"{origin}: expected labels 0 to {num_classes - 1}, got {len(outside)} others in {LABELS}: {_some(outside)}; set num_classes."
+            f"{origin}: expected labels 0 to {num_classes - 1}, got {len(outside)} others in "
+            f"{LABELS}: {_some(outside)}; set num_classes."
         )
     return np.array([labels[name] for name in names], np.int32)
 

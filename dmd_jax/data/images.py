@@ -58,7 +58,8 @@ class Files:
         height, width, _ = self._decode(0)[0].shape
         if size is None and height != width:
             raise ValueError(
-                f"{origin}: image {records.name(0)}: expected a square, got {height}x{width}; crop the images first."
+                f"{origin}: image {records.name(0)}: expected a square, got {height}x{width}; crop "
+                "the images first."
             )
         self._size = size or height
 
@@ -92,18 +93,21 @@ class Files:
             ) from error
         if mode not in ("L", "RGB"):
             raise ValueError(
-                f"{where}: expected mode RGB or L (8 bit grey), got {mode}; convert the images first."
+                f"{where}: expected mode RGB or L (8 bit grey), got {mode}; convert the images "
+                "first."
             )
         self._first = self._first or mode
         if mode != self._first:
             first = self._records.name(0)
             raise ValueError(
-                f"{where}: mixed modes: expected {self._first} as in {first}, got {mode}; convert the images first."
+                f"{where}: mixed modes: expected {self._first} as in {first}, got {mode}; convert "
+                "the images first."
             )
         if self._size and pixels.shape[:2] != (self._size, self._size):
             height, width = pixels.shape[:2]
             raise ValueError(
-                f"{where}: expected {self._size}x{self._size} pixels, got {height}x{width} (HxW); resize the images first."
+                f"{where}: expected {self._size}x{self._size} pixels, got {height}x{width} (HxW); "
+                "resize the images first."
             )
         if cond < 0:
             raise ValueError(
@@ -191,9 +195,8 @@ def cropped(data: bytes, size: int) -> np.ndarray:
         short = min(picture.size)
         left, top = (round((n - short) / 2) for n in picture.size)
         picture = picture.crop((left, top, left + short, top + short))
-        picture = picture.resize(
-            (size, size), Image.Resampling.LANCZOS
-        )  # as it is where it has that size
+        # As it is where it has that size.
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 
@@ -212,7 +215,8 @@ def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:
         or abs(image).max() > 1
     ):
         raise ValueError(
-            f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, got an array of shape {image.shape} and "
+            f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, got "
+            f"an array of shape {image.shape} and "
             f"type {image.dtype} with {len(cond)} labels; convert the images first."
         )
     return Images(image.astype(np.float32), np.asarray(cond, np.int32))

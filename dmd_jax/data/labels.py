@@ -17,9 +17,8 @@ class RandomLabels:
         return self.count
 
     def __getitem__(self, index):
-        bits = np.random.Philox(
-            key=[self.seed, index], counter=[0, 0, 0, 1]
-        )  # noise of the same seed and index begins at 0
+        # Noise of the same seed and index begins at 0.
+        bits = np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, 1])
         return {"cond": np.int32(np.random.Generator(bits).integers(self.num_classes))}
 
 
@@ -40,7 +39,8 @@ def every(*, num_classes: int) -> Labels:
     """Conditions for images yet to be generated."""
     if num_classes < 1:
         raise ValueError(
-            f"labels: num_classes is {num_classes}; expected at least 1, also where a network ignores them."
+            f"labels: num_classes is {num_classes}; expected at least 1, also where a network "
+            "ignores them."
         )
     return Labels(num_classes)
 

@@ -43,7 +43,8 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     path = storage.path(directory) / MANIFEST
     if not path.exists():
         raise ValueError(
-            f"no records in {directory}: {path} does not exist; run the stage that makes them first."
+            f"no records in {directory}: {path} does not exist; run the stage that makes them "
+            "first."
         )
     return storage.read_json(path)
 
@@ -64,7 +65,8 @@ def claim(directory: storage.Path, manifest: dict):
         ]
         if differing:
             raise ValueError(
-                f"{directory} holds others than the config asks for: {'; '.join(differing)}; use another workdir."
+                f"{directory} holds others than the config asks for: {'; '.join(differing)}; use "
+                "another workdir."
             )
     else:
         directory.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,8 @@ class Records:
         self._fields = tuple(fields) or tuple(features)
         if unknown := [name for name in self._fields if name not in features]:
             raise ValueError(
-                f"the records in {directory} have no {', '.join(unknown)}; there are: {', '.join(features)}."
+                f"the records in {directory} have no {', '.join(unknown)}; there are: "
+                f"{', '.join(features)}."
             )
         for path in missing_shards(directory, self.manifest):
             raise ValueError(f"shard {path} is missing; run the stage that makes it again.")
@@ -91,11 +94,13 @@ class Records:
         count = len(self._records)
         if count != self.manifest.get("count"):
             raise ValueError(
-                f"{directory} holds {count} records, its manifest says {self.manifest.get('count')}; delete it and make them again."
+                f"{directory} holds {count} records, its manifest says "
+                f"{self.manifest.get('count')}; delete it and make them again."
             )
         if not 0 <= limit <= count:
             raise ValueError(
-                f"{directory}: expected a limit of 1 to {count}, the records that there are, or 0 for all, got {limit}."
+                f"{directory}: expected a limit of 1 to {count}, the records that there are, or 0 "
+                f"for all, got {limit}."
             )
         self._count = limit or count
 
@@ -115,7 +120,8 @@ class Records:
         )
         if len(record) != expected:
             raise ValueError(
-                f"{self.directory}: record {index} has {len(record)} bytes, expected {expected} from the manifest's features; "
+                f"{self.directory}: record {index} has {len(record)} bytes, expected {expected} "
+                "from the manifest's features; "
                 "delete the directory and run the stage that makes it again."
             )
         for name, feature in self.manifest["features"].items():
@@ -140,5 +146,6 @@ def _check_shard(path):
         array_record_module.ArrayRecordReader(str(path)).close()
     except RuntimeError as error:
         raise ValueError(
-            f"shard {path} is truncated or corrupt; delete it and run the stage that makes it again."
+            f"shard {path} is truncated or corrupt; delete it and run the stage that makes it "
+            "again."
         ) from error

@@ -74,7 +74,8 @@ def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], di
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{origin} has no split {split!r} ({error}); there are: {', '.join(builder.info.splits)}."
+            f"{origin} has no split {split!r} ({error}); there are: "
+            f"{', '.join(builder.info.splits)}."
         ) from error
     return examples, features, f"{origin}, {split}"
 
@@ -91,12 +92,14 @@ def _find(name, data_dir):
     ]
     if not versions:
         raise ValueError(
-            f"no {name} in {data_dir}: expected {directory}/<version>/features.json; {_how(name, data_dir)}"
+            f"no {name} in {data_dir}: expected {directory}/<version>/features.json; "
+            f"{_how(name, data_dir)}"
         )
     if len(versions) > 1:
         there = ", ".join(sorted(version.name for version in versions))
         raise ValueError(
-            f"several versions of {name} in {data_dir}: {there}; choose one with name='{name}:<version>'."
+            f"several versions of {name} in {data_dir}: {there}; choose one with "
+            f"name='{name}:<version>'."
         )
     return versions[0]
 
@@ -105,5 +108,6 @@ def _how(name, data_dir):
     builder = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
     return (
         f'prepare it: python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()" '
-        "(this needs: pip install importlib_resources; for some datasets, cifar10 among them, also tensorflow)."
+        "(this needs: pip install importlib_resources; for some datasets, cifar10 among them, also "
+        "tensorflow)."
     )

@@ -11,7 +11,8 @@ from dmd_jax.data import captions
 from dmd_jax.data import folder as folder_lib
 
 CREDIT = (
-    "Twemoji graphics: Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/), "
+    "Twemoji graphics: Copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/), "
     "https://github.com/jdecked/twemoji; resized."
 )
 
@@ -99,14 +100,16 @@ def make(
             rows.append((file, text, category))
     if digest.hexdigest()[:16] != TWEMOJI:
         raise ValueError(
-            f"twemoji: expected pictures and names with digest {TWEMOJI}, got {digest.hexdigest()[:16]}; run: {TWEMOJI_PIP}"
+            f"twemoji: expected pictures and names with digest {TWEMOJI}, got "
+            f"{digest.hexdigest()[:16]}; run: {TWEMOJI_PIP}"
         )
     known = sorted({entry["category"] for entry in codes.values()})
     if unknown := [category for category in categories if category not in known]:
         raise ValueError(f"twemoji has no category {unknown[0]!r}; there are: {', '.join(known)}.")
     if not rows:
         raise ValueError(
-            f"twemoji: expected held_out between 0 and 1, got {held_out}, which leaves nothing to {split!r}; use 0.1."
+            f"twemoji: expected held_out between 0 and 1, got {held_out}, which leaves nothing to "
+            f"{split!r}; use 0.1."
         )
     names, texts, kinds = (list(column) for column in zip(*rows, strict=True))
     chosen = ", ".join(categories) or "of all categories"

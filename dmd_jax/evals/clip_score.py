@@ -18,13 +18,14 @@ from dmd_jax.encoders import tokenizer
 from dmd_jax.features import resize
 from dmd_jax.weights import clip, state_dict
 
+# (width, layers): OpenCLIP's letter.
 SIZES = {
     (768, 12): "B",
     (1024, 24): "L",
     (1280, 32): "H",
     (1408, 40): "g",
     (1664, 48): "bigG",
-}  # (width, layers): OpenCLIP's letter
+}
 
 
 class ClipScore(NamedTuple):
@@ -96,7 +97,8 @@ def make(
     def checked(pixels):
         if not crop_to and pixels.shape[1] != pixels.shape[2]:
             raise ValueError(
-                f"images are {pixels.shape[1]} x {pixels.shape[2]}, expected square ones; set crop_to to crop them."
+                f"images are {pixels.shape[1]} x {pixels.shape[2]}, expected square ones; set "
+                "crop_to to crop them."
             )
         return of_images(params, pixels)
 
@@ -109,7 +111,8 @@ def score(images: np.ndarray, texts: np.ndarray) -> float:
     """The mean cosine of unit vectors [N, D] and [N, D]: of each image and its own caption."""
     if images.shape != texts.shape:
         raise ValueError(
-            f"there are {len(images)} images and {len(texts)} captions in vectors of {images.shape[1]} and {texts.shape[1]};"
+            f"there are {len(images)} images and {len(texts)} captions in vectors of "
+            f"{images.shape[1]} and {texts.shape[1]};"
             " expected one caption for each image, of the same CLIP."
         )
     return float(np.einsum("nd,nd->n", images, texts, dtype=np.float64).mean())

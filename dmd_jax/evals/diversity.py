@@ -95,9 +95,8 @@ def draw_pairs(count: int, pairs: int, seed: int) -> np.ndarray:
         if there <= pairs
         else np.sort(np.random.default_rng(seed).choice(there, pairs, replace=False))
     )
-    second = ((1 + np.sqrt(1 + 8 * numbers)) / 2).astype(
-        np.int64
-    )  # (0, 1), (0, 2), (1, 2), (0, 3), ...
+    # (0, 1), (0, 2), (1, 2), (0, 3), ...
+    second = ((1 + np.sqrt(1 + 8 * numbers)) / 2).astype(np.int64)
     return np.stack([numbers - second * (second - 1) // 2, second], axis=1)
 
 

@@ -37,9 +37,8 @@ def sums(images: np.ndarray) -> Sums:
         raise ValueError(
             f"expected images as uint8 [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}."
         )
-    return sum(
-        (_of_one(image) for image in images), start=Sums(0, 0.0, 0.0, 0.0)
-    )  # one after another, to save memory
+    # One after another, to save memory.
+    return sum((_of_one(image) for image in images), start=Sums(0, 0.0, 0.0, 0.0))
 
 
 def _of_one(image):

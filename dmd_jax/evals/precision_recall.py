@@ -18,7 +18,9 @@ from dmd_jax.evals import pairwise
 
 K_MANIFOLD = 3  # Kynkaanniemi et al., section 3
 K_DENSITY = 5  # Naeem et al., section 5
-TIE = 1e-10  # of the images' mean squared norm: squared distances that differ by less are equal, or rounding would decide for copies
+# Of the images' mean squared norm: squared distances that differ by less are equal, or rounding
+# would decide for copies.
+TIE = 1e-10
 
 
 def precision_recall(
@@ -40,7 +42,8 @@ def precision_recall(
     """
     if min(len(real), len(fake)) <= K_DENSITY:
         raise ValueError(
-            f"precision and recall need more than {K_DENSITY} images of each set, got {len(real)} and {len(fake)}."
+            f"precision and recall need more than {K_DENSITY} images of each set, got {len(real)} "
+            f"and {len(fake)}."
         )
     mean = real.mean(axis=0, dtype=np.float64)  # distances far from 0 would cancel
     sets = [{"x": x} for x in (real - mean, fake - mean)]

@@ -90,7 +90,8 @@ def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
     for key in pinned.keys() & given.keys():
         if pinned[key] != given[key]:
             raise ValueError(
-                f"{where}.{key} is {given[key]!r}, but the protocol has {pinned[key]!r}; leave it out, or choose another protocol."
+                f"{where}.{key} is {given[key]!r}, but the protocol has {pinned[key]!r}; leave it "
+                "out, or choose another protocol."
             )
     return {**pinned, **given}
 
@@ -105,7 +106,8 @@ def find(name: str) -> Protocol:
         return lookup.find("evals", name)()
     if name not in PROTOCOLS:
         raise ValueError(
-            f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: {', '.join(PROTOCOLS)}."
+            f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: "
+            f"{', '.join(PROTOCOLS)}."
         )
     return PROTOCOLS[name]
 
@@ -122,7 +124,8 @@ EDM = Protocol(
 )
 COCO_2014 = Protocol(
     "coco2014_30k",
-    "arXiv 2303.05511 (GigaGAN), 2311.18828 (DMD), 2405.14867 (DMD2) and its code: 30,000 captions, all 40,504 images of val2014",
+    "arXiv 2303.05511 (GigaGAN), 2311.18828 (DMD), 2405.14867 (DMD2) and its code: 30,000 "
+    "captions, all 40,504 images of val2014",
     count=30_000,
     features={"name": "inception", "resize": "clean", "crop_to": 256},
     quantisation="truncate",

@@ -36,11 +36,13 @@ def reference(
     protocol = measuring.protocol
     if statistics and protocol.reference and not protocol.crop_to:
         raise ValueError(
-            f"the protocol {protocol.name} has real images of its own, expected none, got {statistics}; leave it out."
+            f"the protocol {protocol.name} has real images of its own, expected none, got "
+            f"{statistics}; leave it out."
         )
     if source is None and not statistics:
         raise ValueError(
-            f"the protocol {protocol.name} needs a reference; name real images, or a file of their statistics."
+            f"the protocol {protocol.name} needs a reference; name real images, or a file of their "
+            "statistics."
         )
     given = read(published.find(statistics), measuring.features) if statistics else None
     count = given.count if source is None else len(source)  # 0 if the file does not say
@@ -162,11 +164,13 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
         sums = drift.Sums(*rest["colours"]) if rest else None
     except Exception as error:  # numpy, zipfile and zlib raise all kinds for damaged files
         raise ValueError(
-            f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. Delete it, or get it again."
+            f"{path} holds no statistics ({error}); expected arrays mu [D] and sigma [D, D]. "
+            "Delete it, or get it again."
         ) from error
     if rest.get("features", features.digest) != features.digest:
         raise ValueError(
-            f"{path} was made with the features {rest['name']} ({rest['features']}), expected {features.name} ({features.digest}); make it "
+            f"{path} was made with the features {rest['name']} ({rest['features']}), expected "
+            f"{features.name} ({features.digest}); make it "
             "again, or choose the protocol that it is of."
         )
     return suite.Collected(

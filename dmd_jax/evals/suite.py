@@ -107,7 +107,8 @@ def make(
     if clip:
         if not protocol.clip:
             raise ValueError(
-                f"the protocol {protocol.name} has no CLIP score; leave the CLIP model out, or choose another protocol."
+                f"the protocol {protocol.name} has no CLIP score; leave the CLIP model out, or "
+                "choose another protocol."
             )
         scorer = clip_score.make(
             parallel,
@@ -118,7 +119,8 @@ def make(
         )
         if scorer.name != protocol.clip:
             raise ValueError(
-                f"{clip} holds CLIP's {scorer.name}, but the protocol {protocol.name} has {protocol.clip}; name that one."
+                f"{clip} holds CLIP's {scorer.name}, but the protocol {protocol.name} has "
+                f"{protocol.clip}; name that one."
             )
         digests[f"CLIP {scorer.name}"] = scorer.digest
     if lpips:
@@ -264,7 +266,8 @@ def compare(suite: Suite, real: Collected, fake: Collected) -> dict[str, float]:
     """
     if real.moments.mean.shape != fake.moments.mean.shape:
         raise ValueError(
-            f"the reference statistics have {len(real.moments.mean)} dimensions, {suite.features.name} has {len(fake.moments.mean)}: "
+            f"the reference statistics have {len(real.moments.mean)} dimensions, "
+            f"{suite.features.name} has {len(fake.moments.mean)}: "
             "they are of another feature network."
         )
     result = {suite.features.frechet: frechet.frechet_distance(real.moments, fake.moments)}

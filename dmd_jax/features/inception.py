@@ -48,7 +48,8 @@ def make(
         return network.apply(params, INPUTS[resize](images))
 
     found = published.sha256(weights)
+    # FID has but one network.
     name = (
         "inception" if found == published.SHA256[published.INCEPTION] else f"inception-{found[:8]}"
-    )  # FID has but one network
+    )
     return features.of_network(name, apply, params, parallel, batch_size, resize, crop_to)

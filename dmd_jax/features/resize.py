@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 PRECISION = 22  # bits after the point
-DIGIT = 8  # bits; three of them hold a weight, and every device multiplies two such numbers without rounding
+# Bits; three of them hold a weight, and every device multiplies two such numbers without rounding.
+DIGIT = 8
 
 
 def bytes_resize(images: jax.Array, size: int, filter: str) -> jax.Array:
@@ -95,7 +96,8 @@ def _bytes_along(axis, weights, images):
             255 * np.abs(digit).sum(1).max() >= 2**24
         ):  # beyond that float32 has not all whole numbers
             raise ValueError(
-                f"cannot resize {weights.shape[1]} pixels to {len(weights)} at once; resize the images to a size between first."
+                f"cannot resize {weights.shape[1]} pixels to {len(weights)} at once; resize the "
+                "images to a size between first."
             )
         total += (
             jnp.einsum(axis, digit.astype(np.float32), images, precision="highest").astype(
@@ -115,9 +117,8 @@ def _weights(size, target, filter):
     weights = np.zeros((target, size))
     for i in range(target):
         center = (i + 0.5) * scale
-        first, last = (
-            int(center + side * radius * stretch + 0.5) for side in (-1, 1)
-        )  # int() rounds towards 0, as in C
+        # Int() rounds towards 0, as in C.
+        first, last = (int(center + side * radius * stretch + 0.5) for side in (-1, 1))
         first, last = max(first, 0), min(last, size)
         row = [weight((j - center + 0.5) * (1.0 / stretch)) for j in range(first, last)]
         total = functools.reduce(float.__add__, row, 0.0)  # sum() would compensate for rounding
@@ -141,7 +142,8 @@ def _bicubic(x, a=-0.5):
     return (((x - 5) * x + 8) * x - 4) * a if x < 2.0 else 0.0
 
 
+# And their radii, pixels.
 FILTERS: dict[str, tuple[Callable, float]] = {
     "lanczos": (_lanczos, 3.0),
     "bicubic": (_bicubic, 2.0),
-}  # and their radii, pixels
+}
