@@ -1,8 +1,10 @@
-"""Captions, with images or without, as random-access sources of {"text": str, "image": [H, W, 3] float32 in [-1, 1]}.
+"""Captions, with images or without, as random-access sources of {"text": str, "image": [H, W, 3]
+float32 in [-1, 1]}.
 
-Images are read when they are asked for, cropped to the square in their middle and resized by Lanczos' filter to `size`; 0 = they stay as
-they are. Runs of blanks in a text become one. A row that cannot be given raises BadRow, and only then; a source that cannot be given
-raises ValueError at once.
+Images are read when they are asked for, cropped to the square in their middle and resized by
+Lanczos' filter to `size`; 0 = they stay as they are. Runs of blanks in a text become one. A row
+that cannot be given raises BadRow, and only then; a source that cannot be given raises ValueError
+at once.
 """
 
 import dataclasses
@@ -187,7 +189,10 @@ class Examples:
 
 
 def readable(source: Captions, indices: Iterable[int]) -> tuple[dict[int, dict], list[str]]:
-    """The rows that can be given, by their indices, and why the others cannot. Threads read them: Pillow decodes without Python's lock."""
+    """The rows that can be given, by their indices, and why the others cannot.
+
+    Threads read them: Pillow decodes without Python's lock.
+    """
 
     def read(i):
         try:
@@ -275,14 +280,18 @@ def tfds(
     per_image: int = 5,
     with_images: bool = True,
 ) -> Captions:
-    """A dataset of images with "captions" that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed.
+    """A dataset of images with "captions" that tensorflow-datasets has prepared as ArrayRecord
+    files.
+
+    TensorFlow is not needed.
 
     Args:
       split: as tensorflow-datasets writes it, "train[:1000]" too.
       data_dir: where it was prepared.
       name: "coco_captions"; ":1.1.0" at the end chooses among several versions.
       size: height and width of the images.
-      per_image: how many captions of each image; COCO's have 5 to 7, which only a pass over all images could count.
+      per_image: how many captions of each image; COCO's have 5 to 7, which only a pass over all
+        images could count.
       with_images: False = texts only.
 
     Raises:
@@ -303,10 +312,12 @@ def tfds(
 
 
 def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True) -> Captions:
-    """The images of a directory or a .zip, with captions in one file at its top or in a .txt beside each image.
+    """The images of a directory or a .zip, with captions in one file at its top or in a .txt beside
+    each image.
 
-    The file is captions.txt or captions.tsv with lines "name, tab, caption", in its order; or metadata.jsonl with lines
-    {"file_name": ..., "text": ...} as Hugging Face's imagefolder has it. Without one, rows are in the order of the images' names.
+    The file is captions.txt or captions.tsv with lines "name, tab, caption", in its order; or
+    metadata.jsonl with lines {"file_name": ..., "text": ...} as Hugging Face's imagefolder has it.
+    Without one, rows are in the order of the images' names.
 
     Args:
       path: of the directory or the .zip.

@@ -73,16 +73,19 @@ class Labelled:
 
 
 def read(*, path: str, size: int | None, num_classes: int = 0, x_flips: bool = False):
-    """The PNG, JPEG and WebP images of a directory or a .zip, however nested, in the order of their names; other files are left out.
+    """The PNG, JPEG and WebP images of a directory or a .zip, however nested, in the order of their
+    names; other files are left out.
 
     Args:
       path: of the directory or the .zip.
       size: height and width of the images; None = those of the first.
-      num_classes: labels are 0 to num_classes - 1, of dataset.json; 0 = labels are not read, every cond is 0.
+      num_classes: labels are 0 to num_classes - 1, of dataset.json; 0 = labels are not read, every
+        cond is 0.
       x_flips: also the mirror images, after all others.
 
     Raises:
-      ValueError: no images; labels missing, out of range or damaged; an image is unlike the others or corrupt (when it is reached).
+      ValueError: no images; labels missing, out of range or damaged; an image is unlike the others
+        or corrupt (when it is reached).
     """
     files, names, everything = _listed(path)
     cond = np.zeros(len(names), np.int32)
@@ -95,7 +98,8 @@ def read(*, path: str, size: int | None, num_classes: int = 0, x_flips: bool = F
 
 
 def cropped(*, path: str, size: int):
-    """The PNG, JPEG and WebP images of a directory or a .zip, of any sizes, in the order of their names, each as `images.cropped` gives it.
+    """The PNG, JPEG and WebP images of a directory or a .zip, of any sizes, in the order of their
+    names, each as `images.cropped` gives it.
 
     Args:
       path: of the directory or the .zip.

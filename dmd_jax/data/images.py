@@ -1,4 +1,6 @@
-"""Labelled images, as random-access sources of {"image": [H, W, C] float32 in [-1, 1], "cond": int32}, and labels alone."""
+"""Labelled images, as random-access sources of {"image": [H, W, C] float32 in [-1, 1], "cond":
+int32}, and labels alone.
+"""
 
 import dataclasses
 import hashlib
@@ -50,10 +52,15 @@ class Records(Protocol):
 
 
 class Files:
-    """A source of image files, read and decoded when asked for. All must be like the first, which is read at once."""
+    """A source of image files, read and decoded when asked for.
+
+    All must be like the first, which is read at once.
+    """
 
     def __init__(self, records: Records, *, origin: str, size: int | None = None):
-        """`origin` names the source in errors; images of another `size` are refused, None = that of the first."""
+        """`origin` names the source in errors; images of another `size` are refused, None = that of
+        the first.
+        """
         self._records, self._origin, self._size, self._first = records, origin, size, None
         height, width, _ = self._decode(0)[0].shape
         if size is None and height != width:
@@ -173,12 +180,13 @@ class Flipped:
 
 
 def cropped(data: bytes, size: int) -> np.ndarray:
-    """An image file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three channels.
+    """An image file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three
+    channels.
 
     Args:
       data: the file.
-      size: the square in the middle, where torchvision's center_crop sees it, is resized to so many pixels by Lanczos' filter; 0 = the
-        image stays as it is.
+      size: the square in the middle, where torchvision's center_crop sees it, is resized to so many
+        pixels by Lanczos' filter; 0 = the image stays as it is.
 
     Raises:
       ValueError: more than 8 bits.

@@ -1,4 +1,7 @@
-"""From sources to the devices. Order is a function of (seed, step), so the position in the data is the step and nothing else."""
+"""From sources to the devices.
+
+Order is a function of (seed, step), so the position in the data is the step and nothing else.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,7 +13,9 @@ import numpy as np
 
 
 class Stream(NamedTuple):
-    """A source, anything with `__len__` and `__getitem__`, and how many of its items a global batch holds."""
+    """A source, anything with `__len__` and `__getitem__`, and how many of its items a global batch
+    holds.
+    """
 
     source: object
     batch_size: int
@@ -19,9 +24,11 @@ class Stream(NamedTuple):
 def batches(
     streams: dict[str, Stream], *, seed: int, start: int, sharding: jax.sharding.Sharding
 ) -> Iterator[dict]:
-    """Endless global batches {name of the stream: tree of arrays [batch_size, ...]}, from step `start` on, split as `sharding` says.
+    """Endless global batches {name of the stream: tree of arrays [batch_size, ...]}, from step
+    `start` on, split as `sharding` says.
 
-    The global batch of a step is the same for any number of processes; each process reads its own rows.
+    The global batch of a step is the same for any number of processes; each process reads its own
+    rows.
     """
     iterators = {name: _local_batches(stream, seed, start) for name, stream in streams.items()}
     while True:
@@ -30,7 +37,9 @@ def batches(
 
 
 def fingerprint(streams: dict[str, Stream], *, seed: int) -> str:
-    """A digest of everything that the order and the content of the batches follow from; the content by a sample."""
+    """A digest of everything that the order and the content of the batches follow from; the content
+    by a sample.
+    """
     digest = hashlib.sha256(str(seed).encode())
     for name, (source, batch_size) in sorted(streams.items()):
         rows = [source[i] for i in np.linspace(0, len(source) - 1, 16).astype(int)]

@@ -11,7 +11,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int = 10, height: int = 32) -> np.ndarray:
-    """Images [N, H, W, C] side by side in rows of `columns`: [., ., 3] uint8. Small ones are enlarged to at least `height` pixels."""
+    """Images [N, H, W, C] side by side in rows of `columns`: [., ., 3] uint8.
+
+    Small ones are enlarged to at least `height` pixels.
+    """
     images = to_uint8(images)
     if images.shape[-1] == 1:
         images = np.repeat(images, 3, axis=-1)

@@ -1,7 +1,8 @@
 """Rows of arrays that a stage has made, as ArrayRecord shards and a manifest.
 
-A record is the bytes of its arrays one after another, in the order of the manifest's "features". The manifest also says how many
-"shards" there are, the "count" of rows once all are there, and what made them: see dmd_jax/pairs.py and dmd_jax/embed.py.
+A record is the bytes of its arrays one after another, in the order of the manifest's "features".
+The manifest also says how many "shards" there are, the "count" of rows once all are there, and what
+made them: see dmd_jax/pairs.py and dmd_jax/embed.py.
 """
 
 import json
@@ -74,7 +75,9 @@ def claim(directory: storage.Path, manifest: dict):
 
 
 class Records:
-    """A source of {name: array} for the manifest's "features", or those of them that `fields` names, of all rows or the first `limit`."""
+    """A source of {name: array} for the manifest's "features", or those of them that `fields`
+    names, of all rows or the first `limit`.
+    """
 
     def __init__(self, directory: str, fields: tuple[str, ...] = (), limit: int = 0):
         self.directory, self.manifest = str(directory), read_manifest(directory)
@@ -136,7 +139,9 @@ class Records:
 
 
 def read(*, directory: str, fields: tuple[str, ...] = (), limit: int = 0) -> Records:
-    """The records in `directory`, or the first `limit`; of each row all that there is, or `fields` alone."""
+    """The records in `directory`, or the first `limit`; of each row all that there is, or `fields`
+    alone.
+    """
     return Records(directory, fields, limit)
 
 

@@ -27,17 +27,21 @@ class Examples:
 
 
 def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_flips: bool = False):
-    """The features "image" and "label" of a prepared dataset; without a "label", every cond is 0. Nothing is downloaded.
+    """The features "image" and "label" of a prepared dataset; without a "label", every cond is 0.
+
+    Nothing is downloaded.
 
     Args:
-      name: "cifar10", "downsampled_imagenet/64x64", ...; ":3.0.2" at the end chooses among several versions.
+      name: "cifar10", "downsampled_imagenet/64x64", ...; ":3.0.2" at the end chooses among several
+        versions.
       split: as tensorflow-datasets writes it, "train[:1000]" too.
       data_dir: where it was prepared.
       size: height and width of the images; None = those of the first.
       x_flips: also the mirror images, after all others.
 
     Raises:
-      ValueError: the dataset is not there as ArrayRecord files, or has no such split; an image is unlike the others or corrupt.
+      ValueError: the dataset is not there as ArrayRecord files, or has no such split; an image is
+        unlike the others or corrupt.
     """
     examples, features, origin = open_split(name, split, data_dir)
     label = features.get("label")
@@ -50,7 +54,10 @@ def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_fli
 
 
 def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], dict, str]:
-    """The examples of a prepared dataset of images, which are left as files; its features; and what errors call it. See `read`.
+    """The examples of a prepared dataset of images, which are left as files; its features; and what
+    errors call it.
+
+    See `read`.
 
     Raises:
       ValueError: the dataset is not there as ArrayRecord files, has no such split or no images.

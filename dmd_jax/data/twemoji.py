@@ -49,10 +49,11 @@ def make(
     seed: int = 0,
     with_images: bool = True,
 ) -> captions.Captions:
-    """1,903 emoji of 72x72 pixels on white, with their names in lower case ("open book") and "category"; see CREDIT.
+    """1,903 emoji of 72x72 pixels on white, with their names in lower case ("open book") and
+    "category"; see CREDIT.
 
-    The split is by concept: emoji that differ in the gender of a person, or the direction that it faces, are on the same side. Skin is
-    always yellow.
+    The split is by concept: emoji that differ in the gender of a person, or the direction that it
+    faces, are on the same side. Skin is always yellow.
 
     Args:
       split: "train", "held_out" or "all".

@@ -1,4 +1,5 @@
-"""The CLIP score (Hessel et al., arXiv 2104.08718) as DMD and InstaFlow report it: the mean cosine of images and their own captions.
+"""The CLIP score (Hessel et al., arXiv 2104.08718) as DMD and InstaFlow report it: the mean cosine
+of images and their own captions.
 
     score = mean_i <f(x_i), g("A photo depicts" + caption_i)>,   f and g CLIP's two towers, unit vectors
 
@@ -32,8 +33,10 @@ class ClipScore(NamedTuple):
     """One CLIP.
 
     Attributes:
-      name: OpenCLIP's name of the network, such as "ViT-g-14"; of one of OpenAI's such as "ViT-B-32-quickgelu".
-      digest: of the parameters, of the tokenizer, and of what is done to images and captions before.
+      name: OpenCLIP's name of the network, such as "ViT-g-14"; of one of OpenAI's such as
+        "ViT-B-32-quickgelu".
+      digest: of the parameters, of the tokenizer, and of what is done to images and captions
+        before.
       images: bytes [N, H, W, 3] to unit vectors [N, D], float32, numpy.
       texts: N captions, a list of str, to unit vectors [N, D], float32, numpy.
     """
@@ -54,18 +57,22 @@ def make(
 ) -> ClipScore:
     """The CLIP of a checkpoint, in float32.
 
-    Images are cropped to the square in their middle and resized to `crop_to` by Lanczos' filter, then as the checkpoint wants it: to its
-    own size bicubically, less its mean, over its deviation. Both times bytes come out, as from Pillow.
+    Images are cropped to the square in their middle and resized to `crop_to` by Lanczos' filter,
+    then as the checkpoint wants it: to its own size bicubically, less its mean, over its deviation.
+    Both times bytes come out, as from Pillow.
 
     Args:
       parallel: the devices.
       batch_size: images or captions, over all devices.
       checkpoint: a directory, see `weights.clip.read`, with the files of the tokenizer.
-      prefix: whose tokens stand before those of each caption; what is longer than the network's texts is cut.
-      crop_to: height and width, pixels; 0 leaves the checkpoint's own size alone, for square images.
+      prefix: whose tokens stand before those of each caption; what is longer than the network's
+        texts is cut.
+      crop_to: height and width, pixels; 0 leaves the checkpoint's own size alone, for square
+        images.
 
     Raises:
-      ValueError: files are missing, damaged or of another network; the devices cannot share a batch.
+      ValueError: files are missing, damaged or of another network; the devices cannot share a
+        batch.
     """
     settings, tensors = clip.read(checkpoint)
     (mean, std), size = clip.normalisation(checkpoint), settings["vision"]["image_size"]

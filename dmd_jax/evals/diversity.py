@@ -1,4 +1,5 @@
-"""How much generated images differ: the mean distance by LPIPS of pairs of them (as Table 6 of DMD2, arXiv 2405.14867, has it).
+"""How much generated images differ: the mean distance by LPIPS of pairs of them (as Table 6 of
+DMD2, arXiv 2405.14867, has it).
 
 diversity = mean over pairs i != j of LPIPS(x_i, x_j)
 """
@@ -28,7 +29,8 @@ class Diversity(NamedTuple):
     batch_size: int
 
     def __call__(self, images: np.ndarray, pairs: int, seed: int) -> float:
-        """The mean distance of random pairs of different images, no pair twice; of all pairs, if there are no more than `pairs`.
+        """The mean distance of random pairs of different images, no pair twice; of all pairs, if
+        there are no more than `pairs`.
 
         Args:
           images: [N, H, W, C], bytes or floats in [-1, 1].
@@ -66,7 +68,8 @@ def make(
       size: height and width to which images are resized, bilinearly; None leaves them as they are.
 
     Raises:
-      ValueError: the file is missing or holds something else; the devices cannot share such a batch.
+      ValueError: the file is missing or holds something else; the devices cannot share such a
+        batch.
     """
     network = lpips_lib.make(size=size)
     params = state_dict.from_torch(lpips.read(weights), network.abstract)

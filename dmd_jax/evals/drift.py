@@ -1,8 +1,12 @@
-"""How much brighter, more saturated and richer in contrast generated images are than real ones, as guidance makes them. Of one image
+"""How much brighter, more saturated and richer in contrast generated images are than real ones, as
+guidance makes them.
+
+Of one image
 
     brightness = mean Y,   saturation = mean (max - min) / max of (R, G, B), 0 for black,   contrast = sqrt(mean Y^2 - brightness^2),
 
-with the luma Y = 0.2126 R + 0.7152 G + 0.0722 B (ITU-R BT.709) of R, G, B in [0, 1] as they are in a file; the saturation is that of HSV.
+with the luma Y = 0.2126 R + 0.7152 G + 0.0722 B (ITU-R BT.709) of R, G, B in [0, 1] as they are in
+a file; the saturation is that of HSV.
 """
 
 from typing import NamedTuple
@@ -64,7 +68,8 @@ def _of_one(image):
 
 
 def drift(real: Sums, fake: Sums) -> dict[str, float]:
-    """Means of generated images less those of real ones, on the scale from 0 to 1: positive where generated images have more of it.
+    """Means of generated images less those of real ones, on the scale from 0 to 1: positive where
+    generated images have more of it.
 
     Grey images have no saturation, nor a drift of it.
 

@@ -1,4 +1,6 @@
-"""Frechet distance between two sets of features: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al., arXiv 1706.08500)."""
+"""Frechet distance between two sets of features: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a
+C_b)^(1/2)) (Heusel et al., arXiv 1706.08500).
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +8,9 @@ import numpy as np
 
 
 class Sums(NamedTuple):
-    """Sums over a set of images from which its moments follow, in float64; those of two sets add up."""
+    """Sums over a set of images from which its moments follow, in float64; those of two sets add
+    up.
+    """
 
     count: int
     sum: np.ndarray  # [D]
@@ -38,10 +42,12 @@ def moments(sums: Sums) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The distance; zero for equal moments, up to float64's rounding, also with fewer images than features.
+    """The distance; zero for equal moments, up to float64's rounding, also with fewer images than
+    features.
 
-    With C = R R^T the trace of the root is the sum of the singular values of R_a^T R_b. Against the usual matrix root, nothing is divided
-    by an eigenvalue, and the eigenvalues that are zero but for rounding, whose roots would be of 1e-8, are left out.
+    With C = R R^T the trace of the root is the sum of the singular values of R_a^T R_b. Against the
+    usual matrix root, nothing is divided by an eigenvalue, and the eigenvalues that are zero but
+    for rounding, whose roots would be of 1e-8, are left out.
 
     Args:
       a: of one set of images.

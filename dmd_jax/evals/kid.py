@@ -1,4 +1,5 @@
-"""Kernel Inception Distance's statistic on any features (Binkowski et al., arXiv 1801.01401): the squared maximum mean discrepancy
+"""Kernel Inception Distance's statistic on any features (Binkowski et al., arXiv 1801.01401): the
+squared maximum mean discrepancy
 
 E k(a, a') + E k(b, b') - 2 E k(a, b),   k(a, b) = (a.b / D + 1)^3,   a and a' different images.
 """
@@ -12,8 +13,9 @@ from dmd_jax.evals import pairwise
 def kernel_distance(a: np.ndarray, b: np.ndarray, parallel: sharding.Parallel) -> float:
     """The unbiased estimate from all pairs; negative values are zero up to chance.
 
-    The authors' code, clean-fid and torch-fidelity give the mean of the same estimate over random subsets of 1,000 images instead (50 or
-    100 of them): the same expectation, so that figures compare, with more noise, that of the draw included.
+    The authors' code, clean-fid and torch-fidelity give the mean of the same estimate over random
+    subsets of 1,000 images instead (50 or 100 of them): the same expectation, so that figures
+    compare, with more noise, that of the draw included.
 
     Args:
       a: features of one set, [N, D], N at least 2.

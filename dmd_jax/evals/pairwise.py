@@ -1,4 +1,6 @@
-"""Something of every row of one set against all rows of another, in float64 on all devices; all pairs at once fit into no memory."""
+"""Something of every row of one set against all rows of another, in float64 on all devices; all
+pairs at once fit into no memory.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +13,12 @@ ROWS = 512  # at a time on each device
 
 
 def by_rows(function: Callable, whole, rows, parallel: sharding.Parallel):
-    """`function(whole, rows)`, where `rows` is worked off in batches over the devices and each of them has all of `whole`.
+    """`function(whole, rows)`, where `rows` is worked off in batches over the devices and each of
+    them has all of `whole`.
 
-    Float64, since the metrics on features are small differences of large sums: then the devices' number and the batches change nothing
-    within 1e-9. Accelerators do that slowly, but two thousand rows are a second even on two cores.
+    Float64, since the metrics on features are small differences of large sums: then the devices'
+    number and the batches change nothing within 1e-9. Accelerators do that slowly, but two thousand
+    rows are a second even on two cores.
 
     Args:
       function: `(whole, rows [B, ...]) -> [B, ...]`, trees of arrays.

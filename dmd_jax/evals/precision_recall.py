@@ -1,13 +1,15 @@
-"""Precision and recall (Kynkaanniemi et al., arXiv 1904.06991), density and coverage (Naeem et al., arXiv 2002.09797) on features.
+"""Precision and recall (Kynkaanniemi et al., arXiv 1904.06991), density and coverage (Naeem et al.,
+arXiv 2002.09797) on features.
 
-Around each image x of a set lies the ball B_k(x) that reaches to its k-th nearest neighbour in the set. With N real images x and M
-generated images y, and 1 where a condition holds, else 0,
+Around each image x of a set lies the ball B_k(x) that reaches to its k-th nearest neighbour in the
+set. With N real images x and M generated images y, and 1 where a condition holds, else 0,
 
     precision = 1/M sum_j max_i 1[y_j in B_3(x_i)],     recall   = 1/N sum_i max_j 1[x_i in B_3(y_j)],
     density = 1/(5 M) sum_ij 1[y_j in B_5(x_i)],        coverage = 1/N sum_i max_j 1[y_j in B_5(x_i)].
 
-Each has the k of its paper, so that a figure means the same as elsewhere. As in the authors' programs the balls of the first two have
-their surface and those of the others have not: then a set has the density 1 and the coverage 1 of itself.
+Each has the k of its paper, so that a figure means the same as elsewhere. As in the authors'
+programs the balls of the first two have their surface and those of the others have not: then a set
+has the density 1 and the coverage 1 of itself.
 """
 
 import jax.numpy as jnp
@@ -34,8 +36,10 @@ def precision_recall(
       parallel: the devices.
 
     Returns:
-      precision: generated images that are like real ones; recall: real images that are like generated ones; density: how many real images'
-      balls a generated image lies in, against what is expected; coverage: real images that have a generated one near.
+      precision: generated images that are like real ones; recall: real images that are like
+        generated ones; density: how many real images'
+      balls a generated image lies in, against what is expected; coverage: real images that have a
+      generated one near.
 
     Raises:
       ValueError: a set has too few images to have neighbours.
@@ -60,7 +64,9 @@ def precision_recall(
 
 
 def _balls(whole, rows):
-    """Of each row: whether it is within a ball of the other set, how many of the open ones it is in, whether its own open one holds any."""
+    """Of each row: whether it is within a ball of the other set, how many of the open ones it is
+    in, whether its own open one holds any.
+    """
     distances = _distances(rows["x"], whole["x"])
     return {
         "within": (distances <= (whole["manifold"] + whole["tie"])[None]).any(axis=1),

@@ -1,7 +1,9 @@
-"""Evaluations by name: behind a name stands every choice that a score follows from, so that it means the same thing everywhere.
+"""Evaluations by name: behind a name stands every choice that a score follows from, so that it
+means the same thing everywhere.
 
-A variant, named after a colon, is what one of the published evaluators does otherwise; its scores compare with its own alone.
-docs/evaluation.md has the protocols as a table, with the published figures that each of them stands for.
+A variant, named after a colon, is what one of the published evaluators does otherwise; its scores
+compare with its own alone. docs/evaluation.md has the protocols as a table, with the published
+figures that each of them stands for.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ from dmd_jax.data import pixels
 
 
 def truncated(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255 as DMD2's evaluators do: trunc(127.5 (x + 1)), half a grey level darker than `metrics.to_uint8`."""
+    """[-1, 1] to 0..255 as DMD2's evaluators do: trunc(127.5 (x + 1)), half a grey level darker
+    than `metrics.to_uint8`.
+    """
     return np.clip(127.5 * (np.asarray(images, np.float32) + 1), 0, 255).astype(np.uint8)
 
 
@@ -27,27 +31,33 @@ QUANTISATIONS: dict[str, Callable | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One evaluation. Of settings that are dicts, whoever evaluates adds what they leave open: where files are, and sizes of batches.
+    """One evaluation.
+
+    Of settings that are dicts, whoever evaluates adds what they leave open: where files are, and
+    sizes of batches.
 
     Attributes:
       name: with the variant, if it is one.
       source: where it is described.
-      count: generated images of each range of seeds; scores of another number of images have that number in their names.
+      count: generated images of each range of seeds; scores of another number of images have that
+        number in their names.
       ranges: of seeds; of several the lowest Frechet distance counts.
       features: arguments of one of dmd_jax/evals, the space in which images are compared.
       quantisation: how generated images become bytes, by name; "none" for features of floats.
       conditions: a data source, what the generated images are to show.
       reference: a data source, the real images; {} for those that the user names.
       reference_count: images that there must be; 0 = any number.
-      floor: a data source, real images that are measured as if they were generated; {} for half of the reference against the other.
+      floor: a data source, real images that are measured as if they were generated; {} for half of
+        the reference against the other.
       sizes: heights of the images, which are square; () = any.
-      crop_to: all images are cropped to the square in their middle and resized to so many pixels by Lanczos' filter, as Pillow does it; 0 =
-        they stay as they are, and must be equal in size and mode.
+      crop_to: all images are cropped to the square in their middle and resized to so many pixels by
+        Lanczos' filter, as Pillow does it; 0 = they stay as they are, and must be equal in size and
+        mode.
       neighbours: images of each set, evenly spaced, that the scores which need single ones look at.
       clip: the model of the CLIP score, "" for none.
       prefix: of the captions that the CLIP score sees.
-      diversity: generated images whose distances by LPIPS are averaged over pairs, the number of pairs, and the pixels to which images are
-        resized before; 0 = they stay as they are.
+      diversity: generated images whose distances by LPIPS are averaged over pairs, the number of
+        pairs, and the pixels to which images are resized before; 0 = they stay as they are.
     """
 
     name: str
@@ -68,12 +78,16 @@ class Protocol:
     diversity: tuple[int, int, int] = (100, 200, 64)
 
     def bytes(self, images: np.ndarray) -> np.ndarray:
-        """Generated images [N, H, W, C] in [-1, 1] as the features see them: bytes, or what they are."""
+        """Generated images [N, H, W, C] in [-1, 1] as the features see them: bytes, or what they
+        are.
+        """
         quantise = QUANTISATIONS[self.quantisation]
         return quantise(images) if quantise else images
 
     def named(self, scores: Mapping[str, float], count: int) -> dict[str, float]:
-        """Scores of `count` images under names that say so, if it is another number than the protocol's."""
+        """Scores of `count` images under names that say so, if it is another number than the
+        protocol's.
+        """
         return (
             dict(scores)
             if count == self.count
@@ -85,7 +99,8 @@ def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
     """Settings of a protocol with those that it leaves open.
 
     Raises:
-      ValueError: `given` has another value than the protocol, under a name that begins with `where`.
+      ValueError: `given` has another value than the protocol, under a name that begins with
+        `where`.
     """
     for key in pinned.keys() & given.keys():
         if pinned[key] != given[key]:

@@ -27,11 +27,13 @@ def reference(
     Args:
       measuring: what to measure with.
       source: of them; None for none.
-      statistics: a file of their features' statistics, which take the place of those of `source`; "" for none.
+      statistics: a file of their features' statistics, which take the place of those of `source`;
+        "" for none.
       directory: where statistics of sources are kept.
 
     Raises:
-      ValueError: there are none, or another number than the protocol's; see `collect_source` and `read`.
+      ValueError: there are none, or another number than the protocol's; see `collect_source` and
+        `read`.
     """
     protocol = measuring.protocol
     if statistics and protocol.reference and not protocol.crop_to:
@@ -71,7 +73,8 @@ def collect_source(
     name: str = "reference",
     with_floor: bool = False,
 ) -> suite.Collected:
-    """As `suite.collect`, for a whole data source; kept in a file of `directory`, by the digests of all that it follows from.
+    """As `suite.collect`, for a whole data source; kept in a file of `directory`, by the digests of
+    all that it follows from.
 
     Raises:
       ValueError: an image cannot be read.
@@ -105,7 +108,10 @@ def content(source) -> str:
 
 
 def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[suite.Batch]:
-    """The images of these rows of a data source, whose bytes they are. Threads read them: Pillow decodes without Python's lock."""
+    """The images of these rows of a data source, whose bytes they are.
+
+    Threads read them: Pillow decodes without Python's lock.
+    """
     with futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), READ):
             rows = list(pool.map(source.__getitem__, indices[start : start + READ]))
@@ -117,7 +123,9 @@ def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[su
 
 
 def write(path: str | os.PathLike, measuring: suite.Suite, collected: suite.Collected):
-    """Writes an `.npz` that pytorch-fid and EDM read as well: "mu" [D] and "sigma" [D, D], and what else was collected."""
+    """Writes an `.npz` that pytorch-fid and EDM read as well: "mu" [D] and "sigma" [D, D], and what
+    else was collected.
+    """
     arrays = dict(
         mu=collected.moments.mean,
         sigma=collected.moments.covariance,
@@ -135,7 +143,8 @@ def write(path: str | os.PathLike, measuring: suite.Suite, collected: suite.Coll
 
 
 def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Collected:
-    """Statistics from an `.npz` of "mu" [D] and "sigma" [D, D], as EDM and pytorch-fid have them, or one of our own.
+    """Statistics from an `.npz` of "mu" [D] and "sigma" [D, D], as EDM and pytorch-fid have them,
+    or one of our own.
 
     Raises:
       ValueError: the file is damaged, or of another feature network.

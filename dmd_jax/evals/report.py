@@ -115,7 +115,8 @@ def draw_captions(path: str | os.PathLike, captioned: dict, credit: str, columns
 
     Args:
       path: of the PNG file.
-      captioned: {model: {kind of prompt: (texts N, real images [N, H, W, C], images [N, H, W, C])}}.
+      captioned: {model: {kind of prompt: (texts N, real images [N, H, W, C], images [N, H, W,
+        C])}}.
       credit: of the real images.
       columns: prompts of a row; there are two rows of each kind.
     """

@@ -1,6 +1,8 @@
-"""Whether images show what their captions say: the gallery's vector nearest to each image should carry the same caption.
+"""Whether images show what their captions say: the gallery's vector nearest to each image should
+carry the same caption.
 
-The gallery is of real images, in the space of some features, or of the captions themselves, in CLIP's.
+The gallery is of real images, in the space of some features, or of the captions themselves, in
+CLIP's.
 """
 
 import numpy as np
@@ -16,7 +18,8 @@ def recall(
     gallery_captions: list[str],
     ks=(1, 10),
 ) -> dict[str, float]:
-    """R@k: the fraction of images that have their own caption among those of the k nearest in the gallery, by cosine; of ties the first.
+    """R@k: the fraction of images that have their own caption among those of the k nearest in the
+    gallery, by cosine; of ties the first.
 
     Args:
       features: of the images, [N, D].

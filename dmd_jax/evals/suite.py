@@ -1,4 +1,6 @@
-"""The measurements of a set of generated images against a set of real ones by a protocol, in one pass over each set."""
+"""The measurements of a set of generated images against a set of real ones by a protocol, in one
+pass over each set.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -57,9 +59,12 @@ class Collected:
     Attributes:
       count: of the images; 0 where a file of statistics does not say.
       moments: of all their features.
-      features: of some of them, evenly spaced, [M, D]; None for statistics that came from elsewhere.
-      colours: sums of brightness, saturation and contrast; None for statistics that came from elsewhere.
-      agreement: the fraction that the features' classifier gives the label they were made for; None without a classifier, or labels.
+      features: of some of them, evenly spaced, [M, D]; None for statistics that came from
+        elsewhere.
+      colours: sums of brightness, saturation and contrast; None for statistics that came from
+        elsewhere.
+      agreement: the fraction that the features' classifier gives the label they were made for; None
+        without a classifier, or labels.
       texts: scores of the texts they were made for; {} for none.
       diversity: mean distance of pairs by LPIPS; None where that is not measured.
       floor: scores of one half of the images against the other; {} where that was not asked for.
@@ -141,7 +146,8 @@ def collect(
       batches: of any sizes; the result does not depend on them.
       count: of the images of all batches.
       name: of the images, on the progress bar.
-      with_floor: also measure one half of the images against the other: those of even places against those of odd ones.
+      with_floor: also measure one half of the images against the other: those of even places
+        against those of odd ones.
 
     Raises:
       ValueError: there are too few images for what is measured.
@@ -235,7 +241,9 @@ def _of_texts(suite, images, vectors, texts):
 
 
 def over_ranges(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of ranges of seeds, EDM reports the minimum of the Frechet distance; its mean stands beside it, and of the other scores the mean."""
+    """Of ranges of seeds, EDM reports the minimum of the Frechet distance; its mean stands beside
+    it, and of the other scores the mean.
+    """
     means, frechet = (
         {name: float(np.mean([s[name] for s in scores])) for name in scores[0]},
         next(iter(scores[0])),
@@ -258,8 +266,8 @@ def compare(suite: Suite, real: Collected, fake: Collected) -> dict[str, float]:
     """Scores of generated images; those that need what is not there are left out.
 
     Returns:
-      The Frechet and the kernel distance (lower is better), precision, recall, density and coverage, colours, the agreement with the
-      labels, the scores of texts, the diversity.
+      The Frechet and the kernel distance (lower is better), precision, recall, density and
+      coverage, colours, the agreement with the labels, the scores of texts, the diversity.
 
     Raises:
       ValueError: `real` has features of another size.

@@ -30,7 +30,9 @@ class Features(NamedTuple):
 
     @property
     def frechet(self) -> str:
-        """The name of the Frechet distance: FID is the one in the features of the Inception network of 2015, and no other."""
+        """The name of the Frechet distance: FID is the one in the features of the Inception network
+        of 2015, and no other.
+        """
         return "FID" if self.name == "inception" else f"FD-{self.name}"
 
     @property
@@ -40,12 +42,15 @@ class Features(NamedTuple):
 
 
 def digest(params: dict, *settings) -> str:
-    """Of everything that features follow from: parameters, and settings such as the way images are resized."""
+    """Of everything that features follow from: parameters, and settings such as the way images are
+    resized.
+    """
     return hashlib.sha256(f"{digests.of_params(params)} {settings}".encode()).hexdigest()[:16]
 
 
 def read_params(path: str | os.PathLike, abstract: dict, *, without: str) -> dict:
-    """Parameters of a network out of a PyTorch file, but for the tensors whose names the regex `without` finds and for counters.
+    """Parameters of a network out of a PyTorch file, but for the tensors whose names the regex
+    `without` finds and for counters.
 
     Raises:
       ValueError: the file is missing, damaged or of another network.
@@ -70,7 +75,8 @@ def of_network(
     batch_size: int,
     *settings,
 ) -> Features:
-    """The features of a network `(params, bytes [B, H, W, 3] as float32 from 0 to 255) -> [B, D]`, over all devices.
+    """The features of a network `(params, bytes [B, H, W, 3] as float32 from 0 to 255) -> [B, D]`,
+    over all devices.
 
     `settings` are what its features depend on besides its parameters and its name.
     """

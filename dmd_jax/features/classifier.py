@@ -1,4 +1,6 @@
-"""A small classifier of the training images, by scikit-learn: its last hidden layer is the feature space of datasets that have no other."""
+"""A small classifier of the training images, by scikit-learn: its last hidden layer is the feature
+space of datasets that have no other.
+"""
 
 import os
 import warnings
@@ -37,7 +39,9 @@ class Classifier(NamedTuple):
 
 
 def make(parallel, *, images, path: str) -> features.Features:
-    """The features of a classifier of the data source `images`, kept in the file `path`; runs on the host."""
+    """The features of a classifier of the data source `images`, kept in the file `path`; runs on
+    the host.
+    """
     rows = [images[i] for i in range(len(images))]
     classifier = cached(
         path, np.stack([row["image"] for row in rows]), np.stack([row["cond"] for row in rows])

@@ -1,4 +1,6 @@
-"""The features of EfficientNet-Lite0, whose weights arrive by pip: a measure of colour images for machines without FID's weights."""
+"""The features of EfficientNet-Lite0, whose weights arrive by pip: a measure of colour images for
+machines without FID's weights.
+"""
 
 import importlib.util
 import pathlib

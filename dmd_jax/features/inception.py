@@ -9,7 +9,9 @@ from dmd_jax.weights import published
 
 
 def clean_input(images: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3] of 0 to 255 as clean-fid takes them in its mode "clean" (Parmar et al., arXiv 2104.11222): bicubic, no bytes."""
+    """Images [B, H, W, 3] of 0 to 255 as clean-fid takes them in its mode "clean" (Parmar et al.,
+    arXiv 2104.11222): bicubic, no bytes.
+    """
     return (resize_lib.float_resize(images, inception.SIZE, "bicubic").clip(0, 255) - 128) / 128
 
 
@@ -29,10 +31,11 @@ def make(
       parallel: the devices.
       batch_size: images, over all devices.
       weights: pytorch-fid's translation of them, pt_inception-2015-12-05-6726825d.pth.
-      resize: to 299 pixels: "edm", in the original graph, of which EDM's and DMD's figures of CIFAR-10 and ImageNet are; "pytorch_fid"; or
-        "clean", clean-fid's, of which those of COCO are.
-      crop_to: before that the square in the middle becomes bytes of so many pixels by Lanczos' filter, 256 for COCO (Kang et al., arXiv
-        2303.05511); 0 = images stay as they are.
+      resize: to 299 pixels: "edm", in the original graph, of which EDM's and DMD's figures of
+        CIFAR-10 and ImageNet are; "pytorch_fid"; or "clean", clean-fid's, of which those of COCO
+        are.
+      crop_to: before that the square in the middle becomes bytes of so many pixels by Lanczos'
+        filter, 256 for COCO (Kang et al., arXiv 2303.05511); 0 = images stay as they are.
 
     Raises:
       ValueError: the file is missing, damaged or of another network; there is no such `resize`.

@@ -1,9 +1,11 @@
-"""Pillow's resizing on the devices, since the papers' scores are of images that Pillow resized: weighted means of the pixels around,
+"""Pillow's resizing on the devices, since the papers' scores are of images that Pillow resized:
+weighted means of the pixels around,
 
     y_i = sum_j k_ij x_j,   k_ij = w((j + 1/2 - c_i) / s) / sum_j w(...),   c_i = (i + 1/2) scale,   s = max(scale, 1),
 
-first along rows, then along columns. Of bytes, Pillow rounds k to 22 bits after the point and each of the two results to a byte; of
-floating-point numbers it rounds nothing. Where a side has the size already, it stays as it is.
+first along rows, then along columns. Of bytes, Pillow rounds k to 22 bits after the point and each
+of the two results to a byte; of floating-point numbers it rounds nothing. Where a side has the size
+already, it stays as it is.
 """
 
 import functools
@@ -31,7 +33,8 @@ def bytes_resize(images: jax.Array, size: int, filter: str) -> jax.Array:
       [B, size, size, C], float32 of whole numbers 0..255.
 
     Raises:
-      ValueError: there is no such filter, or the images are more than some hundred times as large as `size`.
+      ValueError: there is no such filter, or the images are more than some hundred times as large
+        as `size`.
 
     Source: Pillow, src/libImaging/Resample.c.
     """
@@ -39,7 +42,8 @@ def bytes_resize(images: jax.Array, size: int, filter: str) -> jax.Array:
 
 
 def float_resize(images: jax.Array, size: int, filter: str) -> jax.Array:
-    """As `Image.resize` of each channel in mode "F", up to float32's rounding: bicubic results overshoot and are not clipped.
+    """As `Image.resize` of each channel in mode "F", up to float32's rounding: bicubic results
+    overshoot and are not clipped.
 
     Args:
       images: [B, H, W, C], float32.
@@ -58,7 +62,9 @@ def float_resize(images: jax.Array, size: int, filter: str) -> jax.Array:
 
 
 def center_crop(images: jax.Array) -> jax.Array:
-    """[B, H, W, C] to the square of the shorter side in their middle, where torchvision sees it: an odd half is rounded to even."""
+    """[B, H, W, C] to the square of the shorter side in their middle, where torchvision sees it: an
+    odd half is rounded to even.
+    """
     top, left, short = _middle(*images.shape[1:3])
     return images[:, top : top + short, left : left + short]
 
