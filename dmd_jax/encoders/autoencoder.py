@@ -1,7 +1,8 @@
 """Between images and what the networks see: autoencoders, by their settings in a config.
 
-Settings are {"checkpoint": a diffusers directory, ...} for the autoencoder that lies there, or {"name": ..., ...} for one of dmd_jax/models
-that has no parameters; None stands for none at all, when latents are images.
+Settings are {"checkpoint": a diffusers directory, ...} for the autoencoder that lies there, or
+{"name": ..., ...} for one of dmd_jax/models that has no parameters; None stands for none at all,
+when latents are images.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,9 @@ def make_decode(settings: dict | None, parallel: sharding.Parallel, batch_size: 
 
 
 def make_encode(settings: dict, parallel: sharding.Parallel, batch_size: int) -> Callable:
-    """`images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N: the mean of the encoder's distribution, scaled."""
+    """`images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N: the mean of the encoder's
+    distribution, scaled.
+    """
     network, params = load(settings)
     return _in_batches(
         "encoding batch_size",

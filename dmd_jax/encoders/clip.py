@@ -1,4 +1,6 @@
-"""The text encoder of Stable Diffusion: CLIP's last hidden states after its final norm, of all positions."""
+"""The text encoder of Stable Diffusion: CLIP's last hidden states after its final norm, of all
+positions.
+"""
 
 import os
 
@@ -19,12 +21,14 @@ def make(
 
     Args:
       parallel: the devices.
-      checkpoint: a directory in the layout of diffusers, with tokenizer/ and text_encoder/, or owner/name on the Hugging Face hub.
+      checkpoint: a directory in the layout of diffusers, with tokenizer/ and text_encoder/, or
+        owner/name on the Hugging Face hub.
       batch_size: prompts, over all devices.
       dtype: inside the network.
 
     Raises:
-      ValueError: files are missing, damaged or of another network; the devices cannot share a batch.
+      ValueError: files are missing, damaged or of another network; the devices cannot share a
+        batch.
     """
     directory = diffusers.find(checkpoint)
     settings, tensors = diffusers.text_encoder(directory)

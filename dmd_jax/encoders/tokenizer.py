@@ -1,4 +1,6 @@
-"""CLIP's byte-level BPE (Radford et al., arXiv 2103.00020), by the library tokenizers, out of Stable Diffusion's tokenizer/ or a CLIP."""
+"""CLIP's byte-level BPE (Radford et al., arXiv 2103.00020), by the library tokenizers, out of
+Stable Diffusion's tokenizer/ or a CLIP.
+"""
 
 import json
 import os
@@ -21,7 +23,8 @@ class Tokenizer(NamedTuple):
     """One tokenizer.
 
     Attributes:
-      ids: N texts, a list of str, to int32 [N, length]: start, prefix, text, end, padding; what is too long is cut, and ends all the same.
+      ids: N texts, a list of str, to int32 [N, length]: start, prefix, text, end, padding; what is
+        too long is cut, and ends all the same.
       truncated: texts to the indices of those that are cut.
       digest: of everything that the ids follow from.
     """
@@ -34,7 +37,8 @@ class Tokenizer(NamedTuple):
 def load(directory: str | os.PathLike, *, length: int = 77, prefix: str = "") -> Tokenizer:
     """The tokenizer of a directory with tokenizer.json, or with vocab.json and merges.txt.
 
-    Padding is the pad token of special_tokens_map.json or tokenizer_config.json: the end token in Stable Diffusion 1, "!" in 2.
+    Padding is the pad token of special_tokens_map.json or tokenizer_config.json: the end token in
+    Stable Diffusion 1, "!" in 2.
 
     Args:
       directory: such as stable-diffusion-v1-5/tokenizer, or clip-vit-large-patch14.
@@ -54,8 +58,10 @@ def load(directory: str | os.PathLike, *, length: int = 77, prefix: str = "") ->
     except Exception as error:  # the library raises bare ones
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{directory}: expected CLIP's tokenizer.json, or its vocab.json and merges.txt, got neither ({reason}); "
-            "set the directory tokenizer/ of a Stable Diffusion checkpoint, or that of a CLIP, or copy it again."
+            f"{directory}: expected CLIP's tokenizer.json, or its vocab.json and merges.txt, got "
+            f"neither ({reason}); "
+            "set the directory tokenizer/ of a Stable Diffusion checkpoint, or that of a CLIP, or "
+            "copy it again."
         ) from error
 
     def encode(texts):

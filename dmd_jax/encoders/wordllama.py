@@ -1,4 +1,6 @@
-"""WordLlama's static token vectors (https://github.com/dleemiller/WordLlama), whose files arrive by pip: words for small networks."""
+"""WordLlama's static token vectors (https://github.com/dleemiller/WordLlama), whose files arrive by
+pip: words for small networks.
+"""
 
 import importlib.util
 import pathlib
@@ -22,7 +24,8 @@ VOCABULARY = (
 
 
 def make(parallel, *, length: int = 16, dim: int = 256) -> encoders.Encoder:
-    """Token vectors plus sinusoidal codes of their positions (Vaswani et al., arXiv 1706.03762, 3.5), of unit variance; then zeros.
+    """Token vectors plus sinusoidal codes of their positions (Vaswani et al., arXiv 1706.03762,
+    3.5), of unit variance; then zeros.
 
     The first row is that of the start token, whatever the prompt; the empty prompt has no other.
 
@@ -36,7 +39,8 @@ def make(parallel, *, length: int = 16, dim: int = 256) -> encoders.Encoder:
     """
     if length < 2 or not 2 <= dim <= 256 or dim % 2:
         raise ValueError(
-            f"wordllama: expected a length of at least 2 and an even dim up to 256, got {length} and {dim}; use 16 and 256."
+            f"wordllama: expected a length of at least 2 and an even dim up to 256, got {length} "
+            f"and {dim}; use 16 and 256."
         )
     words = tokenizers.Tokenizer.from_file(str(_installed(*VOCABULARY)))
     table = safetensors.load_file(_installed(*WEIGHTS))["embedding.weight"][:, :dim].astype(
@@ -49,9 +53,8 @@ def make(parallel, *, length: int = 16, dim: int = 256) -> encoders.Encoder:
         rows = np.zeros((len(prompts), length, dim), np.float32)
         for row, tokens in zip(rows, words.encode_batch(list(prompts)), strict=True):
             ids = tokens.ids[:length]
-            row[: len(ids)] = (table[ids] + codes[: len(ids)]) / np.sqrt(
-                1.5
-            )  # 1 + 1/2, the variances
+            # 1 + 1/2, the variances.
+            row[: len(ids)] = (table[ids] + codes[: len(ids)]) / np.sqrt(1.5)
         return rows
 
     def truncated(prompts):

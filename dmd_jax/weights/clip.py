@@ -1,9 +1,11 @@
-"""Directories of CLIP, as Hugging Face's transformers or as OpenCLIP lays them out; tensors have transformers' names.
+"""Directories of CLIP, as Hugging Face's transformers or as OpenCLIP lays them out; tensors have
+transformers' names.
 
     transformers   config.json, preprocessor_config.json, and model.safetensors, whole or in shards, or pytorch_model.bin
     OpenCLIP       open_clip_config.json, and open_clip_model.safetensors or open_clip_pytorch_model.bin
 
-LAION's directories are both at once; there, safetensors come before pickles, and transformers' before OpenCLIP's.
+LAION's directories are both at once; there, safetensors come before pickles, and transformers'
+before OpenCLIP's.
 """
 
 import dataclasses
@@ -45,7 +47,8 @@ VISION |= {
 }
 FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
 
-# OpenCLIP's: {theirs: what it is where the file does not say}; other keys must have the value in OPEN_FIXED, or none
+# OpenCLIP's: {theirs: what it is where the file does not say}; other keys must have the value in
+# OPEN_FIXED, or none
 OPEN_TEXT = {
     "context_length": 77,
     "vocab_size": 49408,
@@ -66,15 +69,17 @@ OPEN_MODEL = {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {}, "quick_gelu": 
 OPEN_TEXT_FIXED = {"pool_type": "argmax", "proj_type": "linear"}
 OPEN_VISION_FIXED = {"pool_type": "tok", "pos_embed_type": "learnable"}
 PREPARATION = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
+# 3 = bicubic.
 PROCESSOR = {
     "resample": 3,
     "do_resize": True,
     "do_center_crop": True,
     "do_rescale": True,
     "do_normalize": True,
-}  # 3 = bicubic
+}
 
-KEYS = (  # (a regex of OpenCLIP's whole name, transformers'), each applied to what those before it have made
+# (a regex of OpenCLIP's whole name, transformers'), each applied to what those before it have made.
+KEYS = (
     (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
     (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     (r"visual\.conv1\.(weight)", r"vision_model.embeddings.patch_embedding.\1"),
@@ -119,7 +124,8 @@ class Renamed(Mapping):
 
 
 def read(directory: str | os.PathLike) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """A CLIP: `name` and arguments of its maker in `models`, and its tensors for `convert.from_torch`.
+    """A CLIP: `name` and arguments of its maker in `models`, and its tensors for
+    `convert.from_torch`.
 
     Tensors of safetensors are read one by one; a .bin, in which nothing is run, is held whole.
 
@@ -127,8 +133,9 @@ def read(directory: str | os.PathLike) -> tuple[dict, Mapping[str, np.ndarray]]:
       directory: such as CLIP-ViT-g-14-laion2B-s12B-b42K.
 
     Raises:
-      ValueError: there is none, with what it should hold and where it is published; a file is damaged or not the published one; or it is
-        another kind of network, with all that is not supported.
+      ValueError: there is none, with what it should hold and where it is published; a file is
+        damaged or not the published one; or it is another kind of network, with all that is not
+        supported.
     """
     directory, config, weights = _layout(directory)
     path = directory / weights
@@ -149,10 +156,12 @@ def read(directory: str | os.PathLike) -> tuple[dict, Mapping[str, np.ndarray]]:
 
 
 def normalisation(directory: str | os.PathLike) -> tuple[tuple, tuple]:
-    """The mean and the standard deviation of images in [0, 1] that their channels are normalised by.
+    """The mean and the standard deviation of images in [0, 1] that their channels are normalised
+    by.
 
     Raises:
-      ValueError: as `read`; or images are prepared in another way than CLIP's: resized bicubically and cropped to the network's size.
+      ValueError: as `read`; or images are prepared in another way than CLIP's: resized bicubically
+        and cropped to the network's size.
     """
     directory, config, _ = _layout(directory)
     if config == OPEN_CLIP:
@@ -188,7 +197,8 @@ def _layout(directory):
             return path, config, weights
     choices = ", or ".join(f"{config} and {weights}" for config, weights in LAYOUTS)
     raise ValueError(
-        f"{path} is no directory of a CLIP: expected {choices}; there is {', '.join(sorted(there)) or 'nothing'}. "
+        f"{path} is no directory of a CLIP: expected {choices}; there is "
+        f"{', '.join(sorted(there)) or 'nothing'}. "
         f"Nothing is downloaded by itself{published.published(path)}."
     )
 
@@ -222,9 +232,8 @@ def _hugging_face(config):
     )
     settings = {"projection_dim": config.get("projection_dim", 512)}
     for tower, keys in (("text", TEXT), ("vision", VISION)):
-        found = (config.get(f"{tower}_config") or {}) | (
-            config.get(f"{tower}_config_dict") or {}
-        )  # old files have both
+        # Old files have both.
+        found = (config.get(f"{tower}_config") or {}) | (config.get(f"{tower}_config_dict") or {})
         settings[tower] = {
             ours: found.get(theirs, absent) for theirs, (ours, absent) in keys.items()
         }

@@ -1,7 +1,9 @@
-"""Directories of Stable Diffusion as diffusers lays them out: a folder per network, with config.json and .safetensors files.
+"""Directories of Stable Diffusion as diffusers lays them out: a folder per network, with
+config.json and .safetensors files.
 
-Only those folders count, and of model_index.json whether the pipeline is InstaFlow's: the checkpoints of rectified flows have the
-scheduler of Stable Diffusion, which their pipeline passes over. `diffusers_write` writes such directories.
+Only those folders count, and of model_index.json whether the pipeline is InstaFlow's: the
+checkpoints of rectified flows have the scheduler of Stable Diffusion, which their pipeline passes
+over. `diffusers_write` writes such directories.
 """
 
 import functools
@@ -17,7 +19,8 @@ from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_files as files
 from dmd_jax.weights import published
 
-# Of config.json: keys that settings follow from, and what else must have one value. Further ones must be absent, None or False.
+# Of config.json: keys that settings follow from, and what else must have one value. Further ones
+# must be absent, None or False.
 UNET = (
     "block_out_channels",
     "layers_per_block",
@@ -103,11 +106,12 @@ CLIP = {key: key for key in ("vocab_size", "hidden_size", "intermediate_size")} 
 CLIP |= {"num_attention_heads": "num_heads", "max_position_embeddings": "max_length"}
 ABSENT = {"use_linear_projection": False, "scaling_factor": 0.18215}  # in the first configs
 HARMLESS = {"upcast_attention", "force_upcast"}  # precision, which is float32 here anyway
+# Derived, or of what is off.
 HARMLESS |= {
     "sample_size",
     "block_out_channels",
     "addition_embed_type_num_heads",
-}  # derived, or of what is off
+}
 HARMLESS |= {"latent_magnitude", "latent_shift"}  # of latents stored as bytes
 KINDS = {
     "UNet2DConditionModel": (UNET + UNET_MORE, UNET_FIXED),
@@ -115,21 +119,25 @@ KINDS = {
     "AutoencoderKL": (KL + KL_MORE, KL_FIXED),
     "AutoencoderTiny": (TINY, TINY_FIXED),
 }
-ONE_STEP = "_one_step"  # the mark of a one-step generator in scheduler_config.json; diffusers passes over such names
+# The mark of a one-step generator in scheduler_config.json; diffusers passes over such names.
+ONE_STEP = "_one_step"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+# F = eps - x, labels 1000 t.
 FLOW = {
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
     "num_train_timesteps": 1000,
-}  # F = eps - x, labels 1000 t
+}
 INSTAFLOW = "RectifiedFlowPipeline"  # _class_name in model_index.json
 
 
 def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage.Path:
-    """A directory: one that is there, or what is fetched from the Hugging Face hub, which minds HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+    """A directory: one that is there, or what is fetched from the Hugging Face hub, which minds
+    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
 
     Args:
-      name_or_path: the directory, or "owner/name" of a repository, of which networks, tokenizer, scheduler and licence are fetched.
+      name_or_path: the directory, or "owner/name" of a repository, of which networks, tokenizer,
+        scheduler and licence are fetched.
       variant: of the weight files to be fetched, such as "fp16".
 
     Raises:
@@ -140,7 +148,8 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name_or_path)):
         raise ValueError(
-            f"{path} is not a directory; expected one in the layout of diffusers, or a name on the hub like owner/name"
+            f"{path} is not a directory; expected one in the layout of diffusers, or a name on the "
+            "hub like owner/name"
             f"{published.published(path)}."
         )
     try:
@@ -173,8 +182,10 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage
         )
     except Exception as error:  # of the network, the hub, its licences and its cache
         raise ValueError(
-            f"{path} is not a directory, and was not fetched from the hub ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "download it elsewhere and give its directory, or check the name, HF_TOKEN and HF_HUB_OFFLINE."
+            f"{path} is not a directory, and was not fetched from the hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); "
+            "download it elsewhere and give its directory, or check the name, HF_TOKEN and "
+            "HF_HUB_OFFLINE."
         ) from error
 
 
@@ -184,7 +195,8 @@ def unet(
     """The UNet: `name` and arguments of its maker in `models`, and its tensors.
 
     Raises:
-      ValueError: see `diffusers_files.read`; or it is of another kind, with all that is not supported.
+      ValueError: see `diffusers_files.read`; or it is of another kind, with all that is not
+        supported.
     """
     config, tensors = files.read(directory, "unet", variant)
     config, problems = _checked(directory, "unet", config, "UNet2DConditionModel")
@@ -260,9 +272,10 @@ def text_encoder(
 
 
 def scheduler(directory: str | os.PathLike) -> dict:
-    """What the UNet was trained for: {"process": {"name": "VP", "beta_min": ..., "beta_max": ...}, "prediction": "eps" or "v"}, or
-    {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"} where the pipeline is InstaFlow's, and "flow" where
-    scheduler_config.json says so.
+    """What the UNet was trained for: {"process": {"name": "VP", "beta_min": ..., "beta_max": ...},
+    "prediction": "eps" or "v"}, or {"process": {"name": "RectifiedFlow"}, "prediction":
+    "flow_to_data"} where the pipeline is InstaFlow's, and "flow" where scheduler_config.json says
+    so.
 
     Raises:
       ValueError: it is something else.
@@ -285,7 +298,8 @@ def scheduler(directory: str | os.PathLike) -> dict:
     problems += _differing(config, expected)
     if config["prediction_type"] not in PREDICTIONS:
         problems.append(
-            f"prediction_type is {config['prediction_type']!r}, expected {', '.join(PREDICTIONS)} or {FLOW['prediction_type']}"
+            f"prediction_type is {config['prediction_type']!r}, expected {', '.join(PREDICTIONS)} "
+            f"or {FLOW['prediction_type']}"
         )
     _refuse(directory, "scheduler", problems)
     process = {"name": "VP", "beta_min": config["beta_start"], "beta_max": config["beta_end"]}
@@ -293,9 +307,11 @@ def scheduler(directory: str | os.PathLike) -> dict:
 
 
 def is_one_step(directory: str | os.PathLike) -> bool:
-    """Whether one step is what its UNet was made for: `diffusers_write` wrote it, or its pipeline is InstaFlow's.
+    """Whether one step is what its UNet was made for: `diffusers_write` wrote it, or its pipeline
+    is InstaFlow's.
 
-    A 2-rectified flow cannot be told from InstaFlow. Its paper samples it in 25 steps of `euler` with a guidance_scale of 1.5.
+    A 2-rectified flow cannot be told from InstaFlow. Its paper samples it in 25 steps of `euler`
+    with a guidance_scale of 1.5.
     """
     if _is_instaflow(directory):
         return True
@@ -333,7 +349,9 @@ def _checked(directory, name, config, *classes):
 
 
 def _encoder(config, numbers):
-    """Settings of the half that a ControlNet has too, and what is not supported there; `numbers` may come as one per level."""
+    """Settings of the half that a ControlNet has too, and what is not supported there; `numbers`
+    may come as one per level.
+    """
     problems = []
     for key in numbers:
         if isinstance(config[key], tuple) and len(set(config[key])) == 1:

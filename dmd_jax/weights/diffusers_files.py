@@ -1,4 +1,6 @@
-"""A network's folder in the layout of diffusers: config.json and .safetensors files, which may be variants and shards."""
+"""A network's folder in the layout of diffusers: config.json and .safetensors files, which may be
+variants and shards.
+"""
 
 import dataclasses
 import json
@@ -14,9 +16,8 @@ from dmd_jax.runtime import storage
 
 STEM = {"text_encoder": "model"}  # how names of weight files begin; others:
 DEFAULT_STEM = "diffusion_pytorch_model"
-OLD = dict(
-    query="to_q", key="to_k", value="to_v", proj_attn="to_out.0", norm="group_norm"
-)  # of a VAE's attention, in files of 2022
+# Of a VAE's attention, in files of 2022.
+OLD = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0", norm="group_norm")
 OLD |= dict(q="to_q", k="to_k", v="to_v", proj_out="to_out.0")  # and in those made of older ones
 NO_PARAMETERS = ("embeddings.position_ids",)
 
@@ -51,15 +52,18 @@ class Tensors(Mapping):
 def read(
     directory: str | os.PathLike, name: str, variant: str | None = None
 ) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """What is in the folder `name` of `directory`, or in `directory` itself if it is a network's own.
+    """What is in the folder `name` of `directory`, or in `directory` itself if it is a network's
+    own.
 
     Args:
       directory: of the model.
       name: such as "unet".
-      variant: of the weight files, such as "fp16"; None: those of no variant, or of the only one there.
+      variant: of the weight files, such as "fp16"; None: those of no variant, or of the only one
+        there.
 
     Returns:
-      The content of config.json, and the tensors by today's names, read one by one, in their own dtypes.
+      The content of config.json, and the tensors by today's names, read one by one, in their own
+      dtypes.
 
     Raises:
       ValueError: something is missing, damaged, or pickled.
@@ -81,7 +85,8 @@ def read(
         key for key in promised if places.get(_today(key)) != (copies[path / promised[key]], key)
     ]:
         raise ValueError(
-            f"{chosen} promises {', '.join(missing[:5])} ({len(missing)} in all), which its files do not hold; get them again."
+            f"{chosen} promises {', '.join(missing[:5])} ({len(missing)} in all), which its files "
+            "do not hold; get them again."
         )
     return config, Tensors(
         {key: place for key, place in places.items() if key not in NO_PARAMETERS}
@@ -91,7 +96,9 @@ def read(
 def weight_files(
     path: storage.Path, variant: str | None = None
 ) -> tuple[storage.Path, list[storage.Path]]:
-    """Of a network's folder: the file that stands for its weights, which may be an index, and the files that hold them."""
+    """Of a network's folder: the file that stands for its weights, which may be an index, and the
+    files that hold them.
+    """
     stem, found = f"(?:{DEFAULT_STEM}|{'|'.join(STEM.values())})", {}
     for file in sorted(path.iterdir()):  # a single file comes before an index
         if match := re.fullmatch(
@@ -101,8 +108,10 @@ def weight_files(
             found.setdefault(match[1] or match[2], file)
     if not found and (pickled := sorted([*path.glob("*.bin"), *path.glob("*.ckpt")])):
         raise ValueError(
-            f"{pickled[0]} is a pickle, which can run code when loaded; expected .safetensors. Where you trust it, convert it by "
-            "from_pretrained(directory).save_pretrained(other, safe_serialization=True) of diffusers or transformers."
+            f"{pickled[0]} is a pickle, which can run code when loaded; expected .safetensors. "
+            "Where you trust it, convert it by "
+            "from_pretrained(directory).save_pretrained(other, safe_serialization=True) of "
+            "diffusers or transformers."
         )
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))
@@ -112,7 +121,8 @@ def weight_files(
             or "none at all"
         )
         raise ValueError(
-            f"{path} has no weights of {f'variant {variant!r}' if variant else 'no variant'}, in .safetensors; there are: {there}."
+            f"{path} has no weights of {f'variant {variant!r}' if variant else 'no variant'}, in "
+            f".safetensors; there are: {there}."
         )
     chosen = found[variant]
     return chosen, [chosen] if chosen.suffix != ".json" else [
@@ -143,7 +153,8 @@ def folder(directory, name):
         return directory
     there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "nothing"
     raise ValueError(
-        f"{directory} has no {name}/; expected a directory in the layout of diffusers, there is {there}."
+        f"{directory} has no {name}/; expected a directory in the layout of diffusers, there is "
+        f"{there}."
     )
 
 

@@ -1,8 +1,9 @@
 """A one-step Stable Diffusion as a directory that diffusers opens.
 
-Its scheduler is the one whose default is the very step of the generator: DDIM with "trailing" timesteps, of which a single one is 999, and
-with alpha 1 after the last, makes x_hat = (z - sigma eps) / alpha; DPM-Solver++ of a flow, whose single step is at the time 1, makes
-x_hat = z - F with the label 1000. Where F = x - eps the last convolution is written with the other sign.
+Its scheduler is the one whose default is the very step of the generator: DDIM with "trailing"
+timesteps, of which a single one is 999, and with alpha 1 after the last, makes x_hat = (z - sigma
+eps) / alpha; DPM-Solver++ of a flow, whose single step is at the time 1, makes x_hat = z - F with
+the label 1000. Where F = x - eps the last convolution is written with the other sign.
 """
 
 import json
@@ -49,7 +50,8 @@ FLOW = (
         "steps_offset": 1,
     }
 )
-NEGATED = "_negated"  # in scheduler_config.json: whether the last convolution was written with the other sign
+# In scheduler_config.json: whether the last convolution was written with the other sign.
+NEGATED = "_negated"
 CARD = """---
 {front}library_name: diffusers
 pipeline_tag: text-to-image
@@ -101,12 +103,13 @@ def write(
       dtype: of the UNet's weights: float32, float16 or bfloat16.
       base_model: the teacher's name, best that on the hub; None: that of its directory.
       variant: of the teacher's weight files.
-      trained_for: process and prediction of the generator, as `diffusers.scheduler` has them; None: those of the teacher.
+      trained_for: process and prediction of the generator, as `diffusers.scheduler` has them; None:
+        those of the teacher.
       method: what trained it, as a card calls it, and its tag: a `recipes.Method`.
 
     Raises:
-      ValueError: `out` is not empty, the teacher's directory is not complete, the parameters do not fit it or `dtype`, or diffusers has
-        no such step.
+      ValueError: `out` is not empty, the teacher's directory is not complete, the parameters do not
+        fit it or `dtype`, or diffusers has no such step.
     """
     check_vacant(out, teacher)
     teacher = storage.path(teacher)
@@ -118,7 +121,8 @@ def write(
         if not (teacher / name).is_dir()
     ]:
         raise ValueError(
-            f"{teacher} has no {'/, '.join(missing)}/; expected a whole directory in the layout of diffusers."
+            f"{teacher} has no {'/, '.join(missing)}/; expected a whole directory in the layout of "
+            "diffusers."
         )
     (unet_config, expected), (vae_config, _) = (
         files.read(teacher, name, variant) for name in ("unet", "vae")
@@ -152,7 +156,9 @@ def write(
 
 
 def _unet(params, prediction, expected, dtype):
-    """PyTorch's tensors with the names and shapes of the teacher's; what they make has diffusers' sign."""
+    """PyTorch's tensors with the names and shapes of the teacher's; what they make has diffusers'
+    sign.
+    """
     tensors, shapes = state_dict.to_torch(params), {name: expected.shape(name) for name in expected}
     if prediction == "flow_to_data":
         tensors |= {
@@ -177,7 +183,8 @@ def _unet(params, prediction, expected, dtype):
         }
     if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(
-            f"the generator has values that are no finite {np.dtype(dtype).name}: {', '.join(lost[:5])}; use another dtype."
+            f"the generator has values that are no finite {np.dtype(dtype).name}: "
+            f"{', '.join(lost[:5])}; use another dtype."
         )
     return tensors
 
@@ -188,7 +195,9 @@ def _plain(shape):
 
 
 def _copy_config(source, target):
-    """transformers would load halved weights as they are, diffusers the UNet in float32; the two do not go together."""
+    """transformers would load halved weights as they are, diffusers the UNet in float32; the two do
+    not go together.
+    """
     target.mkdir()
     config = {
         key: value
@@ -229,7 +238,8 @@ def _scheduler(process, prediction):
     if process["name"] == "RectifiedFlow" and prediction in ("flow", "flow_to_data"):
         return FLOW | {NEGATED: prediction == "flow_to_data"}
     raise ValueError(
-        f"diffusers has no scheduler for the process {process['name']} with the prediction {prediction!r}; expected VP with "
+        f"diffusers has no scheduler for the process {process['name']} with the prediction "
+        f"{prediction!r}; expected VP with "
         f"{' or '.join(of_vp)}, or RectifiedFlow with flow or flow_to_data."
     )
 
@@ -284,17 +294,20 @@ def write_changed(
 ):
     """Writes `out`, a copy of `directory` with other weights in it, whole or not at all.
 
-    Networks that are not changed are copied as they are, or without their variant's name if they have no other weights. Single files of
-    weights beside the folders are left out: they would be those of before.
+    Networks that are not changed are copied as they are, or without their variant's name if they
+    have no other weights. Single files of weights beside the folders are left out: they would be
+    those of before.
 
     Args:
       out: must not exist, or be empty.
       directory: in the layout of diffusers; of any pipeline and scheduler.
-      changed: by folder ("unet", "text_encoder"), all tensors of the network in float32, by the names of `diffusers_files.read`.
+      changed: by folder ("unet", "text_encoder"), all tensors of the network in float32, by the
+        names of `diffusers_files.read`.
       others: by folder, that of another directory to take in its place.
 
     Raises:
-      ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not finite.
+      ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not
+        finite.
     """
     check_vacant(out, directory)
     sources = {
@@ -316,7 +329,9 @@ def write_changed(
 
 
 def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
-    """Raises ValueError if a directory `out` cannot be made, or is in `source`, which it is made of."""
+    """Raises ValueError if a directory `out` cannot be made, or is in `source`, which it is made
+    of.
+    """
     out = storage.absolute(out)
     if out.resolve().is_relative_to(storage.path(source).resolve()):
         raise ValueError(f"{out} is in {source}; choose a directory outside of it.")
@@ -329,7 +344,8 @@ def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
 def _write_network(source, target, tensors):
     if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(
-            f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; use smaller changes."
+            f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; use "
+            "smaller changes."
         )
     _, old = files.read(source.parent, source.name)
     _copy_config(source, target)

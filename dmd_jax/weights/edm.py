@@ -1,4 +1,6 @@
-"""EDM's checkpoints (Karras et al., arXiv 2206.00364): NVIDIA's pickles, and the same tensors as .safetensors or .npz, both ways."""
+"""EDM's checkpoints (Karras et al., arXiv 2206.00364): NVIDIA's pickles, and the same tensors as
+.safetensors or .npz, both ways.
+"""
 
 import json
 import os
@@ -36,10 +38,12 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     """The tensors of a checkpoint (.pkl, .safetensors or .npz) and the settings of its network.
 
     Returns:
-      The tensors by PyTorch's names without the leading "model.", and the settings by the names of its maker's arguments.
+      The tensors by PyTorch's names without the leading "model.", and the settings by the names of
+      its maker's arguments.
 
     Raises:
-      ValueError: the file is damaged, holds no network of EDM, or says other things of itself than its tensors do.
+      ValueError: the file is damaged, holds no network of EDM, or says other things of itself than
+        its tensors do.
     """
     path = storage.local(path)
     if not path.is_file():
@@ -47,7 +51,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     readers = {".pkl": _read_pickle, ".safetensors": _read_safetensors, ".npz": _read_npz}
     if path.suffix not in readers:
         raise ValueError(
-            f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; rename it, or convert it."
+            f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; rename it, or "
+            "convert it."
         )
     try:
         tensors, stated = readers[path.suffix](path)
@@ -58,7 +63,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         raise
     except Exception as error:  # of a file that has something else where a network has its parts
         raise ValueError(
-            f"{path} holds no network of EDM ({type(error).__name__}: {str(error)[:200]}); download it again."
+            f"{path} holds no network of EDM ({type(error).__name__}: {str(error)[:200]}); "
+            "download it again."
         ) from error
     return tensors, settings
 
@@ -108,7 +114,8 @@ def settings_of(
     )
     if len(first) != 4 or len(mapping) != 2 or 0 in (first + mapping):
         raise ValueError(
-            f"{path} has no dec.*_block*, enc.*_conv and map_layer0; expected the tensors of one of EDM's UNets."
+            f"{path} has no dec.*_block*, enc.*_conv and map_layer0; expected the tensors of one "
+            "of EDM's UNets."
         )
     fourier, adm = "map_noise.freqs" in shapes, "out_conv.weight" in shapes
     width = mapping[1] if adm else first[0]
@@ -120,11 +127,13 @@ def settings_of(
     if resolutions != [size >> level for level in range(len(blocks))] or len(counts) != 1:
         found = ", ".join(f"{len(blocks[r])} at {r}x{r}" for r in resolutions)
         raise ValueError(
-            f"{path} has these blocks: {found}; expected as many at each resolution, and each half the one before."
+            f"{path} has these blocks: {found}; expected as many at each resolution, and each half "
+            "the one before."
         )
     if any(len(output) != 1 or min(output) % width for output in outputs):
         raise ValueError(
-            f"{path} has blocks of {outputs} channels, expected one multiple of {width} per resolution."
+            f"{path} has blocks of {outputs} channels, expected one multiple of {width} per "
+            "resolution."
         )
     return {
         "name": f"unet_edm.{'ncsnpp' if fourier else 'adm' if adm else 'ddpmpp'}",
@@ -142,7 +151,9 @@ def settings_of(
 
 
 def to_params(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
-    """Parameters with the structure of `abstract`. Filters of resampling are dropped, as the network knows its own.
+    """Parameters with the structure of `abstract`.
+
+    Filters of resampling are dropped, as the network knows its own.
 
     Raises:
       ValueError: names, shapes or filters differ; lists all of them.
@@ -156,7 +167,8 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
     if wrong:
         expected = [1, 3, 3, 1] if "map_noise.freqs" in tensors else [1, 1]
         raise ValueError(
-            f"the checkpoint resamples with other filters than {expected}, which is not supported: {', '.join(wrong)}"
+            f"the checkpoint resamples with other filters than {expected}, which is not supported: "
+            f"{', '.join(wrong)}"
         )
     poor = [
         name
@@ -165,7 +177,8 @@ def to_params(tensors: Mapping[str, np.ndarray], abstract: dict) -> dict:
     ]
     if poor:
         raise ValueError(
-            f"the checkpoint has values that are no finite numbers, in {', '.join(poor[:5])}; get it again."
+            f"the checkpoint has values that are no finite numbers, in {', '.join(poor[:5])}; get "
+            "it again."
         )
     return state_dict.from_torch(
         {name: tensor for name, tensor in tensors.items() if name not in filters}, abstract
@@ -182,7 +195,9 @@ def from_params(params: dict) -> dict[str, np.ndarray]:
 
 
 def write(path: str | os.PathLike, params: dict, settings: Mapping):
-    """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata; whole or not at all."""
+    """Writes `params` as .safetensors with PyTorch's names, and the settings in its metadata; whole
+    or not at all.
+    """
     with storage.writing(path) as file:
         safetensors.numpy.save_file(
             from_params(params),
@@ -196,17 +211,20 @@ def _read_pickle(path):
     ema = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(ema, pickles.Stub) or not isinstance(ema.state, dict):
         raise ValueError(
-            f"{path} has no network 'ema'; expected one of EDM's network snapshots (network-snapshot-*.pkl, edm-*.pkl)."
+            f"{path} has no network 'ema'; expected one of EDM's network snapshots "
+            "(network-snapshot-*.pkl, edm-*.pkl)."
         )
     if ema.class_name != "EDMPrecond":
         raise ValueError(
-            f"{path} holds the preconditioning {ema.class_name}, expected EDMPrecond; only EDM's own is supported."
+            f"{path} holds the preconditioning {ema.class_name}, expected EDMPrecond; only EDM's "
+            "own is supported."
         )
     tensors = pickles.state_dict(ema)
     model = ema.state["_modules"].get("model")
     if model is None or model.class_name not in CLASSES.values():
         raise ValueError(
-            f"{path} holds a {getattr(model, 'class_name', None)}, expected SongUNet or DhariwalUNet."
+            f"{path} holds a {getattr(model, 'class_name', None)}, expected SongUNet or "
+            "DhariwalUNet."
         )
     statements = {}
     for stated in (model.state.get("_init_kwargs"), ema.state):
@@ -229,7 +247,8 @@ def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="np") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(config)  # noqa: SIM118
+            # Noqa: SIM118.
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(config)
     except Exception as error:  # safetensors raises its own, and those of its parser
         raise ValueError(
             f"{path} is missing, truncated or not a .safetensors file ({error}); download it again."

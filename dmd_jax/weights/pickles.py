@@ -1,7 +1,9 @@
-"""Weight files of PyTorch and pickles of numpy arrays, read without running anything in them, and without PyTorch.
+"""Weight files of PyTorch and pickles of numpy arrays, read without running anything in them, and
+without PyTorch.
 
-Whatever a pickle names is looked up among this module's own objects, so it can neither call nor change anything else. Its opcodes are
-gone through before it is built: some are refused, and so is nesting that would exhaust the stack or the memory.
+Whatever a pickle names is looked up among this module's own objects, so it can neither call nor
+change anything else. Its opcodes are gone through before it is built: some are refused, and so is
+nesting that would exhaust the stack or the memory.
 """
 
 import io
@@ -25,12 +27,13 @@ DTYPES = {
     "int64": "Long",
     "int32": "Int",
 }
+# Numpy's name: the start of the storage's.
 DTYPES |= {
     "int16": "Short",
     "int8": "Char",
     "uint8": "Byte",
     "bool": "Bool",
-}  # numpy's name: the start of the storage's
+}
 REFUSED = {
     "EXT1",
     "EXT2",
@@ -64,7 +67,8 @@ def read(path: str | os.PathLike) -> object:
     """What a pickle or a file of torch.save holds.
 
     Returns:
-      Nested containers of plain values, read-only arrays in place of tensors, and a `Stub` for every other object that is allowed.
+      Nested containers of plain values, read-only arrays in place of tensors, and a `Stub` for
+      every other object that is allowed.
 
     Raises:
       ValueError: the file is damaged, or refers to anything but weights.
@@ -98,7 +102,8 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         where = prefix.rstrip(".") or "the root"
         if depth > 32 or visited > MAX_NAMES:
             raise ValueError(
-                f"the modules below {where[:100]} nest too deep, or contain themselves; expected a network of PyTorch."
+                f"the modules below {where[:100]} nest too deep, or contain themselves; expected a "
+                "network of PyTorch."
             )
         state = module.state if isinstance(module, Stub) else None
         parts = (
@@ -108,7 +113,8 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         )
         if not parts or not all(isinstance(part, dict) for part in parts):
             raise ValueError(
-                f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, expected a module of PyTorch."
+                f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, expected a "
+                "module of PyTorch."
             )
         visited += 1 + len(parts[0]) + len(parts[1])
         hidden = state.get("_non_persistent_buffers_set") or ()
@@ -118,7 +124,8 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         ]:
             if tensor is not None and not isinstance(tensor, np.ndarray):
                 raise ValueError(
-                    f"{prefix}{name} is a {type(tensor).__name__}, expected a tensor; this is not a network of PyTorch."
+                    f"{prefix}{name} is a {type(tensor).__name__}, expected a tensor; this is not "
+                    "a network of PyTorch."
                 )
             if tensor is not None:
                 tensors[f"{prefix}{name}"] = tensor
@@ -253,7 +260,8 @@ class _Tensor:
         )
         if math.prod(size) > available or (0 not in size and last >= available):
             raise _Refused(
-                f"holds a tensor of shape {tuple(size)} that reaches outside its storage of {available} elements"
+                f"holds a tensor of shape {tuple(size)} that reaches outside its storage of "
+                f"{available} elements"
             )
         if 0 in size:
             return np.zeros(size, dtype)
@@ -308,7 +316,8 @@ class _Unpickler(pickle.Unpickler):
     """Builds one pickle after `_scan` has let it pass.
 
     Args:
-      budget: a list of the bytes that may still be copied; a file reuses what it has written, and would multiply it.
+      budget: a list of the bytes that may still be copied; a file reuses what it has written, and
+        would multiply it.
       nested: this pickle is a storage inside another one.
     """
 
@@ -379,11 +388,14 @@ def _persistent(meta):
 
 
 def _read_stream(data, *, budget=None, nested=False):
-    """A plain pickle, or torch.save's format before zip archives: pickles, then the contents of the storages."""
+    """A plain pickle, or torch.save's format before zip archives: pickles, then the contents of the
+    storages.
+    """
+    # Protocol 2 spends the bytes of a storage twice.
     file, budget = (
         io.BytesIO(data),
         [2 * len(data)] if budget is None else budget,
-    )  # protocol 2 spends the bytes of a storage twice
+    )
     first, _ = _load(file, budget=budget, nested=nested)
     if type(first) is not int or first != MAGIC:
         return first
@@ -450,10 +462,11 @@ def _load(file, *, budget, nested):
 
 
 def _scan(file):
-    """Goes through the opcodes of a pickle with the depth and the size, unfolded, of what each would build.
+    """Goes through the opcodes of a pickle with the depth and the size, unfolded, of what each
+    would build.
 
-    Hashing a tuple takes as much stack as it is deep and as much time as it has nodes unfolded, and neither is ever checked; a number in
-    the memo makes the unpickler reserve memory up to it.
+    Hashing a tuple takes as much stack as it is deep and as much time as it has nodes unfolded, and
+    neither is ever checked; a number in the memo makes the unpickler reserve memory up to it.
     """
     stack, memo, work = [], {}, 0
     for count, (op, arg, _) in enumerate(pickletools.genops(file)):
@@ -495,7 +508,9 @@ def _scan(file):
 
 
 def _resolve(value, done):
-    """`value` with arrays in place of what stands for them; containers are changed in place, as they may contain themselves."""
+    """`value` with arrays in place of what stands for them; containers are changed in place, as
+    they may contain themselves.
+    """
     if value is None or isinstance(value, bool | int | float | str | bytes | bytearray):
         return value
     if id(value) in done:

@@ -1,4 +1,7 @@
-"""Files of others: where they are published, and whether the one given is the right one. Nothing is downloaded."""
+"""Files of others: where they are published, and whether the one given is the right one.
+
+Nothing is downloaded.
+"""
 
 import hashlib
 import os
@@ -50,8 +53,8 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     """`path`, which must be a file or a directory; a local copy if it is in a bucket.
 
     Raises:
-      ValueError: it does not exist, with where a file of that name is published; or its SHA-256 is not the one that its name promises,
-        or that of the published file.
+      ValueError: it does not exist, with where a file of that name is published; or its SHA-256 is
+        not the one that its name promises, or that of the published file.
     """
     local = storage.local(path)
     if not local.exists():
@@ -62,17 +65,21 @@ def find(path: str | os.PathLike) -> pathlib.Path:
     got = sha256(local) if promised or known else ""
     if promised and not got.startswith(promised[1]):
         raise ValueError(
-            f"{path} is damaged: its name promises a SHA-256 of {promised[1]}..., it is {got[:8]}...; get it again."
+            f"{path} is damaged: its name promises a SHA-256 of {promised[1]}..., it is "
+            f"{got[:8]}...; get it again."
         )
     if known and got != known:
         raise ValueError(
-            f"{path} is damaged or another file: the published one has the SHA-256 {known}, it is {got}; get it again."
+            f"{path} is damaged or another file: the published one has the SHA-256 {known}, it is "
+            f"{got}; get it again."
         )
     return local
 
 
 def published(path: str | os.PathLike) -> str:
-    """Half a sentence on where something of that name is published, with its SHA-256 as far as that is known; or nothing."""
+    """Half a sentence on where something of that name is published, with its SHA-256 as far as that
+    is known; or nothing.
+    """
     name = pathlib.PurePath(path).name
     where = next((where for regex, where in PUBLISHED if re.search(regex, name)), None)
     if where is None:

@@ -1,4 +1,7 @@
-"""Checkpoints of PyTorch modules, both ways. Attribute names are equal, so the kind of leaf decides its name and its transpose."""
+"""Checkpoints of PyTorch modules, both ways.
+
+Attribute names are equal, so the kind of leaf decides its name and its transpose.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -19,14 +22,16 @@ LEAVES = {
 def from_torch(
     tensors: Mapping[str, np.ndarray], abstract: dict, place: Callable | None = None
 ) -> dict:
-    """Parameters with the structure of `abstract` out of a PyTorch state dict, which is read one tensor at a time.
+    """Parameters with the structure of `abstract` out of a PyTorch state dict, which is read one
+    tensor at a time.
 
     A linear layer of the one is a 1x1 convolution of the other where the shapes say so.
 
     Args:
       tensors: the state dict; its names come from iterating it.
       abstract: of the network.
-      place: `(array, path) -> array`, puts a parameter where it belongs before the next one is read.
+      place: `(array, path) -> array`, puts a parameter where it belongs before the next one is
+        read.
 
     Raises:
       ValueError: names or shapes differ; lists everything left over on both sides.
@@ -88,7 +93,6 @@ def _plain(value):
 def _torch_leaf(path, ndim):
     """PyTorch's name of a leaf, and the axes that transpose it to PyTorch's order."""
     *module, leaf = path
-    axes = (
-        {4: (3, 2, 0, 1), 2: (1, 0)}[ndim] if leaf == "kernel" else tuple(range(ndim))
-    )  # HWIO -> OIHW, [in, out] -> [out, in]
+    # HWIO -> OIHW, [in, out] -> [out, in].
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}[ndim] if leaf == "kernel" else tuple(range(ndim))
     return ".".join([*module, LEAVES.get(leaf, leaf)]), axes
