@@ -46,7 +46,8 @@ FLOW = (
         diffusers.ONE_STEP: True,
         "_class_name": "DPMSolverMultistepScheduler",
         "solver_order": 1,
-        "flow_shift": 1e17,  # takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64
+        # Takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64.
+        "flow_shift": 1e17,
         "steps_offset": 1,
     }
 )

@@ -247,8 +247,8 @@ def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="np") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
-            # Noqa: SIM118.
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(config)
+            keys = file.keys()
+            return {name: file.get_tensor(name) for name in keys}, dict(config)
     except Exception as error:  # safetensors raises its own, and those of its parser
         raise ValueError(
             f"{path} is missing, truncated or not a .safetensors file ({error}); download it again."
