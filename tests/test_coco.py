@@ -352,9 +352,8 @@ def test_latents_are_of_this_autoencoder_wherever_it_lies(run, files, tmp_path):
     config.autoencoder.checkpoint = str(tmp_path / "sd")
     moved = tiny(files)
     moved.autoencoder.checkpoint = str(tmp_path / "sd")
-    assert embed.done(stage_of(config, "captions"), tmp_path) and evaluate.done(
-        moved, "evaluate", workdir
-    )
+    assert embed.done(stage_of(config, "captions"), tmp_path)
+    assert evaluate.done(stage_of(moved, "evaluate"), workdir)
     path = next((tmp_path / "sd/vae").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"1234")
     assert not evaluate.done(stage_of(moved, "evaluate"), workdir)
@@ -388,7 +387,7 @@ def test_the_first_records(run):
 def test_what_may_change_in_a_workdir(run, files):
     """Where files lie, and what only costs memory."""
     config, workdir = tiny(files), run[1]
-    config.update(checkpoint="a", coco="b", taesd="c", prompts_file="d")
+    config.variables.update(checkpoint="a", coco="b", taesd="c", prompts_file="d")
     config.dmd.recipe.distance.weights = "e"
     config.dmd.preview_images = 5
     for settings in (config.text, config.features, config.pairs, config.evaluate):

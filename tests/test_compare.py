@@ -285,6 +285,7 @@ def test_the_prompts_of_a_run_stand_above(tmp_path):
     (workdir / "config.json").write_text(config.to_json_best_effort())
     versions = {stage: workdir_lib.version(workdir / stage) for stage in ("teacher", "dmd")}
     scores = {"teacher": {"FD": 1.0}, "dmd": {"FD": 2.0}}
+    (workdir / "evaluate").mkdir()
     storage.write_json(
         workdir / "evaluate/evaluation.json", RESULT | {"scores": scores, "versions": versions}
     )

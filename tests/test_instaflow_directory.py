@@ -215,6 +215,9 @@ def student(request, copy, tmp_path):
         program="train",
         recipe=dict(name="distil"),
         sampler=sampler,
+        data={},
+        batch_size=1,
+        num_steps=1,
         network=dict(config.network, stack=1),
         **flow,
     )

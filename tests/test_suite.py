@@ -335,10 +335,10 @@ def test_statistics_as_a_reference(workdir, monkeypatch):
         dataclasses.replace(protocols.DIGITS, name="open", reference={}),
     )
     config.evaluate.update(protocol="open", reference=pinned)
-    measuring = evaluation.make_suite(
-        config, "open", workdir, sharding.Parallel(sharding.make_mesh())
-    )
-    real = evaluation.reference(config, measuring, workdir)
+    stage = stage_of(config, "evaluate")
+    parallel = sharding.Parallel(sharding.make_mesh())
+    measuring = evaluation.make_suite(stage, "open", workdir, parallel)
+    real = evaluation.reference(stage, measuring, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
     before = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
     config.evaluate.statistics = str(workdir / "ref.npz")

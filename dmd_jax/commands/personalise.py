@@ -7,6 +7,7 @@ python -m dmd_jax personalise --model=student --custom=CUSTOM --base=BASE --out=
 """
 
 import argparse
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -129,12 +130,20 @@ def _check_folders(directory, names):
         )
 
 
+def _settings(network):
+    """The settings of a network: a dict, or a function with arguments that makes it."""
+    if isinstance(network, functools.partial):
+        return {"name": network.func.__name__} | network.keywords
+    return network
+
+
 def _check_kin(directory, model, networks):
     """Whether two directories' networks can stand for one another."""
     problems = []
     for network in networks:
         read, keys = KIN[network]
-        theirs, ours = read(directory)[0], read(model)[0]
+        theirs = _settings(read(directory)[0])
+        ours = _settings(read(model)[0])
         differing = [key for key in keys if theirs.get(key) != ours.get(key)]
         problems += [
             f"{key} of its {network} is {theirs.get(key)!r}, expected {ours.get(key)!r}"

@@ -40,17 +40,14 @@ DDIM = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-FLOW = (
-    diffusers.FLOW
-    | {
-        diffusers.ONE_STEP: True,
-        "_class_name": "DPMSolverMultistepScheduler",
-        "solver_order": 1,
-        # Takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64.
-        "flow_shift": 1e17,
-        "steps_offset": 1,
-    }
-)
+FLOW = diffusers.FLOW | {
+    diffusers.ONE_STEP: True,
+    "_class_name": "DPMSolverMultistepScheduler",
+    "solver_order": 1,
+    # Takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64.
+    "flow_shift": 1e17,
+    "steps_offset": 1,
+}
 # In scheduler_config.json: whether the last convolution was written with the other sign.
 NEGATED = "_negated"
 CARD = """---
