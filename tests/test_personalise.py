@@ -293,7 +293,7 @@ def test_what_is_not_written(plain, custom, copy, file, tmp_path):
             both | {"custom": heads},
         ),
         (
-            "tiny is of another architecture than .*: name of its vae is 'vae.tiny'",
+            "tiny is of another architecture than .*: name of its vae is 'tiny'",
             plain,
             "out",
             both | {"custom": tiny},
