@@ -1,8 +1,12 @@
-"""CLIP (Radford et al., arXiv 2103.00020): an image and a text, each as a vector; those that belong together point the same way.
+"""CLIP (Radford et al., arXiv 2103.00020) turns an image and a text into one vector each.
 
-    image: W_v norm(ViT([class, patches] + positions))[class]        text: W_t norm(Transformer(tokens + positions))[end token]
+The vectors of an image and a text that belong together point the same way:
 
-Attribute names are the keys of transformers' CLIPModel. OpenAI's networks have the activation quick_gelu, OpenCLIP's own have gelu.
+    image: W_v norm(ViT([class, patches] + positions))[class]
+    text:  W_t norm(Transformer(tokens + positions))[end token]
+
+Attribute names are the keys of transformers' CLIPModel. OpenAI's networks have the activation
+quick_gelu, OpenCLIP's own have gelu.
 """
 
 import functools
@@ -37,10 +41,8 @@ class ImageEncoder(nnx.Module):
                 (image_size // patch_size) ** 2 + 1, hidden_size, dtype=dtype, rngs=rngs
             ),
         )
-        self.pre_layrnorm, self.post_layernorm = (
-            norm(dtype=dtype),
-            norm(dtype=jnp.float32),
-        )  # the first as it is spelt in the checkpoints
+        self.pre_layrnorm = norm(dtype=dtype)  # the checkpoints spell it so
+        self.post_layernorm = norm(dtype=jnp.float32)
         self.encoder = clip_text.Transformer(
             rngs=rngs, hidden_size=hidden_size, is_causal=False, dtype=dtype, **settings
         )
@@ -48,13 +50,13 @@ class ImageEncoder(nnx.Module):
     def __call__(self, images):
         if images.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"images are {images.shape[1:]}, expected {self.image_size} x {self.image_size} x 3; resize them."
+                f"images are {images.shape[1:]}, "
+                f"expected {self.image_size} x {self.image_size} x 3; resize them."
             )
         x = self.embeddings.patch_embedding(images)
         x = x.reshape(len(x), -1, x.shape[-1])
-        first = jnp.broadcast_to(
-            self.embeddings.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1])
-        )
+        first = self.embeddings.class_embedding[...].astype(x.dtype)
+        first = jnp.broadcast_to(first, (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)  # [B, 1 + patches, D]
         x = x + self.embeddings.position_embedding(jnp.arange(x.shape[1]))[None]
         return self.post_layernorm(self.encoder(self.pre_layrnorm(x))[:, 0])
@@ -66,21 +68,28 @@ class Clip(nnx.Module):
     def __init__(self, *, rngs, projection_dim, text, vision, dtype):
         self.text_model = clip_text.TextEncoder(rngs=rngs, dtype=dtype, **text)
         self.vision_model = ImageEncoder(rngs=rngs, dtype=dtype, **vision)
+        # The projections are float32.
         linear = functools.partial(
             nnx.Linear, out_features=projection_dim, use_bias=False, rngs=rngs
-        )  # float32
-        self.text_projection, self.visual_projection = (
-            linear(text["hidden_size"]),
-            linear(vision["hidden_size"]),
         )
-        self.logit_scale = nnx.Param(jnp.zeros(()))  # of training; cosines do without
+        self.text_projection = linear(text["hidden_size"])
+        self.visual_projection = linear(vision["hidden_size"])
+        self.logit_scale = nnx.Param(jnp.zeros(()))  # only CLIP's training uses it
 
     def images(self, images):
-        """[B, image_size, image_size, 3], normalised, to unit vectors [B, projection_dim], float32."""
+        """Returns unit vectors [B, projection_dim], float32.
+
+        Args:
+          images: [B, image_size, image_size, 3], normalised.
+        """
         return _unit(self.visual_projection(self.vision_model(images)))
 
     def texts(self, ids):
-        """[B, L] to unit vectors [B, projection_dim], float32. The end token has the largest id, and what pads comes after it."""
+        """Returns unit vectors [B, projection_dim], float32.
+
+        Args:
+          ids: [B, L]; the end token has the largest id, and padding comes after it.
+        """
         states = self.text_model(ids)
         pooled = jnp.take_along_axis(states, ids.argmax(axis=-1)[:, None, None], axis=1)[:, 0]
         return _unit(self.text_projection(pooled))
@@ -92,22 +101,26 @@ class Clip(nnx.Module):
 def clip(
     *, projection_dim: int, text: Mapping, vision: Mapping, dtype: str = "float32"
 ) -> layers.Network:
-    """The network `(params, images [B, H, W, 3], ids [B, L]) -> cosines [B]`; what it binds to has `images` and `texts`, unit vectors.
+    """Returns the network `(params, images [B, H, W, 3], ids [B, L]) -> cosines [B]`.
+
+    The module also has `images` and `texts`, which return unit vectors.
 
     Args:
-      projection_dim: of the vectors.
-      text: all but the dtype of the arguments of `clip_text.clip`.
-      vision: image_size and patch_size [pixels]; hidden_size, intermediate_size, num_layers, num_heads and act as in `text`.
+      projection_dim: length of the vectors.
+      text: the arguments of `clip_text.clip`, all but the dtype.
+      vision: image_size and patch_size [pixels]; hidden_size, intermediate_size, num_layers,
+        num_heads and act as in `text`.
       dtype: inside the towers; the last norms, the projections and the vectors are float32.
 
     Raises:
-      ValueError: an unknown activation, or sizes that do not divide one another.
+      ValueError: an activation is unknown, or sizes do not divide one another.
     """
     for tower in (text, vision):
         clip_text.check(tower)
     if vision["image_size"] % vision["patch_size"]:
         raise ValueError(
-            f"image_size {vision['image_size']} is not divisible by patch_size {vision['patch_size']}; change one of them."
+            f"image_size {vision['image_size']} is not divisible by "
+            f"patch_size {vision['patch_size']}; change one of them."
         )
     settings = dict(
         projection_dim=projection_dim, text=dict(text), vision=dict(vision), dtype=jnp.dtype(dtype)

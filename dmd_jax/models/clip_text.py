@@ -1,6 +1,7 @@
 """The text encoder of CLIP (Radford et al., arXiv 2103.00020), transformers' CLIPTextModel.
 
-Attribute names are the keys of the checkpoints without their "text_model.". Padding is not masked: Stable Diffusion sees it too.
+Attribute names are the keys of the checkpoints without their "text_model.". Padding is not masked,
+because Stable Diffusion sees it too.
 """
 
 import functools
@@ -14,7 +15,7 @@ from dmd_jax.models import layers
 
 
 def quick_gelu(x):
-    """OpenAI's approximation."""
+    """Returns OpenAI's approximation of the GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -31,20 +32,23 @@ class Layer(nnx.Module):
 
     def __init__(self, c, c_hidden, heads, *, act, is_causal, dtype, rngs):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
-        self.heads, self.act, self.is_causal = heads, act, is_causal
-        self.layer_norm1, self.layer_norm2 = (
-            layers.layer_norm(c, dtype=dtype, rngs=rngs) for _ in range(2)
-        )
+        self.heads = heads
+        self.act = act
+        self.is_causal = is_causal
+        self.layer_norm1 = layers.layer_norm(c, dtype=dtype, rngs=rngs)
+        self.layer_norm2 = layers.layer_norm(c, dtype=dtype, rngs=rngs)
         self.self_attn = nnx.Dict({f"{name}_proj": linear(c, c) for name in ("q", "k", "v", "out")})
         self.mlp = nnx.Dict(fc1=linear(c, c_hidden), fc2=linear(c_hidden, c))
 
     def __call__(self, x):
-        h, attn = self.layer_norm1(x), self.self_attn
+        h = self.layer_norm1(x)
+        attn = self.self_attn
         q, k, v = (
             project(h).reshape(*h.shape[:2], self.heads, -1)
             for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
-        x = x + attn.out_proj(layers.attention(q, k, v, is_causal=self.is_causal).reshape(x.shape))
+        h = layers.attention(q, k, v, is_causal=self.is_causal)
+        x = x + attn.out_proj(h.reshape(x.shape))
         return x + self.mlp.fc2(self.act(self.mlp.fc1(self.layer_norm2(x))))
 
 
@@ -87,11 +91,9 @@ class TextEncoder(nnx.Module):
             raise ValueError(
                 f"the text has {ids.shape[1]} tokens, expected at most {max_length}; cut it."
             )
-        x = (
-            self.embeddings.token_embedding(ids)
-            + self.embeddings.position_embedding(jnp.arange(ids.shape[1]))[None]
-        )
-        return self.final_layer_norm(self.encoder(x))
+        tokens = self.embeddings.token_embedding(ids)
+        positions = self.embeddings.position_embedding(jnp.arange(ids.shape[1]))
+        return self.final_layer_norm(self.encoder(tokens + positions[None]))
 
 
 def clip(
@@ -105,9 +107,13 @@ def clip(
     act: str = "quick_gelu",
     dtype: str = "float32",
 ) -> layers.Network:
-    """The network `(params, ids [B, L]) -> last hidden state [B, L, hidden_size]`, float32, after the last norm; L up to `max_length`.
+    """Returns the network of the text encoder:
 
-    The defaults are those of Stable Diffusion 1.x. 2.x: hidden_size 1024, intermediate_size 4096, num_layers 23, num_heads 16, act "gelu".
+    `(params, ids [B, L]) -> last hidden state [B, L, hidden_size]`, float32, after the last norm,
+    with L up to `max_length`.
+
+    The defaults are those of Stable Diffusion 1.x. 2.x: hidden_size 1024, intermediate_size 4096,
+    num_layers 23, num_heads 16, act "gelu".
 
     Args:
       vocab_size: ids are below it.
@@ -120,29 +126,35 @@ def clip(
       dtype: of everything but the last norm.
 
     Raises:
-      ValueError: an unknown activation, or heads that do not divide the channels.
+      ValueError: the activation is unknown, or the heads do not divide the channels.
     """
     settings = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_layers=num_layers,
+        num_heads=num_heads,
+        max_length=max_length,
+        act=act,
+        dtype=jnp.dtype(dtype),
     )
-    settings |= dict(num_heads=num_heads, max_length=max_length, act=act, dtype=jnp.dtype(dtype))
     check(settings)
     return layers.functional(lambda rngs: TextEncoder(rngs=rngs, **settings), INITIALIZERS)
 
 
 def check(tower: Mapping):
-    """Of the settings of a tower.
+    """Checks the settings of a tower.
 
     Raises:
-      ValueError: an unknown activation, or heads that do not divide the channels.
+      ValueError: the activation is unknown, or the heads do not divide the channels.
     """
-    act, hidden_size, num_heads = (tower[key] for key in ("act", "hidden_size", "num_heads"))
+    act = tower["act"]
+    hidden_size = tower["hidden_size"]
+    num_heads = tower["num_heads"]
     if act not in ACTIVATIONS:
         raise ValueError(f"no activation {act!r}; use one of {', '.join(ACTIVATIONS)}.")
     if hidden_size % num_heads:
         raise ValueError(
-            f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}; change one of them."
+            f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}; "
+            "change one of them."
         )

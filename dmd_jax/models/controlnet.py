@@ -1,10 +1,13 @@
-"""The ControlNet of Stable Diffusion 1.x and 2.x (Zhang et al., arXiv 2302.05543, section 3), diffusers' ControlNetModel.
+"""The ControlNet of Stable Diffusion 1.x and 2.x (Zhang et al., arXiv 2302.05543, section 3).
 
-A copy of the UNet's encoder sees the latents x and an image c; 1x1 convolutions Z that begin as zeros lead to the UNet's decoder:
+A copy of the UNet's encoder sees the latents x and an image c. Its features pass through 1x1
+convolutions Z, which begin as zeros, and are added to what the UNet's decoder sees:
 
     residuals = scale Z(encoder(conv_in(x) + embedding(c), label, text))
 
-Attribute names are the keys of the checkpoints. One that was made for Stable Diffusion serves whatever came of it, one step or many.
+It is diffusers' ControlNetModel, and attribute names are the keys of its checkpoints. A ControlNet
+that was made for Stable Diffusion also works with the models that were made from it, of one step or
+many.
 """
 
 import functools
@@ -24,7 +27,7 @@ INITIALIZERS = (
 
 
 class ConditionNet(nnx.Module):
-    """Of an image [B, H, W, 3] to features [B, h, w, c], halved once for each further one of `widths`."""
+    """Image [B, H, W, 3] to features [B, h, w, c], halved once less than there are `widths`."""
 
     def __init__(self, c, widths, *, dtype, rngs):
         conv = functools.partial(
@@ -102,27 +105,31 @@ def controlnet(
 
 
 def controlled(unet: layers.Network, controlnet: layers.Network) -> Callable:
-    """One network of two: `(params, x, noise, cond) -> what the UNet predicts`, for a `Denoiser`.
+    """Joins two networks: `(params, x, noise, cond) -> what the UNet predicts`, for a `Denoiser`.
 
-    Its `params` are {"unet": ..., "controlnet": ...}; its `cond` is {"text": [B, L, C], "control": [B, H, W, 3], "scale": [B]}, see
-    `controlnet`. Both see the same x, label and text.
+    Its `params` are {"unet": ..., "controlnet": ...}. Its `cond` is {"text": [B, L, C],
+    "control": [B, H, W, 3], "scale": [B]}, see `controlnet`. Both see the same x, label and text.
 
     Raises:
-      ValueError: they do not fit each other; lists all that differs.
+      ValueError: the networks do not fit each other; lists all differences.
     """
     module = unet.bind(unet.abstract)
     if not isinstance(module, unet_sd.UNet):
         raise ValueError(
-            f"a ControlNet is for the UNet of Stable Diffusion, unet_sd.UNet; this network is a {type(module).__name__}."
+            "a ControlNet is for the UNet of Stable Diffusion, unet_sd.UNet; "
+            f"this network is a {type(module).__name__}."
         )
-    theirs, ours = _layout(module), _layout(controlnet.bind(controlnet.abstract))
-    if differing := [
-        f"{name} is {ours[name]}, the UNet's is {value}"
-        for name, value in theirs.items()
-        if ours[name] != value
-    ]:
+    unet_layout = _layout(module)
+    layout = _layout(controlnet.bind(controlnet.abstract))
+    differences = [
+        f"{name} is {layout[name]}, the UNet's is {value}"
+        for name, value in unet_layout.items()
+        if layout[name] != value
+    ]
+    if differences:
         raise ValueError(
-            f"the ControlNet does not fit the UNet: {'; '.join(differing)}; use one that was made for such a model."
+            f"the ControlNet does not fit the UNet: {'; '.join(differences)}; "
+            "use one that was made for such a model."
         )
 
     def apply(params, x, noise, cond):
@@ -135,20 +142,19 @@ def controlled(unet: layers.Network, controlnet: layers.Network) -> Callable:
 
 
 def control_shape(controlnet: layers.Network, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """[H, W, 3] of the image that goes with latents of `shape`."""
+    """Returns [H, W, 3] of the image that goes with latents of `shape`."""
     convolutions = controlnet.bind(controlnet.abstract).controlnet_cond_embedding.blocks
     factor = 2 ** (len(layers.in_order(convolutions)) // 2)
     return shape[0] * factor, shape[1] * factor, 3
 
 
 def _layout(encoder):
-    """What a ControlNet and its UNet must have in common."""
+    """Returns the sizes that a ControlNet and its UNet must have in common."""
     blocks = layers.in_order(encoder.down_blocks)
+    attention = encoder.mid_block.attentions["0"].transformer_blocks["0"].attn2
     return {
         "in_channels": encoder.conv_in.in_features,
         "block_out_channels": tuple(block.resnets["0"].conv2.out_features for block in blocks),
         "layers_per_block": len(layers.in_order(blocks[0].resnets)),
-        "cross_attention_dim": encoder.mid_block.attentions["0"]
-        .transformer_blocks["0"]
-        .attn2.to_k.in_features,
+        "cross_attention_dim": attention.to_k.in_features,
     }

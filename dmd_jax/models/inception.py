@@ -1,7 +1,8 @@
-"""Inception-v3 of the FID (Szegedy et al., arXiv 1512.00567; Heusel et al., arXiv 1706.08500): the TensorFlow graph of 2015-12-05.
+"""Inception-v3 of the FID (Szegedy et al., arXiv 1512.00567; Heusel et al., arXiv 1706.08500).
 
-Attribute names are the keys of its translation in pytorch-fid, whose `fc` and `num_batches_tracked` are left out. Against other
-Inception-v3s, average pools do not count padding, and the pool of the last block takes the maximum.
+It is the TensorFlow graph of 2015-12-05. Attribute names are the keys of its translation in
+pytorch-fid, of which `fc` and `num_batches_tracked` are left out. Unlike in other Inception-v3s,
+average pools do not count padding, and the pool of the last block takes the maximum.
 """
 
 import functools
@@ -12,7 +13,7 @@ from flax import nnx
 
 from dmd_jax.models import layers
 
-SIZE = 299  # of the images that the network was trained on
+SIZE = 299  # height and width of the images that the network was trained on [pixels]
 INITIALIZERS = (
     (r"conv\.kernel$", layers.xavier_uniform()),
     (r"(scale|var)$", layers.ones),
@@ -37,7 +38,7 @@ class Conv(nnx.Module):
 
 
 class BlockA(nnx.Module):
-    """35 x 35 pixels at full size."""
+    """A block at 35 x 35 pixels, for images of full size."""
 
     def __init__(self, c_in, c_pool, *, conv):
         self.branch1x1 = conv(c_in, 64, 1)
@@ -59,7 +60,7 @@ class BlockA(nnx.Module):
 
 
 class BlockB(nnx.Module):
-    """35 x 35 to 17 x 17."""
+    """The block from 35 x 35 to 17 x 17 pixels."""
 
     def __init__(self, c_in, *, conv):
         self.branch3x3 = conv(c_in, 384, 3, strides=2, padding="VALID")
@@ -76,7 +77,7 @@ class BlockB(nnx.Module):
 
 
 class BlockC(nnx.Module):
-    """17 x 17."""
+    """A block at 17 x 17 pixels."""
 
     def __init__(self, c, *, conv):
         self.branch1x1 = conv(768, 192, 1)
@@ -98,7 +99,7 @@ class BlockC(nnx.Module):
 
 
 class BlockD(nnx.Module):
-    """17 x 17 to 8 x 8."""
+    """The block from 17 x 17 to 8 x 8 pixels."""
 
     def __init__(self, *, conv):
         self.branch3x3_1 = conv(768, 192, 1)
@@ -114,7 +115,7 @@ class BlockD(nnx.Module):
 
 
 class BlockE(nnx.Module):
-    """8 x 8, with the given pool."""
+    """A block at 8 x 8 pixels; `pool` is its kind of pooling."""
 
     def __init__(self, c_in, *, pool, conv):
         self.pool = pool
@@ -129,7 +130,8 @@ class BlockE(nnx.Module):
         self.branch_pool = conv(c_in, 192, 1)
 
     def __call__(self, x):
-        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         single = _join(self.branch3x3_2a(single), self.branch3x3_2b(single))
         double = _join(self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double))
         return _join(self.branch1x1(x), single, double, self.branch_pool(self.pool(x)))
@@ -183,24 +185,34 @@ def _average(x):
 
 
 def make(*, dtype: str = "float32") -> layers.Network:
-    """The network `(params, x [B, H, W, 3] out of one of the functions below) -> features [B, 2048]`, H and W at least 75."""
+    """Returns the network `(params, x [B, H, W, 3]) -> features [B, 2048]`.
+
+    x comes from one of the functions below; H and W are at least 75.
+    """
     return layers.functional(
         lambda rngs: Inception(rngs=rngs, dtype=jnp.dtype(dtype)), INITIALIZERS
     )
 
 
 def tensorflow_input(images):
-    """Images [B, H, W, 3] of 0 to 255 as the original graph takes them, and the FIDs of StyleGAN and EDM: TensorFlow 1's resizing."""
+    """Prepares images [B, H, W, 3] of 0 to 255 as the original graph does: TensorFlow 1's resizing.
+
+    The FIDs of StyleGAN and EDM are computed so.
+    """
     return (_resize(images, half_pixel=False) - 128) / 128
 
 
 def pytorch_fid_input(images):
-    """Images [B, H, W, 3] of 0 to 255 as pytorch-fid takes them."""
+    """Prepares images [B, H, W, 3] of 0 to 255 as pytorch-fid does."""
     return _resize(images, half_pixel=True) / 127.5 - 1
 
 
 def _resize(images, *, half_pixel):
-    """Bilinear, without antialiasing. TensorFlow 1 puts the corner of the first pixel, not its centre, on that of the original."""
+    """Resizes bilinearly, without antialiasing.
+
+    Pixel i lies at i * scale of the original, as in TensorFlow 1, or with `half_pixel` at
+    (i + 1/2) * scale - 1/2.
+    """
     rows, columns = (_interpolation(n, half_pixel) for n in images.shape[1:3])
     return jnp.einsum(
         "ih,bhwc,jw->bijc", rows, jnp.asarray(images, jnp.float32), columns, precision="highest"
@@ -208,7 +220,7 @@ def _resize(images, *, half_pixel):
 
 
 def _interpolation(size, half_pixel):
-    """[SIZE, size]"""
+    """Returns the weights of `size` pixels in each of SIZE pixels: [SIZE, size]."""
     shift = 0.5 * half_pixel
     position = np.clip((np.arange(SIZE) + shift) * size / SIZE - shift, 0, size - 1)
     return np.maximum(1 - np.abs(position[:, None] - np.arange(size)), 0).astype(np.float32)

@@ -1,6 +1,7 @@
-"""LPIPS (Zhang et al., arXiv 1801.03924) by VGG16 (Simonyan and Zisserman, arXiv 1409.1556), with average instead of maximum pooling.
+"""LPIPS (Zhang et al., arXiv 1801.03924) by VGG16 (Simonyan and Zisserman, arXiv 1409.1556).
 
-Attribute names are torchvision's keys for the trunk and those of the package lpips for the linear weights.
+It has average instead of maximum pooling. Attribute names are torchvision's keys for the trunk and
+those of the package lpips for the linear weights.
 """
 
 import jax
@@ -11,7 +12,8 @@ from flax import nnx
 from dmd_jax.models import layers
 
 CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet
+MEAN = np.float32([0.485, 0.456, 0.406])  # of ImageNet's channels
+STD = np.float32([0.229, 0.224, 0.225])
 INITIALIZERS = (
     (r"features\..*kernel$", layers.xavier_uniform(2**0.5)),
     (r"bias$", layers.zeros),
@@ -24,36 +26,39 @@ class LPIPS(nnx.Module):
 
     def __init__(self, *, rngs, size, dtype):
         self.size = size
-        convs, stages, c_in, layer = {}, [], 3, 0
+        convs = {}
+        stages = []
+        c_in = 3
+        layer = 0  # the number in torchvision's `features`
         for i, widths in enumerate(CHANNELS):
             stages.append(())
             for c in widths:
                 convs[str(layer)] = nnx.Conv(c_in, c, (3, 3), dtype=dtype, rngs=rngs)
                 stages[-1] += (str(layer),)
-                c_in, layer = c, layer + 2  # convolution, ReLU
+                c_in = c
+                layer += 2  # convolution, ReLU
             layer += 1  # pool
             linear = nnx.Conv(c_in, 1, (1, 1), use_bias=False, rngs=rngs)
             setattr(self, f"lin{i}", nnx.Dict(model=nnx.Dict({"1": linear})))
-        self.features, self.stages = nnx.Dict(convs), tuple(stages)
+        self.features = nnx.Dict(convs)
+        self.stages = tuple(stages)
 
     def __call__(self, x, y):
         distance = 0.0
-        for i, (a, b) in enumerate(
-            zip(self._taps(x), jax.lax.stop_gradient(self._taps(y)), strict=True)
-        ):
+        taps = zip(self._taps(x), jax.lax.stop_gradient(self._taps(y)), strict=True)
+        for i, (a, b) in enumerate(taps):
             weights = getattr(self, f"lin{i}").model["1"].kernel[...][0, 0, :, 0]
             distance += jnp.dot(((a - b) ** 2).mean(axis=(1, 2)), weights, precision="highest")
         return distance
 
     def _taps(self, x):
-        """The channels' directions at the end of each stage, float32."""
+        """Returns the channels' directions at the end of each stage, float32."""
         x = x.astype(jnp.float32)
         if self.size:
             b, _, _, c = x.shape
             x = jax.image.resize(x, (b, self.size, self.size, c), "bilinear", antialias=False)
-        x = ((x + 1) / 2 - MEAN[None, None, None]) / STD[
-            None, None, None
-        ]  # grey images become three channels
+        mean, std = (a[None, None, None] for a in (MEAN, STD))
+        x = ((x + 1) / 2 - mean) / std  # a single channel becomes three
         taps = []
         for stage in self.stages:
             if taps:
@@ -66,19 +71,18 @@ class LPIPS(nnx.Module):
 
 def _normalize(x):
     square = jnp.sum(x**2, axis=-1, keepdims=True)
-    norm = jnp.sqrt(
-        jnp.where(square > 0, square, 1)
-    )  # the gradient of a pixel without features is not NaN
+    # Without `where` the gradient of a pixel without features would be NaN.
+    norm = jnp.sqrt(jnp.where(square > 0, square, 1))
     return x / (norm + 1e-10)
 
 
 def make(*, size: int | None = 224, dtype: str = "float32") -> layers.Network:
-    """The network `(params, x [B, H, W, C], y [B, H, W, C]) -> distance [B]` of images in [-1, 1] with one or three channels.
+    """Returns the network `(params, x [B, H, W, C], y [B, H, W, C]) -> distance [B]`.
 
-    `y` is the target: it gets no gradient.
+    Images are in [-1, 1], with one or three channels. `y` is the target, which gets no gradient.
 
     Args:
-      size: height and width to which both are resized, bilinearly; None leaves them as they are.
+      size: height and width to which both are resized bilinearly [pixels]; None to leave them.
       dtype: of the convolutions.
     """
     return layers.functional(

@@ -1,7 +1,10 @@
-"""The UNets of EDM's checkpoints: DDPM++ and NCSN++ (Song et al., arXiv 2011.13456) and ADM (Dhariwal and Nichol, arXiv 2105.05233).
+"""The UNets of EDM's checkpoints.
 
-All as in Karras et al., arXiv 2206.00364, Table 7; `ddpmpp`, `ncsnpp` and `adm` make them. Attribute names are the keys of the
-checkpoints. The time and label embedding is float32 whatever the dtype of the trunk; so are attention logits and norm statistics.
+These are DDPM++ and NCSN++ (Song et al., arXiv 2011.13456) and ADM (Dhariwal and Nichol, arXiv
+2105.05233), as in Karras et al., arXiv 2206.00364, Table 7. `ddpmpp`, `ncsnpp` and `adm` make them.
+
+Attribute names are the keys of the checkpoints. The embedding of time and label is float32 whatever
+the dtype of the trunk; so are attention logits and norm statistics.
 """
 
 import functools
@@ -24,18 +27,21 @@ ADD_INPUT = "add_input"  # a convolution of the input image, which is added to t
 
 
 class Family(NamedTuple):
-    """What tells the three networks apart; the defaults are DDPM++.
+    """The differences between the three networks; the defaults are DDPM++.
 
     Attributes:
-      down: halves the resolution; so that `up` doubles it.
-      up: see `down`.
-      fourier: the noise level is embedded at random frequencies, which are part of the checkpoint.
-      residual_input: the input image, resampled, is added to the encoder at every level.
-      adaptive_scale: the embedding scales what it shifts, and residual blocks that resample have no convolution around them.
-      skip_scale: of every residual sum.
+      down: halves the resolution.
+      up: doubles the resolution.
+      fourier: whether the noise level is embedded at random frequencies, which are part of the
+        checkpoint.
+      residual_input: whether the resampled input image is added to the encoder at every level.
+      adaptive_scale: whether the embedding scales the features as well as shifting them. If so,
+        residual blocks that resample have no convolution around them.
+      skip_scale: factor of every residual sum.
       epsilon: of the group normalisations.
       head_width: channels of an attention head; None for one head.
-      attention_everywhere: in every decoder block of an attention resolution, not the last one alone.
+      attention_everywhere: whether every decoder block of an attention resolution has attention;
+        otherwise only the last one has it.
     """
 
     down: Callable = layers.downsample
@@ -50,12 +56,12 @@ class Family(NamedTuple):
 
 
 def smooth_down(x):
-    """[1, 3, 3, 1] / 8 at every other pixel."""
+    """Halves the resolution by the filter [1, 3, 3, 1] / 8."""
     return layers.downsample(layers.smooth(x))
 
 
 def smooth_up(x):
-    """The transpose of `smooth_down`, times 4."""
+    """Doubles the resolution by the transpose of `smooth_down`, times 4."""
     return layers.smooth(layers.upsample(x))
 
 
@@ -73,31 +79,35 @@ SONG_INITIALIZERS = (
     (r"kernel$", layers.xavier_uniform()),
 )
 NCSNPP_INITIALIZERS = (
-    (r"freqs$", layers.normal(16.0)),
+    (r"freqs$", layers.normal(16.0)),  # training leaves them as they are, see optim.adamw
     *SONG_INITIALIZERS,
-)  # the frequencies stay as they are: see optim.adamw
+)
 ADM_INITIALIZERS = (
     (r"map_label\.kernel$", layers.normal(1.0)),
     (r"norm\d?\.scale$", layers.ones),
-    (r"bias$", layers.zeros),  # EDM: uniform, like the kernels
+    (r"bias$", layers.zeros),  # EDM's are uniform, like the kernels
     (r"(conv1|proj|out_conv)\.kernel$", layers.zeros),
     (r"kernel$", layers.kaiming_uniform),
 )
 FLOAT_LAYERS = (
     r"^enc/\d+x\d+_conv$",  # the first one
     r"^(dec/\d+x\d+_aux_conv|out_conv)$",  # the last one
-    r"(^map_\w+|/affine)$",  # of noise level and label
+    r"(^map_\w+|/affine)$",  # the embedding of noise level and label
 )
 
 
 class Block(nnx.Module):
-    """Residual block with optional 2x resampling, before the first convolution, and self-attention."""
+    """Residual block with optional 2x resampling and self-attention.
+
+    It resamples before the first convolution.
+    """
 
     def __init__(self, c_in, c_out, c_emb, *, family, rngs, dtype, resample=None, attention=False):
         conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
         norm = functools.partial(_group_norm, family=family, dtype=dtype)
-        self.family, self.resample = family, resample
-        self.heads = attention and c_out // (family.head_width or c_out)
+        self.family = family
+        self.resample = resample
+        self.heads = c_out // (family.head_width or c_out) if attention else 0
         self.norm0 = norm(c_in)
         self.conv0 = conv(c_in, c_out, (3, 3))
         self.affine = nnx.Linear(c_emb, c_out * (1 + family.adaptive_scale), rngs=rngs)
@@ -113,40 +123,37 @@ class Block(nnx.Module):
     def __call__(self, x, emb):
         resample = self.resample or (lambda a: a)
         h = self.conv0(resample(nnx.silu(self.norm0(x))))
-        h = self.conv1(nnx.silu(self._modulate(h, self.affine(emb)[:, None, None].astype(h.dtype))))
+        emb = self.affine(emb)[:, None, None].astype(h.dtype)
+        h = self.conv1(nnx.silu(self._modulate(h, emb)))
         x = resample(x)
         if hasattr(self, "skip"):
             x = self.skip(x)
         x = (x + h) * self.family.skip_scale
         if self.heads:
-            x = (x + self.proj(self._attention(self.qkv(self.norm2(x))))) * self.family.skip_scale
+            h = self.proj(self._attention(self.qkv(self.norm2(x))))
+            x = (x + h) * self.family.skip_scale
         return x
 
     def _modulate(self, h, emb):
-        """The second normalisation, with the embedding."""
+        """Applies the second normalisation, with the embedding."""
         if not self.family.adaptive_scale:
             return self.norm1(h + emb)
         scale, shift = jnp.split(emb, 2, axis=-1)
         return self.norm1(h) * (scale + 1) + shift
 
     def _attention(self, qkv):
-        """Softmax attention; q, k and v are interleaved in the channels of `qkv` [B, H, W, 3C]."""
+        """Returns attention; q, k and v are interleaved in the channels of `qkv` [B, H, W, 3C]."""
         b, h, w, c3 = qkv.shape
-        q, k, v = jnp.moveaxis(
-            qkv.reshape(b, h * w, self.heads, c3 // (3 * self.heads), 3), -1, 0
-        )  # [B, HW, heads, d]
-        logits = jnp.einsum(
-            "bqhd,bkhd->bhqk",
-            q,
-            k / jnp.sqrt(q.shape[-1]).astype(k.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        qkv = qkv.reshape(b, h * w, self.heads, c3 // (3 * self.heads), 3)
+        q, k, v = jnp.moveaxis(qkv, -1, 0)  # [B, HW, heads, d]
+        k = k / jnp.sqrt(q.shape[-1]).astype(k.dtype)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits).astype(v.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, h, w, c3 // 3)
 
 
 class Fourier(nnx.Module):
-    """Random frequencies, which training leaves alone."""
+    """Embedding at random frequencies, which training leaves alone."""
 
     def __init__(self, n):
         self.freqs = nnx.Param(jnp.ones(n))
@@ -264,7 +271,13 @@ class UNet(nnx.Module):
         return self.dec[f"{top}_aux_conv"](nnx.silu(self.dec[f"{top}_aux_norm"](x)))
 
     def embed(self, noise, label=None, augment=None):
-        """The embedding of noise level [B], labels [B] and augmentations [B, augment_dim] that every block sees: [B, 4 width]."""
+        """Returns the embedding that every block sees, [B, 4 width].
+
+        Args:
+          noise: noise levels, [B].
+          label: labels, [B], or None.
+          augment: augmentations, [B, augment_dim], or None.
+        """
         n = self.num_classes
         label = (
             jnp.zeros((len(noise), n), jnp.float32)
@@ -290,7 +303,7 @@ class UNet(nnx.Module):
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
 
     def encode(self, x, emb):
-        """Returns what the decoder starts from, [B, h, w, C] at the lowest resolution, and the skips."""
+        """Returns the features at the lowest resolution, [B, h, w, C], and the skips."""
         skips = []
         image = x
         for name, kind in zip(self.enc_names, self.enc_kinds, strict=True):
@@ -315,7 +328,7 @@ def _group_norm(channels, *, family, dtype):
 
 
 def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
-    """The function that makes networks of a family, with these defaults."""
+    """Returns the function that makes networks of a family, with these defaults."""
 
     def make(
         *,
@@ -330,17 +343,21 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
         dtype: str = "float32",
         remat: bool | str = False,
     ) -> layers.Network:
-        """The network `(params, x [B, size, size, channels], noise [B], label [B] or None) -> [B, size, size, channels]`.
+        """Returns the network of a UNet:
+
+        `(params, x [B, size, size, channels], noise [B], label [B] or None)
+        -> [B, size, size, channels]`.
 
         Args:
           size: height and width of the images, divisible by 2 at every level but the last.
           channels: of the images.
-          num_classes: labels are integers below it; `num_classes` itself, like None, means no label.
+          num_classes: labels are integers below it; `num_classes` itself, like None, is no label.
           width: channels of the first layer.
           multipliers: of the width, one per level; each level halves the resolution.
           num_blocks: residual blocks per level in the encoder; the decoder has one more.
           attention: resolutions with self-attention; ADM's channels are multiples of 64 there.
-          augment_dim: length of the augmentation vector that EDM's own training feeds, 9 in its checkpoints; nothing here feeds one.
+          augment_dim: length of the augmentation vector of EDM's own training, 9 in its
+            checkpoints; this package never passes one.
           dtype: of the convolutions.
           remat: see `layers.runner`; block by block.
 
@@ -349,7 +366,8 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
         """
         if size % 2 ** (len(multipliers) - 1):
             raise ValueError(
-                f"size {size} cannot be halved {len(multipliers) - 1} times; use fewer multipliers or another size."
+                f"size {size} cannot be halved {len(multipliers) - 1} times; "
+                "use fewer multipliers or another size."
             )
         settings = dict(
             size=size,
@@ -365,11 +383,9 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
             dtype=jnp.dtype(dtype),
             remat=remat,
         )
-        rules = (
-            initializers
-            if num_classes
-            else tuple(rule for rule in initializers if "map_label" not in rule[0])
-        )
+        rules = initializers
+        if not num_classes:
+            rules = tuple(rule for rule in initializers if "map_label" not in rule[0])
         return layers.functional(
             lambda rngs: UNet(family=family, rngs=rngs, **settings), rules, FLOAT_LAYERS
         )
@@ -377,7 +393,8 @@ def _maker(family, initializers, *, width, multipliers, num_blocks, attention):
     return make
 
 
-# The defaults are those of the checkpoints of CIFAR-10, "vp" and "ve", and ImageNet-64. FFHQ and AFHQv2: size 64, multipliers (1, 2, 2, 2).
+# The defaults are those of the checkpoints of CIFAR-10 ("vp" and "ve") and ImageNet-64. FFHQ and
+# AFHQv2 have size 64 and multipliers (1, 2, 2, 2).
 ddpmpp = _maker(
     DDPMPP, SONG_INITIALIZERS, width=128, multipliers=(2, 2, 2), num_blocks=4, attention=(16,)
 )

@@ -1,7 +1,8 @@
-"""The UNet of Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), diffusers' UNet2DConditionModel, and stacks of it.
+"""The UNet of Stable Diffusion 1.x and 2.x (Rombach et al., arXiv 2112.10752), and stacks of it.
 
-Attribute names are the keys of the checkpoints. The time embedding is float32 whatever the dtype of the trunk; so are the softmax of
-attentions, the statistics of norms and the last convolution.
+It is diffusers' UNet2DConditionModel, and attribute names are the keys of its checkpoints. The time
+embedding is float32 whatever the dtype of the trunk; so are the softmax of attentions, the
+statistics of norms and the last convolution.
 """
 
 import functools
@@ -30,7 +31,7 @@ FLOAT_LAYERS = (
 
 
 class Attention(nnx.Module):
-    """Of [B, L, C] over [B, M, c_context]."""
+    """Attention of [B, L, C] over [B, M, c_context]."""
 
     def __init__(self, c, c_context, heads, *, dtype, rngs):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
@@ -53,12 +54,14 @@ class TransformerBlock(nnx.Module):
     def __init__(self, c, heads, *, c_cond, dtype, rngs):
         norm = functools.partial(layers.layer_norm, c, dtype=dtype, rngs=rngs)
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
-        self.norm1, self.attn1 = norm(), Attention(c, c, heads, dtype=dtype, rngs=rngs)
-        self.norm2, self.attn2 = norm(), Attention(c, c_cond, heads, dtype=dtype, rngs=rngs)
-        self.norm3, self.ff = (
-            norm(),
-            nnx.Dict(net=nnx.Dict({"0": nnx.Dict(proj=linear(c, 8 * c)), "2": linear(4 * c, c)})),
-        )
+        self.norm1 = norm()
+        self.attn1 = Attention(c, c, heads, dtype=dtype, rngs=rngs)
+        self.norm2 = norm()
+        self.attn2 = Attention(c, c_cond, heads, dtype=dtype, rngs=rngs)
+        self.norm3 = norm()
+        # What diffusers numbers 1 is dropout.
+        net = {"0": nnx.Dict(proj=linear(c, 8 * c)), "2": linear(4 * c, c)}
+        self.ff = nnx.Dict(net=nnx.Dict(net))
 
     def __call__(self, x, cond):
         h = self.norm1(x)
@@ -367,18 +370,23 @@ class Stack(nnx.Module):
 
 
 def _grow(abstract, params):
-    """Parameters of a stack out of those of one UNet, in each unit but for what it lacks; the units share arrays."""
+    """Returns the parameters of a stack, of which each unit has those of one UNet that it needs.
+
+    The units share arrays.
+    """
     units = abstract["units"]
     one = units["0"] | units[str(len(units) - 1)]
-    expected, found = (traverse_util.flatten_dict(tree, sep=".") for tree in (one, params))
-    problems = [f"missing {path}" for path in expected if path not in found] + [
-        f"unused {path}" for path in found if path not in expected
-    ]
-    pairs = {path: (found[path].shape, a.shape) for path, a in expected.items() if path in found}
-    problems += [f"{path} has shape {a}, expected {b}" for path, (a, b) in pairs.items() if a != b]
+    expected = traverse_util.flatten_dict(one, sep=".")
+    actual = traverse_util.flatten_dict(params, sep=".")
+    problems = [f"missing {path}" for path in expected if path not in actual]
+    problems += [f"unused {path}" for path in actual if path not in expected]
+    for path, a in expected.items():
+        if path in actual and actual[path].shape != a.shape:
+            problems.append(f"{path} has shape {actual[path].shape}, expected {a.shape}")
     if problems:
         raise ValueError(
-            f"a stack of UNets grows from the parameters of one with the same settings; these differ: {'; '.join(problems)}."
+            "a stack of UNets grows from the parameters of one with the same settings; "
+            f"these differ: {'; '.join(problems)}."
         )
     return {
         "units": {name: {child: params[child] for child in unit} for name, unit in units.items()}
@@ -386,10 +394,10 @@ def _grow(abstract, params):
 
 
 def unet(*, size: int = 64, num_classes: int = 0, stack: int = 1, **shared) -> layers.Network:
-    """Returns the network of Stable Diffusion's UNet, float32 outside:
+    """Returns the network of Stable Diffusion's UNet:
 
     `(params, x [B, H, W, channels], noise [B], cond [B, L, cross_attention_dim])
-    -> [B, H, W, channels]`, for any height and width.
+    -> [B, H, W, channels]`, float32, for any height and width.
 
     With `stack` = 2 it is the "Stacked U-Net" of InstaFlow-1.7B (Liu et al., arXiv 2309.06380): two
     UNets in series with weights of their own. Both get the same label and text. The blocks between

@@ -1,8 +1,9 @@
 """Autoencoders between images [B, H, W, 3] in [-1, 1] and latents that are already scaled, float32.
 
-`kl` is that of latent diffusion (Rombach et al., arXiv 2112.10752), diffusers' AutoencoderKL; `tiny` is TAESD
-(https://github.com/madebyollin/taesd), diffusers' AutoencoderTiny; `space_to_depth` has no parameters. Attribute names are the keys of
-the checkpoints. The modules they make have `encode` and `decode`.
+`kl` is that of latent diffusion (Rombach et al., arXiv 2112.10752), diffusers' AutoencoderKL;
+`tiny` is TAESD (https://github.com/madebyollin/taesd), diffusers' AutoencoderTiny;
+`space_to_depth` has no parameters. Attribute names are the keys of the checkpoints. The modules
+have `encode` and `decode`.
 """
 
 import functools
@@ -12,7 +13,7 @@ from flax import nnx
 
 from dmd_jax.models import layers
 
-PADDING = ((0, 1), (0, 1))  # of convolutions that halve the resolution of `kl`
+PADDING = ((0, 1), (0, 1))  # of convolutions that halve the resolution in `kl`
 INITIALIZERS = (
     (r"scale$", layers.ones),
     (r"bias$", layers.zeros),
@@ -21,7 +22,7 @@ INITIALIZERS = (
 
 
 class Attention(nnx.Module):
-    """Among the pixels of [B, H, W, C], with one head."""
+    """Attention among the pixels of [B, H, W, C], with one head."""
 
     def __init__(self, c, *, num_groups, dtype, rngs):
         self.group_norm = layers.GroupNorm(c, num_groups=num_groups, epsilon=1e-6, dtype=dtype)
@@ -33,85 +34,126 @@ class Attention(nnx.Module):
     def __call__(self, x):
         b, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(b, h * w, 1, c)
-        return x + self.to_out["0"](
-            layers.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        ).reshape(x.shape)
+        tokens = layers.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out["0"](tokens).reshape(x.shape)
 
 
-class Half(nnx.Module):
-    """The encoder or the decoder of `kl`: `down` or up through stages of `widths`, attention at the lowest resolution."""
+class Encoder(nnx.Module):
+    """The encoder of `kl`: stages of `widths`, and attention at the lowest resolution."""
 
-    def __init__(self, c_in, c_out, widths, *, down, num_layers, num_groups, dtype, rngs, remat):
+    def __init__(self, c_out, widths, *, num_layers, num_groups, dtype, remat, rngs):
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
         norm = dict(num_groups=num_groups, dtype=dtype, rngs=rngs)
-        resnet = functools.partial(layers.ResnetBlock, epsilon=1e-6, **norm)
-        self.run, self.down = layers.runner(remat), down
-        c, stages = widths[0], []
-        self.conv_in = conv(c_in, c, dtype=dtype)
-        for i, width in enumerate(widths):
-            resnets = [resnet(c_in, width) for c_in in (c, *[width] * (num_layers - 1))]
-            c, last = width, i == len(widths) - 1
-            halve = (
-                conv(c, c, strides=2, padding=PADDING, dtype=dtype) if down and not last else None
-            )
-            double = conv(c, c, dtype=dtype) if not (down or last) else None
-            stages.append(layers.stage(resnets, down=halve, up=double))
-        setattr(self, "down_blocks" if down else "up_blocks", layers.numbered(stages))
-        c_mid = widths[-1 if down else 0]
-        self.mid_block = layers.stage(
-            [resnet(c_mid, c_mid) for _ in range(2)], [Attention(c_mid, **norm)]
-        )
-        self.conv_norm_out = layers.GroupNorm(
-            c, num_groups=num_groups, epsilon=1e-6, dtype=jnp.float32
-        )
-        self.conv_out = conv(c, c_out)
+        self.run = layers.runner(remat)
+        self.conv_in = conv(3, widths[0], dtype=dtype)
+        stages = []
+        c_in = widths[0]
+        for c in widths:
+            halve = None
+            if len(stages) < len(widths) - 1:
+                halve = conv(c, c, strides=2, padding=PADDING, dtype=dtype)
+            stages.append(layers.stage(_resnets(c_in, c, num_layers, norm), down=halve))
+            c_in = c
+        self.down_blocks = layers.numbered(stages)
+        self.mid_block = _mid_block(widths[-1], norm)
+        self.conv_norm_out = _norm_out(widths[-1], num_groups)
+        self.conv_out = conv(widths[-1], c_out)
 
     def __call__(self, x):
         x = self.conv_in(x)
-        blocks = layers.in_order(self.down_blocks if self.down else self.up_blocks)
-        for block in [*blocks, self.mid_block] if self.down else [self.mid_block, *blocks]:
-            for resnet, attention in layers.residual_layers(block):
-                x = self.run(resnet, x)
-                if attention:
-                    x = self.run(attention, x)
+        for block in layers.in_order(self.down_blocks):
+            x = _run_stage(self.run, block, x)
             if "downsamplers" in block:
                 x = block.downsamplers["0"].conv(x)
+        x = _run_stage(self.run, self.mid_block, x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """The decoder of `kl`: attention at the lowest resolution, and stages of `widths`."""
+
+    def __init__(self, c_in, widths, *, num_layers, num_groups, dtype, remat, rngs):
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        norm = dict(num_groups=num_groups, dtype=dtype, rngs=rngs)
+        self.run = layers.runner(remat)
+        self.conv_in = conv(c_in, widths[0], dtype=dtype)
+        self.mid_block = _mid_block(widths[0], norm)
+        stages = []
+        c_in = widths[0]
+        for c in widths:
+            double = None
+            if len(stages) < len(widths) - 1:
+                double = conv(c, c, dtype=dtype)
+            stages.append(layers.stage(_resnets(c_in, c, num_layers, norm), up=double))
+            c_in = c
+        self.up_blocks = layers.numbered(stages)
+        self.conv_norm_out = _norm_out(widths[-1], num_groups)
+        self.conv_out = conv(widths[-1], 3)
+
+    def __call__(self, x):
+        x = _run_stage(self.run, self.mid_block, self.conv_in(x))
+        for block in layers.in_order(self.up_blocks):
+            x = _run_stage(self.run, block, x)
             if "upsamplers" in block:
                 x = block.upsamplers["0"].conv(layers.upsample(x))
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
 
+def _resnets(c_in, c_out, n, norm):
+    widths_in = [c_in, *[c_out] * (n - 1)]
+    return [layers.ResnetBlock(c, c_out, epsilon=1e-6, **norm) for c in widths_in]
+
+
+def _mid_block(c, norm):
+    return layers.stage(_resnets(c, c, 2, norm), [Attention(c, **norm)])
+
+
+def _norm_out(c, num_groups):
+    return layers.GroupNorm(c, num_groups=num_groups, epsilon=1e-6, dtype=jnp.float32)
+
+
+def _run_stage(run, block, x):
+    for resnet, attention in layers.residual_layers(block):
+        x = run(resnet, x)
+        if attention:
+            x = run(attention, x)
+    return x
+
+
 class KL(nnx.Module):
     """See `kl` for the arguments."""
 
-    def __init__(self, *, rngs, widths, num_layers, latent_channels, scaling_factor, **settings):
+    def __init__(
+        self,
+        *,
+        widths,
+        num_layers,
+        latent_channels,
+        scaling_factor,
+        num_groups,
+        dtype,
+        remat,
+        rngs,
+    ):
+        shared = dict(num_groups=num_groups, dtype=dtype, remat=remat, rngs=rngs)
+        c_moments = 2 * latent_channels
         self.scaling_factor = scaling_factor
-        self.encoder = Half(
-            3, 2 * latent_channels, widths, down=True, num_layers=num_layers, rngs=rngs, **settings
-        )
-        self.decoder = Half(
-            latent_channels,
-            3,
-            widths[::-1],
-            down=False,
-            num_layers=num_layers + 1,
-            rngs=rngs,
-            **settings,
-        )
-        self.quant_conv = nnx.Conv(2 * latent_channels, 2 * latent_channels, (1, 1), rngs=rngs)
+        self.encoder = Encoder(c_moments, widths, num_layers=num_layers, **shared)
+        self.decoder = Decoder(latent_channels, widths[::-1], num_layers=num_layers + 1, **shared)
+        self.quant_conv = nnx.Conv(c_moments, c_moments, (1, 1), rngs=rngs)
         self.post_quant_conv = nnx.Conv(latent_channels, latent_channels, (1, 1), rngs=rngs)
 
     def encode(self, x):
-        """The mean latents of images, scaled."""
+        """Returns the mean latents of images, scaled."""
         return self.moments(x)[0] * self.scaling_factor
 
     def moments(self, x):
-        """Mean and logarithm of the variance of the latents of images, not scaled."""
+        """Returns mean and logarithm of the variance of the latents of images, not scaled."""
         mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(logvar, -30, 20)
 
     def decode(self, latents):
-        """The images of scaled latents."""
+        """Returns the images of scaled latents."""
         return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
 
     __call__ = decode
@@ -127,15 +169,16 @@ def kl(
     dtype: str = "float32",
     remat: bool | str = False,
 ) -> layers.Network:
-    """The network `(params, latents [B, h, w, latent_channels]) -> images [B, H, W, 3]`, float32; H is h times 2 per level but the last.
+    """Returns the network `(params, latents [B, h, w, latent_channels]) -> images [B, H, W, 3]`.
 
-    The module also has `encode` and `moments`. The defaults are those of Stable Diffusion 1.x and 2.x.
+    Images are float32; each level but the last doubles their height and width. The module also has
+    `encode` and `moments`. The defaults are those of Stable Diffusion 1.x and 2.x.
 
     Args:
       block_out_channels: channels per level; each level but the last halves the resolution.
       layers_per_block: residual blocks per level in the encoder; the decoder has one more.
       latent_channels: of the latents.
-      scaling_factor: what the latents are multiplied by, one over their standard deviation.
+      scaling_factor: factor of the latents, one over their standard deviation.
       norm_num_groups: of the group normalisations.
       dtype: of the convolutions but the last ones; bfloat16 moves Stable Diffusion's images by 4 %.
       remat: see `layers.runner`; block by block.
@@ -146,14 +189,13 @@ def kl(
     for width in block_out_channels:
         if width % norm_num_groups:
             raise ValueError(
-                f"block_out_channels {width} is not divisible by norm_num_groups {norm_num_groups}; change one of them."
+                f"block_out_channels {width} is not divisible by norm_num_groups "
+                f"{norm_num_groups}; change one of them."
             )
     settings = dict(
         widths=tuple(block_out_channels),
         num_layers=layers_per_block,
         latent_channels=latent_channels,
-    )
-    settings |= dict(
         scaling_factor=scaling_factor,
         num_groups=norm_num_groups,
         dtype=jnp.dtype(dtype),
@@ -166,12 +208,15 @@ class TinyBlock(nnx.Module):
     """The residual block of TAESD."""
 
     def __init__(self, c, *, dtype, rngs):
+        # What the checkpoints number 1 and 3 are ReLUs.
         self.conv = nnx.Dict(
             {str(i): nnx.Conv(c, c, (3, 3), dtype=dtype, rngs=rngs) for i in (0, 2, 4)}
-        )  # a ReLU between each
+        )
 
     def __call__(self, x):
-        return nnx.relu(x + self.conv["4"](nnx.relu(self.conv["2"](nnx.relu(self.conv["0"](x))))))
+        h = nnx.relu(self.conv["0"](x))
+        h = nnx.relu(self.conv["2"](h))
+        return nnx.relu(x + self.conv["4"](h))
 
 
 class Tiny(nnx.Module):
@@ -185,10 +230,8 @@ class Tiny(nnx.Module):
         def blocks(n):
             return [TinyBlock(width, dtype=dtype, rngs=rngs) for _ in range(n)]
 
-        encoder, decoder = (
-            [conv(3, width, dtype=dtype), *blocks(1)],
-            [conv(latent_channels, width, dtype=dtype), nnx.relu],
-        )
+        encoder = [conv(3, width, dtype=dtype), *blocks(1)]
+        decoder = [conv(latent_channels, width, dtype=dtype), nnx.relu]
         for _ in range(3):
             encoder += [hidden(strides=2, padding=1), *blocks(num_blocks)]
             decoder += [*blocks(num_blocks), layers.upsample, hidden()]
@@ -196,11 +239,11 @@ class Tiny(nnx.Module):
         self.decoder = nnx.Dict(layers=layers.numbered([*decoder, *blocks(1), conv(width, 3)]))
 
     def encode(self, x):
-        """The latents of images."""
+        """Returns the latents of images."""
         return self._chain(self.encoder, (x + 1) / 2)
 
     def decode(self, latents):
-        """The images of latents."""
+        """Returns the images of latents."""
         return 2 * self._chain(self.decoder, 3 * jnp.tanh(latents / 3)) - 1
 
     __call__ = decode
@@ -220,9 +263,10 @@ def tiny(
     dtype: str = "float32",
     remat: bool | str = False,
 ) -> layers.Network:
-    """The network `(params, latents [B, h, w, latent_channels]) -> images [B, 8h, 8w, 3]`, float32; the module also has `encode`.
+    """Returns the network `(params, latents [B, h, w, latent_channels]) -> images [B, 8h, 8w, 3]`.
 
-    Latents are those of `kl` with its scaling.
+    Images are float32, and latents are those of `kl` with its scaling. The module also has
+    `encode`.
 
     Args:
       width: channels of every layer.
@@ -248,34 +292,30 @@ class SpaceToDepth(nnx.Module):
         self.factor = factor
 
     def encode(self, x):
-        """[B, H, W, C] to [B, H / factor, W / factor, factor^2 C]."""
+        """Returns latents [B, H / factor, W / factor, factor^2 C] of images [B, H, W, C]."""
         b, h, w, c = x.shape
         f = self.factor
         if h % f or w % f:
             raise ValueError(
                 f"images of {h} x {w} are not divisible by factor {f}; use another factor or size."
             )
-        return (
-            x.reshape(b, h // f, f, w // f, f, c)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, h // f, w // f, f * f * c)
-        )
+        x = x.reshape(b, h // f, f, w // f, f, c).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, h // f, w // f, f * f * c)
 
     def decode(self, latents):
-        """The inverse of `encode`."""
+        """Inverts `encode`."""
         b, h, w, c = latents.shape
         f = self.factor
-        return (
-            latents.reshape(b, h, w, f, f, c // f**2)
-            .transpose(0, 1, 3, 2, 4, 5)
-            .reshape(b, h * f, w * f, c // f**2)
-        )
+        x = latents.reshape(b, h, w, f, f, c // f**2).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, h * f, w * f, c // f**2)
 
     __call__ = decode
 
 
 def space_to_depth(*, factor: int = 2) -> layers.Network:
-    """The network `({}, latents [B, h, w, factor^2 C]) -> images [B, factor h, factor w, C]`: pixels become channels, nothing is lost.
+    """Returns the network `({}, latents [B, h, w, factor^2 C]) -> images`.
+
+    Images are [B, factor h, factor w, C]. Pixels become channels, and nothing is lost.
 
     Args:
       factor: pixels per latent along height and width.
