@@ -10,8 +10,10 @@ import pytest
 
 from dmd_jax import lookup, sharding
 from dmd_jax.encoders import clip, tokenizer, wordllama
+from tests import test_features
 
-# {pair to merge: id of the result}, first things first: all of CLIP's 48,894 merges that happen in the golden texts.
+# {pair to merge: id of the result}, in order: those of CLIP's 48,894 merges that happen in the
+# golden texts.
 MERGES = json.loads(
     (pathlib.Path(__file__).parent / "data" / "clip_merges.json").read_text(encoding="utf-8")
 )
@@ -170,7 +172,10 @@ def test_another_tokenizer(tmp_path, files, reason):
         (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(
         ValueError,
-        match=rf"expected CLIP's tokenizer\.json, or its vocab\.json and merges\.txt, (.|\n)*{reason}",
+        match=(
+            rf"expected CLIP's tokenizer\.json, or its vocab\.json and merges\.txt, "
+            rf"(.|\n)*{reason}"
+        ),
     ):
         tokenizer.load(tmp_path)
 
@@ -179,8 +184,9 @@ def test_another_tokenizer(tmp_path, files, reason):
 
 
 def test_clip_is_that_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
+    test_features.import_torchvision()  # transformers does, too
+    transformers = pytest.importorskip("transformers")
     sizes = dict(
         vocab_size=49408,
         hidden_size=32,
@@ -274,7 +280,10 @@ def test_wordllama_of_another_version(monkeypatch):
     monkeypatch.setattr(wordllama, "VOCABULARY", (wordllama.VOCABULARY[0], "0" * 64))
     with pytest.raises(
         ValueError,
-        match=r"expected a SHA-256 of 00000000\.\.\., got 93248f2a; run: pip install wordllama==0\.4\.0\.post1",
+        match=(
+            r"expected a SHA-256 of 00000000\.\.\., got 93248f2a; run: pip install "
+            r"wordllama==0\.4\.0\.post1"
+        ),
     ):
         wordllama.make(None)
     monkeypatch.setattr(wordllama, "VOCABULARY", ("nowhere.json", "0" * 64))

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Encoder(NamedTuple):
-    """One text encoder. The prompt "" is the null condition of guidance.
+    """A text encoder. The prompt "" is the null condition of guidance.
 
     Attributes:
       encode: N prompts, a list of str, to float32 [N, L, D], numpy.
       shape: (L, D).
       digest: of everything that the embeddings follow from: parameters, vocabulary, settings.
-      truncated: prompts to the indices of those that are longer than L tokens; `encode` cuts them.
+      truncated: prompts to the indices of those that are longer than L tokens, which `encode` cuts.
     """
 
     encode: Callable
@@ -22,5 +22,5 @@ class Encoder(NamedTuple):
 
 
 def digest(everything: str) -> str:
-    """A fingerprint."""
+    """Returns a fingerprint of a text."""
     return hashlib.sha256(everything.encode()).hexdigest()[:16]

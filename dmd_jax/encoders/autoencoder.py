@@ -1,8 +1,8 @@
-"""Between images and what the networks see: autoencoders, by their settings in a config.
+"""Autoencoders, by their settings in a config: images to what the networks see, and back.
 
-Settings are {"checkpoint": a diffusers directory, ...} for the autoencoder that lies there, or
-{"name": ..., ...} for one of dmd_jax/models that has no parameters; None stands for none at all,
-when latents are images.
+Settings are {"checkpoint": a diffusers directory, ...} for the autoencoder in that directory, or
+{"name": ..., ...} for one of dmd_jax/models that has no parameters. None means that there is no
+autoencoder: latents are images.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from dmd_jax.weights import diffusers, state_dict
 
 
 def load(settings: dict) -> tuple[layers.Network, dict]:
-    """The autoencoder, whose `apply` decodes, and its parameters."""
+    """Returns the autoencoder, whose `apply` decodes, and its parameters."""
     network, tensors = _open(settings)
     return network, state_dict.from_torch(tensors, network.abstract)
 
 
 def make_decode(settings: dict | None, parallel: sharding.Parallel, batch_size: int) -> Callable:
-    """`latents [N, h, w, c] -> images [N, H, W, C]`, numpy, for any N."""
+    """Returns `latents [N, h, w, c] -> images [N, H, W, C]`, numpy, for any N."""
     if settings is None:
         return lambda latents: latents
     network, params = load(settings)
@@ -30,27 +30,25 @@ def make_decode(settings: dict | None, parallel: sharding.Parallel, batch_size: 
 
 
 def make_encode(settings: dict, parallel: sharding.Parallel, batch_size: int) -> Callable:
-    """`images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N: the mean of the encoder's
-    distribution, scaled.
+    """Returns `images [N, H, W, C] -> latents [N, h, w, c]`, numpy, for any N.
+
+    The latents are the mean of the encoder's distribution, scaled.
     """
     network, params = load(settings)
-    return _in_batches(
-        "encoding batch_size",
-        lambda params, x: network.bind(params).encode(x),
-        params,
-        parallel,
-        batch_size,
-    )
+
+    def encode(params, x):
+        return network.bind(params).encode(x)
+
+    return _in_batches("encoding batch_size", encode, params, parallel, batch_size)
 
 
 def image_shape(settings: dict | None, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """[H, W, C] of the images that latents of `shape` stand for."""
+    """Returns [H, W, C] of the images of latents of `shape`."""
     if settings is None:
         return shape
     network, _ = _open(settings)
-    return jax.eval_shape(
-        network.apply, network.abstract, jax.ShapeDtypeStruct((1, *shape), np.float32)
-    ).shape[1:]
+    latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    return jax.eval_shape(network.apply, network.abstract, latents).shape[1:]
 
 
 def _open(settings):

@@ -1,6 +1,4 @@
-"""The text encoder of Stable Diffusion: CLIP's last hidden states after its final norm, of all
-positions.
-"""
+"""The text encoder of Stable Diffusion: CLIP's last hidden states, after the final norm."""
 
 import os
 
@@ -17,31 +15,33 @@ def make(
     batch_size: int = 32,
     dtype: str = "float32",
 ) -> encoders.Encoder:
-    """The encoder of a checkpoint.
+    """Returns the encoder of a checkpoint.
 
     Args:
       parallel: the devices.
       checkpoint: a directory in the layout of diffusers, with tokenizer/ and text_encoder/, or
         owner/name on the Hugging Face hub.
-      batch_size: prompts, over all devices.
+      batch_size: number of prompts, over all devices.
       dtype: inside the network.
 
     Raises:
-      ValueError: files are missing, damaged or of another network; the devices cannot share a
+      ValueError: files are missing, damaged or of another network, or the devices cannot share a
         batch.
     """
     directory = diffusers.find(checkpoint)
     settings, tensors = diffusers.text_encoder(directory)
-    length, width = settings["max_length"], settings["hidden_size"]
+    length = settings["max_length"]
+    width = settings["hidden_size"]
     tokens = tokenizer.load(directory / "tokenizer", length=length)
     network = clip_text.clip(**settings, dtype=dtype)
     params = state_dict.from_torch(tensors, network.abstract)
     run = parallel.in_batches("text batch_size", network.apply, batch_size)
-    digest = f"clip {digests.of_params(params)} {tokens.digest} {sorted(settings.items())} {dtype}"
+    identity = f"{digests.of_params(params)} {tokens.digest} {sorted(settings.items())} {dtype}"
     params = sharding.place(params, parallel.replicated)
+
+    def encode(prompts):
+        return run(params, tokens.ids(prompts))
+
     return encoders.Encoder(
-        lambda prompts: run(params, tokens.ids(prompts)),
-        (length, width),
-        encoders.digest(digest),
-        tokens.truncated,
+        encode, (length, width), encoders.digest(f"clip {identity}"), tokens.truncated
     )

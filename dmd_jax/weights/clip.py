@@ -1,11 +1,12 @@
-"""Directories of CLIP, as Hugging Face's transformers or as OpenCLIP lays them out; tensors have
-transformers' names.
+"""Directories of CLIP in the layout of Hugging Face's transformers or of OpenCLIP.
 
-    transformers   config.json, preprocessor_config.json, and model.safetensors, whole or in shards, or pytorch_model.bin
-    OpenCLIP       open_clip_config.json, and open_clip_model.safetensors or open_clip_pytorch_model.bin
+    transformers   config.json, preprocessor_config.json, and model.safetensors (one file or shards)
+                   or pytorch_model.bin
+    OpenCLIP       open_clip_config.json, and open_clip_model.safetensors or
+                   open_clip_pytorch_model.bin
 
-LAION's directories are both at once; there, safetensors come before pickles, and transformers'
-before OpenCLIP's.
+Tensors get transformers' names. LAION's directories have both layouts; there, safetensors come
+before pickles, and transformers' files before OpenCLIP's.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ import safetensors
 from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_files, pickles, published
 
-HUGGING_FACE, OPEN_CLIP = "config.json", "open_clip_config.json"
+HUGGING_FACE = "config.json"
+OPEN_CLIP = "open_clip_config.json"
 LAYOUTS = (
     (HUGGING_FACE, "model.safetensors"),
     (HUGGING_FACE, "model.safetensors.index.json"),
@@ -28,7 +30,7 @@ LAYOUTS = (
     (HUGGING_FACE, "pytorch_model.bin"),
 )
 
-# transformers' settings: {theirs: (ours, what it is where config.json does not say)}
+# transformers' settings: {their name: (our name, the value where config.json does not state it)}
 TOWER = {"hidden_act": ("act", "quick_gelu"), "num_hidden_layers": ("num_layers", 12)}
 TEXT = TOWER | {
     "hidden_size": ("hidden_size", 512),
@@ -47,8 +49,8 @@ VISION |= {
 }
 FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
 
-# OpenCLIP's: {theirs: what it is where the file does not say}; other keys must have the value in
-# OPEN_FIXED, or none
+# OpenCLIP's settings: {their name: the value where the file does not state it}. Other keys must
+# have the values in OPEN_TEXT_FIXED and OPEN_VISION_FIXED, or none.
 OPEN_TEXT = {
     "context_length": 77,
     "vocab_size": 49408,
@@ -71,14 +73,14 @@ OPEN_VISION_FIXED = {"pool_type": "tok", "pos_embed_type": "learnable"}
 PREPARATION = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
 # 3 = bicubic.
 PROCESSOR = {
-    "resample": 3,
+    "resample": 3,  # bicubic
     "do_resize": True,
     "do_center_crop": True,
     "do_rescale": True,
     "do_normalize": True,
 }
 
-# (a regex of OpenCLIP's whole name, transformers'), each applied to what those before it have made.
+# Rules (regex of OpenCLIP's full name, transformers' name), applied one after the other.
 KEYS = (
     (r"visual\.(class_embedding)", r"vision_model.embeddings.\1"),
     (r"visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -102,11 +104,11 @@ KEYS = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Renamed(Mapping):
-    """Tensors under other names, made of those of `source` when they are asked for.
+    """Tensors of `source` under other names; each is made when it is asked for.
 
     Attributes:
       source: tensors by their old names.
-      places: by the new name, the old one and what makes the tensor.
+      places: by new name, the old name and the function that turns the old tensor into the new one.
     """
 
     source: Mapping[str, np.ndarray]
@@ -124,81 +126,89 @@ class Renamed(Mapping):
 
 
 def read(directory: str | os.PathLike) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """A CLIP: `name` and arguments of its maker in `models`, and its tensors for
-    `convert.from_torch`.
+    """Reads a CLIP.
 
-    Tensors of safetensors are read one by one; a .bin, in which nothing is run, is held whole.
+    Tensors of safetensors are read one by one. A .bin is read as a whole, without running anything
+    in it.
 
     Args:
       directory: such as CLIP-ViT-g-14-laion2B-s12B-b42K.
 
+    Returns:
+      `name` and arguments of the function in `models` that makes the network, and its tensors for
+      `state_dict.from_torch`.
+
     Raises:
-      ValueError: there is none, with what it should hold and where it is published; a file is
-        damaged or not the published one; or it is another kind of network, with all that is not
-        supported.
+      ValueError: there is no CLIP, with what it should hold and where it is published; a file is
+        damaged or not the published one; or it is another kind of network, with a list of what is
+        not supported.
     """
     directory, config, weights = _layout(directory)
     path = directory / weights
     if path.suffix == ".bin":
         tensors = pickles.read(published.find(path))
     else:
-        tensors = _safetensors(
-            diffusers_files.weight_files(directory)[1] if path.suffix == ".json" else [path]
-        )
+        files = [path]
+        if path.suffix == ".json":
+            _, files = diffusers_files.weight_files(directory)
+        tensors = _safetensors(files)
     if config == OPEN_CLIP:
-        tensors = Renamed(tensors, {new: place for name in tensors for new, place in _places(name)})
+        places = {new: place for name in tensors for new, place in _places(name)}
     else:
-        tensors = Renamed(
-            tensors,
-            {name: (name, np.asarray) for name in tensors if not name.endswith(".position_ids")},
-        )
-    return _settings(directory, config), tensors
+        places = {
+            name: (name, np.asarray) for name in tensors if not name.endswith(".position_ids")
+        }
+    return _settings(directory, config), Renamed(tensors, places)
 
 
 def normalisation(directory: str | os.PathLike) -> tuple[tuple, tuple]:
-    """The mean and the standard deviation of images in [0, 1] that their channels are normalised
-    by.
+    """Returns mean and standard deviation of the channels of images in [0, 1], to normalise them.
 
     Raises:
-      ValueError: as `read`; or images are prepared in another way than CLIP's: resized bicubically
-        and cropped to the network's size.
+      ValueError: as in `read`; or images are prepared in another way than CLIP's, which resizes
+        them bicubically and crops them to the network's size.
     """
     directory, config, _ = _layout(directory)
     if config == OPEN_CLIP:
-        found, expected, names = (
-            diffusers_files.read_json(directory / config).get("preprocess_cfg") or {},
-            PREPARATION,
-            ("mean", "std"),
-        )
+        preparation = diffusers_files.read_json(directory / config).get("preprocess_cfg") or {}
+        expected = PREPARATION
+        names = ("mean", "std")
     else:
-        found = diffusers_files.read_json(directory / "preprocessor_config.json")
+        preparation = diffusers_files.read_json(directory / "preprocessor_config.json")
         size = _settings(directory, config)["vision"]["image_size"]
-        found |= {key: _one(found[key]) for key in ("size", "crop_size") if key in found}
-        expected, names = PROCESSOR | {"size": size, "crop_size": size}, ("image_mean", "image_std")
-    problems = [
-        f"{key} is {found[key]!r}, expected {value!r}"
+        for key in ("size", "crop_size"):
+            if key in preparation:
+                preparation[key] = _one(preparation[key])
+        expected = PROCESSOR | {"size": size, "crop_size": size}
+        names = ("image_mean", "image_std")
+    problems = _differences(preparation, expected)
+    for key in names:
+        if len(preparation.get(key) or ()) != 3:
+            problems.append(f"{key} of its images is missing")
+    _refuse(directory, problems)
+    return tuple(tuple(preparation[key]) for key in names)
+
+
+def _differences(content, expected):
+    """Returns what differs from the expected values; missing keys do not count."""
+    return [
+        f"{key} is {content[key]!r}, expected {value!r}"
         for key, value in expected.items()
-        if found.get(key, value) != value
+        if content.get(key, value) != value
     ]
-    _refuse(
-        directory,
-        problems
-        + [f"{key} of its images is missing" for key in names if len(found.get(key) or ()) != 3],
-    )
-    return tuple(tuple(found[key]) for key in names)
 
 
 def _layout(directory):
-    """The directory, and the names of its config and of its weights."""
+    """Returns the directory, and the names of its config and of its weights."""
     path = storage.path(directory)
-    there = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     for config, weights in LAYOUTS:
-        if {config, weights} <= there:
+        if {config, weights} <= names:
             return path, config, weights
     choices = ", or ".join(f"{config} and {weights}" for config, weights in LAYOUTS)
     raise ValueError(
-        f"{path} is no directory of a CLIP: expected {choices}; there is "
-        f"{', '.join(sorted(there)) or 'nothing'}. "
+        f"{path} is no directory of a CLIP: expected {choices}; "
+        f"there is {', '.join(sorted(names)) or 'nothing'}. "
         f"Nothing is downloaded by itself{published.published(path)}."
     )
 
@@ -210,7 +220,7 @@ def _safetensors(paths):
         try:
             with safetensors.safe_open(local, framework="np") as opened:
                 places |= {key: (local, key) for key in opened.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own, and those of the system
+        except Exception as error:  # safetensors has its own kinds of errors
             raise ValueError(
                 f"{path} is truncated or not a .safetensors file ({error}); get it again."
             ) from error
@@ -218,65 +228,60 @@ def _safetensors(paths):
 
 
 def _settings(directory, config):
-    found = diffusers_files.read_json(directory / config)
-    settings, problems = (_open_clip if config == OPEN_CLIP else _hugging_face)(found)
+    parse = _open_clip if config == OPEN_CLIP else _hugging_face
+    settings, problems = parse(diffusers_files.read_json(directory / config))
     _refuse(directory, problems)
     return {"name": "clip.clip"} | settings
 
 
 def _hugging_face(config):
-    problems = (
-        []
-        if config.get("model_type") == "clip"
-        else [f"model_type is {config.get('model_type')!r}, expected 'clip'"]
-    )
+    problems = []
+    if config.get("model_type") != "clip":
+        problems.append(f"model_type is {config.get('model_type')!r}, expected 'clip'")
     settings = {"projection_dim": config.get("projection_dim", 512)}
     for tower, keys in (("text", TEXT), ("vision", VISION)):
-        # Old files have both.
-        found = (config.get(f"{tower}_config") or {}) | (config.get(f"{tower}_config_dict") or {})
+        content = config.get(f"{tower}_config") or {}
+        content = content | (config.get(f"{tower}_config_dict") or {})  # old files have both
         settings[tower] = {
-            ours: found.get(theirs, absent) for theirs, (ours, absent) in keys.items()
+            ours: content.get(theirs, default) for theirs, (ours, default) in keys.items()
         }
-        problems += [
-            f"{tower}'s {key} is {found[key]!r}, expected {value!r}"
-            for key, value in FIXED.items()
-            if found.get(key, value) != value
-        ]
+        problems += [f"{tower}'s {problem}" for problem in _differences(content, FIXED)]
     return settings, problems
 
 
 def _open_clip(config):
     model, problems = _filled("model_cfg", config.get("model_cfg") or {}, OPEN_MODEL, {})
-    text, more = _filled("text_cfg", model["text_cfg"], OPEN_TEXT, OPEN_TEXT_FIXED)
-    vision, others = _filled("vision_cfg", model["vision_cfg"], OPEN_VISION, OPEN_VISION_FIXED)
+    text, text_problems = _filled("text_cfg", model["text_cfg"], OPEN_TEXT, OPEN_TEXT_FIXED)
+    vision, vision_problems = _filled(
+        "vision_cfg", model["vision_cfg"], OPEN_VISION, OPEN_VISION_FIXED
+    )
     vision["heads"] = vision["width"] // vision["head_width"]
     settings = {"projection_dim": model["embed_dim"]}
-    for tower, found in (("text", text), ("vision", vision)):
+    for tower, content in (("text", text), ("vision", vision)):
         settings[tower] = {
             "act": "quick_gelu" if model["quick_gelu"] else "gelu",
-            "hidden_size": found["width"],
+            "hidden_size": content["width"],
+            "num_layers": content["layers"],
+            "num_heads": content["heads"],
+            "intermediate_size": int(content["width"] * content["mlp_ratio"]),
         }
-        settings[tower] |= {"num_layers": found["layers"], "num_heads": found["heads"]}
-        settings[tower]["intermediate_size"] = int(found["width"] * found["mlp_ratio"])
     settings["text"] |= {"vocab_size": text["vocab_size"], "max_length": text["context_length"]}
     settings["vision"] |= {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
-    return settings, problems + more + others
+    return settings, problems + text_problems + vision_problems
 
 
-def _filled(name, found, absent, fixed):
-    """With what it does not say, and what is not supported in it."""
-    others = {
-        key: value
-        for key, value in found.items()
-        if key not in absent and value and fixed.get(key) != value
-    }
-    return absent | found, [
-        f"{name}'s {key} is {value!r}, expected {fixed.get(key)!r}" for key, value in others.items()
+def _filled(name, content, defaults, fixed):
+    """Returns `content` with defaults for what it lacks, and what is not supported in it."""
+    problems = [
+        f"{name}'s {key} is {value!r}, expected {fixed.get(key)!r}"
+        for key, value in content.items()
+        if key not in defaults and value and fixed.get(key) != value
     ]
+    return defaults | content, problems
 
 
 def _places(name):
-    """What becomes of one of OpenCLIP's tensors: [(new name, (name, what makes it))]."""
+    """Returns the entries of `Renamed.places` that one of OpenCLIP's tensors becomes."""
     new = name
     for theirs, ours in KEYS:
         new = re.sub(f"^{theirs}$", ours, new)
@@ -285,9 +290,8 @@ def _places(name):
             (new.replace("in_proj_", f"{part}_proj."), (name, _third(i)))
             for i, part in enumerate("qkv")
         ]
-    return [
-        (new, (name, np.transpose if name in ("visual.proj", "text_projection") else np.asarray))
-    ]
+    change = np.transpose if name in ("visual.proj", "text_projection") else np.asarray
+    return [(new, (name, change))]
 
 
 def _third(i):
@@ -295,7 +299,7 @@ def _third(i):
 
 
 def _one(size):
-    """A number, out of what transformers has written over the years."""
+    """Returns the one number of a size, which transformers has written in several ways."""
     sizes = set(size.values()) if isinstance(size, dict) else {size}
     return sizes.pop() if len(sizes) == 1 else size
 

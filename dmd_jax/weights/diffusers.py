@@ -1,9 +1,9 @@
-"""Directories of Stable Diffusion as diffusers lays them out: a folder per network, with
-config.json and .safetensors files.
+"""Directories of Stable Diffusion in the layout of diffusers.
 
-Only those folders count, and of model_index.json whether the pipeline is InstaFlow's: the
-checkpoints of rectified flows have the scheduler of Stable Diffusion, which their pipeline passes
-over. `diffusers_write` writes such directories.
+There is a folder per network, with config.json and .safetensors files. Beside those folders, only
+one thing is read: whether model_index.json names InstaFlow's pipeline. The checkpoints of rectified
+flows have Stable Diffusion's scheduler, which that pipeline does not use. `diffusers_write` writes
+such directories.
 """
 
 import functools
@@ -19,8 +19,8 @@ from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers_files as files
 from dmd_jax.weights import published
 
-# Of config.json: keys that settings follow from, and what else must have one value. Further ones
-# must be absent, None or False.
+# Keys of config.json from which settings follow, and those that must have one value (FIXED). Other
+# keys must be absent, None or False.
 UNET = (
     "block_out_channels",
     "layers_per_block",
@@ -43,14 +43,10 @@ UNET_FIXED = dict(
     flip_sin_to_cos=True,
     freq_shift=0,
     time_embedding_type="positional",
-)
-UNET_FIXED |= dict(
     mid_block_type="UNetMidBlock2DCrossAttn",
     mid_block_scale_factor=1,
     transformer_layers_per_block=1,
     downsample_padding=1,
-)
-UNET_FIXED |= dict(
     resnet_time_scale_shift="default",
     resnet_out_scale_factor=1,
     attention_type="default",
@@ -99,31 +95,38 @@ TINY_FIXED = dict(
     upsampling_scaling_factor=2,
     scaling_factor=1,
 )
-CLIP = {key: key for key in ("vocab_size", "hidden_size", "intermediate_size")} | {
+CLIP = {  # their name: ours
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
     "num_hidden_layers": "num_layers",
     "hidden_act": "act",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "max_length",
 }
-CLIP |= {"num_attention_heads": "num_heads", "max_position_embeddings": "max_length"}
-ABSENT = {"use_linear_projection": False, "scaling_factor": 0.18215}  # in the first configs
-HARMLESS = {"upcast_attention", "force_upcast"}  # precision, which is float32 here anyway
-# Derived, or of what is off.
-HARMLESS |= {
+ABSENT = {"use_linear_projection": False, "scaling_factor": 0.18215}  # where old configs lack them
+HARMLESS = {
+    # Precision: the parts in question are float32 here in any case.
+    "upcast_attention",
+    "force_upcast",
+    # These follow from other keys, or belong to something that is off.
     "sample_size",
     "block_out_channels",
     "addition_embed_type_num_heads",
+    # These are for latents stored as bytes.
+    "latent_magnitude",
+    "latent_shift",
 }
-HARMLESS |= {"latent_magnitude", "latent_shift"}  # of latents stored as bytes
 KINDS = {
     "UNet2DConditionModel": (UNET + UNET_MORE, UNET_FIXED),
     "ControlNetModel": (UNET + CONTROL_MORE, CONTROL_FIXED),
     "AutoencoderKL": (KL + KL_MORE, KL_FIXED),
     "AutoencoderTiny": (TINY, TINY_FIXED),
 }
-# The mark of a one-step generator in scheduler_config.json; diffusers passes over such names.
+# The mark of a one-step generator in scheduler_config.json; diffusers ignores names with "_".
 ONE_STEP = "_one_step"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
-# F = eps - x, labels 1000 t.
-FLOW = {
+FLOW = {  # F = eps - x, labels 1000 t
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
     "num_train_timesteps": 1000,
@@ -132,25 +135,25 @@ INSTAFLOW = "RectifiedFlowPipeline"  # _class_name in model_index.json
 
 
 def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage.Path:
-    """A directory: one that is there, or what is fetched from the Hugging Face hub, which minds
-    HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+    """Returns a directory, which is fetched from the Hugging Face hub if it does not exist.
+
+    The hub's library minds HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
 
     Args:
       name_or_path: the directory, or "owner/name" of a repository, of which networks, tokenizer,
         scheduler and licence are fetched.
-      variant: of the weight files to be fetched, such as "fp16".
+      variant: of the weight files to fetch, such as "fp16".
 
     Raises:
-      ValueError: there is no such directory, and it cannot be fetched.
+      ValueError: the directory does not exist and cannot be fetched.
     """
     path = storage.path(name_or_path)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name_or_path)):
         raise ValueError(
-            f"{path} is not a directory; expected one in the layout of diffusers, or a name on the "
-            "hub like owner/name"
-            f"{published.published(path)}."
+            f"{path} is not a directory; expected one in the layout of diffusers, "
+            f"or a name on the hub like owner/name{published.published(path)}."
         )
     try:
         import huggingface_hub
@@ -180,29 +183,29 @@ def find(name_or_path: str | os.PathLike, variant: str | None = None) -> storage
         return storage.path(
             huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns)
         )
-    except Exception as error:  # of the network, the hub, its licences and its cache
+    except Exception as error:  # the network, the hub, its licences and its cache raise many kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"{path} is not a directory, and was not fetched from the hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); "
-            "download it elsewhere and give its directory, or check the name, HF_TOKEN and "
-            "HF_HUB_OFFLINE."
+            f"{path} is not a directory, and was not fetched from the hub ({reason}); "
+            "download it elsewhere and give its directory, "
+            "or check the name, HF_TOKEN and HF_HUB_OFFLINE."
         ) from error
 
 
 def unet(
     directory: str | os.PathLike, variant: str | None = None
 ) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """The UNet: `name` and arguments of its maker in `models`, and its tensors.
+    """Returns the UNet's settings for a config, its `name` included, and its tensors.
 
     Raises:
-      ValueError: see `diffusers_files.read`; or it is of another kind, with all that is not
-        supported.
+      ValueError: see `diffusers_files.read`; or the network is of another kind, with a list of what
+        is not supported.
     """
     config, tensors = files.read(directory, "unet", variant)
     config, problems = _checked(directory, "unet", config, "UNet2DConditionModel")
     settings, more = _encoder(config, ("layers_per_block", "cross_attention_dim", "sample_size"))
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(settings["attention"]))
-    more += _differing(config, {"up_block_types": up, "out_channels": config["in_channels"]})
+    more += _differences(config, {"up_block_types": up, "out_channels": config["in_channels"]})
     _refuse(directory, "unet", problems + more)
     return {
         "name": "unet_sd.unet",
@@ -214,7 +217,7 @@ def unet(
 def controlnet(
     directory: str | os.PathLike, variant: str | None = None
 ) -> tuple[dict, Mapping[str, np.ndarray]]:
-    """As `unet`, a ControlNet, which usually has a directory of its own."""
+    """Returns a ControlNet like `unet`; it usually has a directory of its own."""
     config, tensors = files.read(directory, "controlnet", variant)
     config, problems = _checked(directory, "controlnet", config, "ControlNetModel")
     settings, more = _encoder(config, ("layers_per_block", "cross_attention_dim"))
@@ -251,7 +254,7 @@ def vae(
             "up_block_types": ("UpDecoderBlock2D",) * n,
         }
         make = functools.partial(autoencoders.kl, **{key: config[key] for key in KL})
-    _refuse(directory, "vae", problems + _differing(config, expected))
+    _refuse(directory, "vae", problems + _differences(config, expected))
     return make, tensors
 
 
@@ -264,7 +267,7 @@ def text_encoder(
       ValueError: see `unet`.
     """
     config, tensors = files.read(directory, "text_encoder", variant)
-    problems = _missing(config, ("model_type", *CLIP)) + _differing(
+    problems = _missing(config, ("model_type", *CLIP)) + _differences(
         config, {"model_type": "clip_text_model", "layer_norm_eps": 1e-5}
     )
     _refuse(directory, "text_encoder", problems)
@@ -272,13 +275,14 @@ def text_encoder(
 
 
 def scheduler(directory: str | os.PathLike) -> dict:
-    """What the UNet was trained for: {"process": {"name": "VP", "beta_min": ..., "beta_max": ...},
-    "prediction": "eps" or "v"}, or {"process": {"name": "RectifiedFlow"}, "prediction":
-    "flow_to_data"} where the pipeline is InstaFlow's, and "flow" where scheduler_config.json says
-    so.
+    """Returns the process and the prediction that the UNet was trained for.
+
+    They are {"process": {"name": "VP", "beta_min": ..., "beta_max": ...}, "prediction": "eps" or
+    "v"}, or {"process": {"name": "RectifiedFlow"}, "prediction": ...}, with "flow_to_data" if the
+    pipeline is InstaFlow's, and "flow" if scheduler_config.json says so.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: the UNet was trained for something else.
     """
     if _is_instaflow(directory):
         return {"process": {"name": "RectifiedFlow"}, "prediction": "flow_to_data"}
@@ -286,7 +290,7 @@ def scheduler(directory: str | os.PathLike) -> dict:
         files.folder(directory, "scheduler") / "scheduler_config.json"
     )
     if config["prediction_type"] == FLOW["prediction_type"]:
-        _refuse(directory, "scheduler", _missing(config, FLOW) + _differing(config, FLOW))
+        _refuse(directory, "scheduler", _missing(config, FLOW) + _differences(config, FLOW))
         return {"process": {"name": "RectifiedFlow"}, "prediction": "flow"}
     problems = _missing(config, ("beta_schedule", "beta_start", "beta_end"))
     expected = dict(
@@ -295,11 +299,11 @@ def scheduler(directory: str | os.PathLike) -> dict:
         trained_betas=None,
         rescale_betas_zero_snr=False,
     )
-    problems += _differing(config, expected)
+    problems += _differences(config, expected)
     if config["prediction_type"] not in PREDICTIONS:
         problems.append(
-            f"prediction_type is {config['prediction_type']!r}, expected {', '.join(PREDICTIONS)} "
-            f"or {FLOW['prediction_type']}"
+            f"prediction_type is {config['prediction_type']!r}, "
+            f"expected {', '.join(PREDICTIONS)} or {FLOW['prediction_type']}"
         )
     _refuse(directory, "scheduler", problems)
     process = {"name": "VP", "beta_min": config["beta_start"], "beta_max": config["beta_end"]}
@@ -307,11 +311,11 @@ def scheduler(directory: str | os.PathLike) -> dict:
 
 
 def is_one_step(directory: str | os.PathLike) -> bool:
-    """Whether one step is what its UNet was made for: `diffusers_write` wrote it, or its pipeline
-    is InstaFlow's.
+    """Returns whether the UNet was made for one step.
 
-    A 2-rectified flow cannot be told from InstaFlow. Its paper samples it in 25 steps of `euler`
-    with a guidance_scale of 1.5.
+    It was if `diffusers_write` wrote the directory, or if the pipeline is InstaFlow's. A
+    2-rectified flow cannot be told from InstaFlow; its paper samples it in 25 steps of `euler` with
+    a guidance_scale of 1.5.
     """
     if _is_instaflow(directory):
         return True
@@ -320,7 +324,7 @@ def is_one_step(directory: str | os.PathLike) -> bool:
 
 
 def digest(directory: str | os.PathLike, variant: str | None = None) -> str:
-    """The SHA-256 of the UNet's weight files, one after the other."""
+    """Returns the SHA-256 of the UNet's weight files, one after the other."""
     sha256 = hashlib.sha256()
     for file in files.weight_files(files.folder(directory, "unet"), variant)[1]:
         with storage.local(file).open("rb") as opened:
@@ -334,23 +338,24 @@ def _is_instaflow(directory):
 
 
 def _checked(directory, name, config, *classes):
-    """`config` with what the first ones lack, and all that is not supported in it."""
+    """Returns `config` with what old ones lack, and what is not supported in it."""
     kind = config.get("_class_name")
     if kind not in classes:
         _refuse(directory, name, [f"_class_name is {kind!r}, expected {' or '.join(classes)}"])
-    taken, fixed = KINDS[kind]
-    config = {key: value for key, value in ABSENT.items() if key in taken} | config
-    _refuse(directory, name, _missing(config, taken))
-    others = sorted(config.keys() - {*taken, *fixed, *HARMLESS})
-    off = {key: config[key] for key in others if not key.startswith("_") and config[key]}
-    return config, _differing(config, fixed) + [
-        f"{key} is {value!r}, expected none" for key, value in off.items()
-    ]
+    needed, fixed = KINDS[kind]
+    config = {key: value for key, value in ABSENT.items() if key in needed} | config
+    _refuse(directory, name, _missing(config, needed))
+    problems = _differences(config, fixed)
+    for key in sorted(config.keys() - {*needed, *fixed, *HARMLESS}):
+        if config[key] and not key.startswith("_"):
+            problems.append(f"{key} is {config[key]!r}, expected none")
+    return config, problems
 
 
 def _encoder(config, numbers):
-    """Settings of the half that a ControlNet has too, and what is not supported there; `numbers`
-    may come as one per level.
+    """Returns the settings that a UNet and a ControlNet share, and what is not supported in them.
+
+    The keys in `numbers` may have one number per level, if it is the same at all levels.
     """
     problems = []
     for key in numbers:
@@ -365,16 +370,15 @@ def _encoder(config, numbers):
         "attention": attention,
         "num_heads": config["attention_head_dim"],
     }
-    return settings | {key: config[key] for key in UNET}, problems + _differing(
-        config, {"down_block_types": down}
-    )
+    settings |= {key: config[key] for key in UNET}
+    return settings, problems + _differences(config, {"down_block_types": down})
 
 
 def _missing(config, keys):
     return [f"{key} is missing" for key in keys if key not in config]
 
 
-def _differing(config, expected):
+def _differences(config, expected):
     return [
         f"{key} is {config[key]!r}, expected {value!r}"
         for key, value in expected.items()

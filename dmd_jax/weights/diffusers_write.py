@@ -1,9 +1,10 @@
-"""A one-step Stable Diffusion as a directory that diffusers opens.
+"""Writes a one-step Stable Diffusion as a directory that diffusers opens.
 
-Its scheduler is the one whose default is the very step of the generator: DDIM with "trailing"
-timesteps, of which a single one is 999, and with alpha 1 after the last, makes x_hat = (z - sigma
-eps) / alpha; DPM-Solver++ of a flow, whose single step is at the time 1, makes x_hat = z - F with
-the label 1000. Where F = x - eps the last convolution is written with the other sign.
+A single step of the directory's scheduler is the step of the generator. DDIM with "trailing"
+timesteps, of which a single one is 999, and with alpha 1 after the last one, computes
+x_hat = (z - sigma eps) / alpha. DPM-Solver++ of a flow, whose single step is at time 1, computes
+x_hat = z - F with the label 1000. Where F = x - eps, the last convolution is written with the other
+sign.
 """
 
 import json
@@ -44,7 +45,7 @@ FLOW = diffusers.FLOW | {
     diffusers.ONE_STEP: True,
     "_class_name": "DPMSolverMultistepScheduler",
     "solver_order": 1,
-    # Takes the time of a single step, which is 0.999 without it, to 1 - 1e-20, a 1 in float64.
+    # Moves the time of a single step from 0.999 to 1 - 1e-20, which is 1 in float64.
     "flow_shift": 1e17,
     "steps_offset": 1,
 }
@@ -65,20 +66,26 @@ pipe = diffusers.StableDiffusionPipeline.from_pretrained("this directory")
 image = pipe("a photo of a cat", num_inference_steps=1, guidance_scale=1.0).images[0]
 ```
 
-Always use `num_inference_steps=1` and `guidance_scale=1.0`, and leave the scheduler as it is. There is no safety checker.
+Always use `num_inference_steps=1` and `guidance_scale=1.0`, and leave the scheduler as it is.
+There is no safety checker.
 {flow}
 Made with dmd_jax by {method}: the UNet was trained to make in one
-step what {base_model} makes in many. The autoencoder, the text encoder and the tokenizer are those of {base_model}.
+step what {base_model} makes in many. The autoencoder, the text encoder and the tokenizer are those
+of {base_model}.
 
 ## Licence
 
 {licence}
 """
 CARD_OF_FLOW = """
-The UNet is that of a rectified flow and predicts noise - image: the latents of the image are `z - unet(z, 1000, text)`.
+The UNet is that of a rectified flow and predicts noise - image: the latents of the image are
+`z - unet(z, 1000, text)`.
 """
 KNOWN = "This is a derivative of {base_model}, whose licence holds: {name}."
-UNKNOWN = "Unknown: {base_model} came without a statement of its licence. Find out which one holds before you use or pass on this model."
+UNKNOWN = (
+    "Unknown: {base_model} came without a statement of its licence. "
+    "Find out which one holds before you use or pass on this model."
+)
 
 
 def write(
@@ -92,18 +99,19 @@ def write(
     trained_for: dict | None = None,
     method: tuple[str, str],
 ):
-    """Writes the directory `out`, whole or not at all.
+    """Writes the directory `out`, whole or not at all (see `storage.writing`).
 
     Args:
       out: must not exist, or be empty.
-      teacher: the directory whose other networks, tokenizer, settings and licence are taken over.
+      teacher: the directory that the other networks, tokenizer, settings and licence are copied
+        from.
       params: of the generator, a network with the settings of the teacher's.
       dtype: of the UNet's weights: float32, float16 or bfloat16.
-      base_model: the teacher's name, best that on the hub; None: that of its directory.
+      base_model: the teacher's name, preferably on the hub; None for the name of its directory.
       variant: of the teacher's weight files.
-      trained_for: process and prediction of the generator, as `diffusers.scheduler` has them; None:
-        those of the teacher.
-      method: what trained it, as a card calls it, and its tag: a `recipes.Method`.
+      trained_for: process and prediction of the generator, as `diffusers.scheduler` returns them;
+        None for those of the teacher.
+      method: how a card calls what trained it, and its tag: a `recipes.Method`.
 
     Raises:
       ValueError: `out` is not empty, the teacher's directory is not complete, the parameters do not
@@ -113,18 +121,15 @@ def write(
     teacher = storage.path(teacher)
     if dtype not in DTYPES:
         raise ValueError(f"no dtype {dtype!r}; there are: {', '.join(DTYPES)}.")
-    if missing := [
-        name
-        for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-        if not (teacher / name).is_dir()
-    ]:
+    folders = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [name for name in folders if not (teacher / name).is_dir()]
+    if missing:
         raise ValueError(
-            f"{teacher} has no {'/, '.join(missing)}/; expected a whole directory in the layout of "
-            "diffusers."
+            f"{teacher} has no {'/, '.join(missing)}/; "
+            "expected a whole directory in the layout of diffusers."
         )
-    (unet_config, expected), (vae_config, _) = (
-        files.read(teacher, name, variant) for name in ("unet", "vae")
-    )
+    unet_config, expected = files.read(teacher, "unet", variant)
+    vae_config, _ = files.read(teacher, "vae", variant)
     trained_for = trained_for or diffusers.scheduler(teacher)
     scheduler = _scheduler(trained_for["process"], trained_for["prediction"])
     tensors = _unet(params, trained_for["prediction"], expected, DTYPES[dtype])
@@ -141,11 +146,11 @@ def write(
             shutil.copy(storage.local(file), new / "tokenizer")
         (new / "scheduler").mkdir()
         _write_json(new / "scheduler/scheduler_config.json", scheduler)
-        classes = {"vae": vae_config["_class_name"], "scheduler": scheduler["_class_name"]}
-        _write_json(
-            new / "model_index.json",
-            INDEX | {name: ["diffusers", kind] for name, kind in classes.items()},
-        )
+        index = INDEX | {
+            "vae": ["diffusers", vae_config["_class_name"]],
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+        }
+        _write_json(new / "model_index.json", index)
         for file in _licence_files(teacher):
             shutil.copy(storage.local(file), new / file.name)
         (new / "README.md").write_text(
@@ -154,23 +159,20 @@ def write(
 
 
 def _unet(params, prediction, expected, dtype):
-    """PyTorch's tensors with the names and shapes of the teacher's; what they make has diffusers'
-    sign.
-    """
-    tensors, shapes = state_dict.to_torch(params), {name: expected.shape(name) for name in expected}
+    """Returns PyTorch's tensors with the teacher's names and shapes, and with diffusers' sign."""
+    tensors = state_dict.to_torch(params)
+    shapes = {name: expected.shape(name) for name in expected}
     if prediction == "flow_to_data":
         tensors |= {
             name: -tensor for name, tensor in tensors.items() if name.startswith("conv_out.")
         }
-    problems = [f"missing {name}" for name in shapes if name not in tensors] + [
-        f"unused {name}" for name in tensors if name not in shapes
-    ]
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    problems += [f"unused {name}" for name in tensors if name not in shapes]
     if not problems:
-        differing = [
-            name for name, shape in shapes.items() if _plain(tensors[name].shape) != _plain(shape)
-        ]
         problems = [
-            f"{name} has shape {tensors[name].shape}, expected {shapes[name]}" for name in differing
+            f"{name} has shape {tensors[name].shape}, expected {shape}"
+            for name, shape in shapes.items()
+            if _plain(tensors[name].shape) != _plain(shape)
         ]
     if problems:
         raise ValueError("the generator does not fit the teacher's UNet: " + "; ".join(problems))
@@ -179,7 +181,8 @@ def _unet(params, prediction, expected, dtype):
             name: np.ascontiguousarray(tensors[name].reshape(shape), dtype)
             for name, shape in shapes.items()
         }
-    if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+    lost = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if lost:
         raise ValueError(
             f"the generator has values that are no finite {np.dtype(dtype).name}: "
             f"{', '.join(lost[:5])}; use another dtype."
@@ -188,44 +191,38 @@ def _unet(params, prediction, expected, dtype):
 
 
 def _plain(shape):
-    """A 1x1 convolution's as that of a linear layer."""
+    """Returns the shape of a 1x1 convolution as that of a linear layer."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _copy_config(source, target):
-    """transformers would load halved weights as they are, diffusers the UNet in float32; the two do
-    not go together.
+    """Copies config.json, and sets float32 in that of a text encoder.
+
+    transformers would load halved weights as they are, but diffusers loads the UNet in float32, and
+    the two do not work together.
     """
     target.mkdir()
-    config = {
-        key: value
-        for key, value in files.read_json(source / "config.json").items()
-        if key != "dtype"
-    }
-    _write_json(
-        target / "config.json",
-        config | ({"torch_dtype": "float32"} if "model_type" in config else {}),
-    )
+    config = files.read_json(source / "config.json")
+    config.pop("dtype", None)
+    if "model_type" in config:
+        config["torch_dtype"] = "float32"
+    _write_json(target / "config.json", config)
 
 
 def _copy_network(source, target, variant):
-    """config.json and weight files, which lose their variant's name."""
+    """Copies config.json and weight files, which lose their variant's name."""
     _copy_config(source, target)
-    chosen, parts = files.weight_files(source, variant)
-    for file in {chosen, *parts}:
-        name = (
-            re.sub(r"\.safetensors\.index\.\w+\.json$", ".safetensors.index.json", file.name)
-            if file == chosen
-            else file.name
-        )
-        shutil.copy(
-            storage.local(file),
-            target / re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name),
-        )
+    main_file, parts = files.weight_files(source, variant)
+    for file in {main_file, *parts}:
+        name = file.name
+        if file == main_file:
+            name = re.sub(r"\.safetensors\.index\.\w+\.json$", ".safetensors.index.json", name)
+        name = re.sub(r"^(\w+)\.\w+\.safetensors$", r"\1.safetensors", name)
+        shutil.copy(storage.local(file), target / name)
 
 
 def _scheduler(process, prediction):
-    """The content of scheduler_config.json."""
+    """Returns the content of scheduler_config.json."""
     of_vp = {ours: theirs for theirs, ours in diffusers.PREDICTIONS.items()}
     if process["name"] == "VP" and prediction in of_vp:
         return DDIM | {
@@ -237,8 +234,8 @@ def _scheduler(process, prediction):
         return FLOW | {NEGATED: prediction == "flow_to_data"}
     raise ValueError(
         f"diffusers has no scheduler for the process {process['name']} with the prediction "
-        f"{prediction!r}; expected VP with "
-        f"{' or '.join(of_vp)}, or RectifiedFlow with flow or flow_to_data."
+        f"{prediction!r}; expected VP with {' or '.join(of_vp)}, "
+        "or RectifiedFlow with flow or flow_to_data."
     )
 
 
@@ -251,26 +248,19 @@ def _licence_files(teacher):
 
 
 def _card(teacher, base_model, method, scheduler):
-    """The README.md, with what the teacher's says of its licence."""
+    """Returns the content of README.md, with what the teacher's README.md says of its licence."""
     readme = teacher / "README.md"
-    header = re.match(r"---\n(.*?)\n---", readme.read_text() if readme.is_file() else "", re.DOTALL)
+    text = readme.read_text() if readme.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     lines = re.findall(r"^license(?:_name|_link)?:.*$", header[1] if header else "", re.MULTILINE)
-    name = ", ".join(
-        [
-            *(line.split(":", 1)[1].strip() for line in lines),
-            *(file.name for file in _licence_files(teacher)),
-        ]
-    )
-    front = (
-        [*lines, f"base_model: {base_model}\nbase_model_relation: finetune"]
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model)
-        else lines
-    )
-    licence = (
-        KNOWN.format(base_model=base_model, name=name)
-        if name
-        else UNKNOWN.format(base_model=base_model)
-    )
+    names = [line.split(":", 1)[1].strip() for line in lines]
+    names += [file.name for file in _licence_files(teacher)]
+    licence = UNKNOWN.format(base_model=base_model)
+    if any(names):
+        licence = KNOWN.format(base_model=base_model, name=", ".join(names))
+    front = list(lines)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        front += [f"base_model: {base_model}", "base_model_relation: finetune"]
     method, tag = method
     flow = CARD_OF_FLOW if scheduler["_class_name"] == FLOW["_class_name"] else ""
     front = "".join(f"{line}\n" for line in front)
@@ -290,18 +280,18 @@ def write_changed(
     changed: Mapping[str, Mapping[str, np.ndarray]],
     others: Mapping[str, storage.Path],
 ):
-    """Writes `out`, a copy of `directory` with other weights in it, whole or not at all.
+    """Writes `out`, a copy of `directory` with other weights in it (see `storage.writing`).
 
     Networks that are not changed are copied as they are, or without their variant's name if they
-    have no other weights. Single files of weights beside the folders are left out: they would be
-    those of before.
+    have no other weights. Single weight files beside the folders are left out, because they would
+    hold the old weights.
 
     Args:
       out: must not exist, or be empty.
-      directory: in the layout of diffusers; of any pipeline and scheduler.
+      directory: in the layout of diffusers; any pipeline and scheduler will do.
       changed: by folder ("unet", "text_encoder"), all tensors of the network in float32, by the
         names of `diffusers_files.read`.
-      others: by folder, that of another directory to take in its place.
+      others: by folder, the folder of another directory that takes its place.
 
     Raises:
       ValueError: see `check_vacant` and `diffusers_files.read`; or tensors have values that are not
@@ -327,9 +317,7 @@ def write_changed(
 
 
 def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
-    """Raises ValueError if a directory `out` cannot be made, or is in `source`, which it is made
-    of.
-    """
+    """Raises ValueError if a directory `out` cannot be made, or if it is inside `source`."""
     out = storage.absolute(out)
     if out.resolve().is_relative_to(storage.path(source).resolve()):
         raise ValueError(f"{out} is in {source}; choose a directory outside of it.")
@@ -340,10 +328,11 @@ def check_vacant(out: str | os.PathLike, source: str | os.PathLike):
 
 
 def _write_network(source, target, tensors):
-    if lost := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+    lost = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if lost:
         raise ValueError(
-            f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; use "
-            "smaller changes."
+            f"the new {target.name} has values that are not finite: {', '.join(lost[:5])}; "
+            "use smaller changes."
         )
     _, old = files.read(source.parent, source.name)
     _copy_config(source, target)
@@ -356,7 +345,7 @@ def _write_network(source, target, tensors):
 
 
 def _only_variant(folder):
-    """Whether there are weights, and none but those of a variant."""
+    """Returns whether there are weights, and only those of a variant."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         return False
     return not re.fullmatch(r"\w+\.safetensors(\.index\.json)?", files.weight_files(folder)[0].name)

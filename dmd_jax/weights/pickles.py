@@ -1,9 +1,8 @@
-"""Weight files of PyTorch and pickles of numpy arrays, read without running anything in them, and
-without PyTorch.
+"""Weight files of PyTorch and pickles of numpy arrays, without PyTorch.
 
-Whatever a pickle names is looked up among this module's own objects, so it can neither call nor
-change anything else. Its opcodes are gone through before it is built: some are refused, and so is
-nesting that would exhaust the stack or the memory.
+They are read without running anything in them. Every name in a pickle is looked up among this
+module's own objects, so a pickle can neither call nor change anything else. Its opcodes are checked
+before it is built: some are refused, and so is nesting that would exhaust the stack or the memory.
 """
 
 import io
@@ -18,17 +17,14 @@ import numpy as np
 
 from dmd_jax.runtime import storage as storage_lib
 
-MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch.save wrote before it wrote zip archives
-DTYPES = {
+MAGIC = 0x1950A86A20F9469CFC6C  # the beginning of torch.save's files before it wrote zip archives
+DTYPES = {  # numpy's name: the beginning of the storage's
     "float64": "Double",
     "float32": "Float",
     "float16": "Half",
     "bfloat16": "BFloat16",
     "int64": "Long",
     "int32": "Int",
-}
-# Numpy's name: the start of the storage's.
-DTYPES |= {
     "int16": "Short",
     "int8": "Char",
     "uint8": "Byte",
@@ -52,7 +48,7 @@ MAX_NESTING, MAX_NODES, MAX_OPCODES, MAX_NAMES = 200, 10**7, 10**6, 10**5
 
 
 class Stub:
-    """An object of a class that was not imported: its name and what it held."""
+    """An object of a class that was not imported: the name of the class, and the object's state."""
 
     __slots__ = ("class_name", "state")
 
@@ -64,7 +60,7 @@ class Stub:
 
 
 def read(path: str | os.PathLike) -> object:
-    """What a pickle or a file of torch.save holds.
+    """Reads a pickle or a file of torch.save.
 
     Returns:
       Nested containers of plain values, read-only arrays in place of tensors, and a `Stub` for
@@ -83,7 +79,7 @@ def read(path: str | os.PathLike) -> object:
         raise ValueError(
             f"{path} {str(error)[:300]}. Do not trust this file; nothing in it was run."
         ) from None
-    except Exception as error:  # pickle and zipfile raise all kinds for damaged files
+    except Exception as error:  # pickle and zipfile raise many kinds for damaged files
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise ValueError(
             f"{path} is missing, truncated or not a weight file ({reason}); download it again."
@@ -91,7 +87,7 @@ def read(path: str | os.PathLike) -> object:
 
 
 def state_dict(stub: Stub) -> dict[str, np.ndarray]:
-    """The parameters and buffers of a PyTorch module by their dotted names.
+    """Returns the parameters and buffers of a PyTorch module by their dotted names.
 
     Raises:
       ValueError: `stub` is not a module, or its modules nest without end.
@@ -102,8 +98,8 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         where = prefix.rstrip(".") or "the root"
         if depth > 32 or visited > MAX_NAMES:
             raise ValueError(
-                f"the modules below {where[:100]} nest too deep, or contain themselves; expected a "
-                "network of PyTorch."
+                f"the modules below {where[:100]} nest too deep, or contain themselves; "
+                "expected a network of PyTorch."
             )
         state = module.state if isinstance(module, Stub) else None
         parts = (
@@ -113,8 +109,8 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         )
         if not parts or not all(isinstance(part, dict) for part in parts):
             raise ValueError(
-                f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, expected a "
-                "module of PyTorch."
+                f"{where} is a {getattr(module, 'class_name', type(module).__name__)}, "
+                "expected a module of PyTorch."
             )
         visited += 1 + len(parts[0]) + len(parts[1])
         hidden = state.get("_non_persistent_buffers_set") or ()
@@ -124,8 +120,8 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
         ]:
             if tensor is not None and not isinstance(tensor, np.ndarray):
                 raise ValueError(
-                    f"{prefix}{name} is a {type(tensor).__name__}, expected a tensor; this is not "
-                    "a network of PyTorch."
+                    f"{prefix}{name} is a {type(tensor).__name__}, expected a tensor; "
+                    "this is not a network of PyTorch."
                 )
             if tensor is not None:
                 tensors[f"{prefix}{name}"] = tensor
@@ -138,11 +134,11 @@ def state_dict(stub: Stub) -> dict[str, np.ndarray]:
 
 
 class _Refused(Exception):
-    """What no weight file does."""
+    """Something that no weight file does."""
 
 
 class _Function:
-    """What a file may call; BUILD does nothing to it."""
+    """A function that a file may call; BUILD cannot change it."""
 
     __slots__ = ("_call",)
 
@@ -157,7 +153,7 @@ class _Function:
 
 
 class _Dict(dict):
-    """In place of OrderedDict and EasyDict; attributes are dropped."""
+    """Stands for OrderedDict and EasyDict; attributes are dropped."""
 
     __slots__ = ()
 
@@ -169,21 +165,20 @@ class _Dict(dict):
 
 
 class _Module:
-    """Subclasses stand for PyTorch's classes of modules, and make stubs."""
+    """The base of the classes that stand for PyTorch's modules, and make stubs."""
 
     __slots__ = ()
 
     def __new__(cls, *args):
         return Stub(cls.__name__, {})
 
-    def __setstate__(
-        self, state
-    ):  # found by BUILD on the class itself, then called with too few arguments
+    # BUILD finds it on the class itself, and calls it with too few arguments.
+    def __setstate__(self, state):
         raise _Refused("changes a class")
 
 
 class _Dtype:
-    """Mutable, as numpy's pickles need it; also in place of PyTorch's classes of storages."""
+    """A dtype that can change, which numpy's pickles need; also stands for PyTorch's storages."""
 
     __slots__ = ("dtype",)
 
@@ -198,7 +193,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array of numpy, given to the file before its contents are."""
+    """An array of numpy, which exists before its contents are known."""
 
     __slots__ = ("state",)
 
@@ -216,7 +211,7 @@ class _Array:
 
 
 class _Storage:
-    """Memory that tensors share; `data` [bytes] is known last."""
+    """Memory that tensors share; `data` [bytes] is filled in last."""
 
     __slots__ = ("data", "dtype", "nbytes")
 
@@ -260,8 +255,8 @@ class _Tensor:
         )
         if math.prod(size) > available or (0 not in size and last >= available):
             raise _Refused(
-                f"holds a tensor of shape {tuple(size)} that reaches outside its storage of "
-                f"{available} elements"
+                f"holds a tensor of shape {tuple(size)} that reaches outside its storage "
+                f"of {available} elements"
             )
         if 0 in size:
             return np.zeros(size, dtype)
@@ -316,9 +311,9 @@ class _Unpickler(pickle.Unpickler):
     """Builds one pickle after `_scan` has let it pass.
 
     Args:
-      budget: a list of the bytes that may still be copied; a file reuses what it has written, and
-        would multiply it.
-      nested: this pickle is a storage inside another one.
+      budget: a list of the number of bytes that may still be copied. A file can refer to the same
+        bytes many times, and would multiply them.
+      nested: whether this pickle is a storage inside another one.
     """
 
     def __init__(self, file, *, budget, nested=False):
@@ -345,7 +340,7 @@ class _Unpickler(pickle.Unpickler):
         return _Function(CALLS.get(full) or own[full])
 
     def persistent_load(self, pid):
-        if pid[0] == "module":  # with the source of its class, which is left alone
+        if pid[0] == "module":  # the source of its class comes with it and is not used
             return pid[1]
         kind, dtype, key, _, numel, *view = pid
         if (
@@ -381,21 +376,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _persistent(meta):
-    """The stub of an object that carries its class's source along, which is left alone."""
+    """Returns the stub of an object that comes with the source of its class, which is not used."""
     if meta["type"] != "class" or not isinstance(meta["class_name"], str):
         raise _Refused("holds source code that is not a class")
     return Stub(meta["class_name"], meta["state"])
 
 
 def _read_stream(data, *, budget=None, nested=False):
-    """A plain pickle, or torch.save's format before zip archives: pickles, then the contents of the
-    storages.
+    """Reads a plain pickle, or torch.save's format before zip archives.
+
+    That format has pickles, and then the contents of the storages.
     """
-    # Protocol 2 spends the bytes of a storage twice.
-    file, budget = (
-        io.BytesIO(data),
-        [2 * len(data)] if budget is None else budget,
-    )
+    file = io.BytesIO(data)
+    budget = [2 * len(data)] if budget is None else budget  # protocol 2 spends a storage twice
     first, _ = _load(file, budget=budget, nested=nested)
     if type(first) is not int or first != MAGIC:
         return first
@@ -450,7 +443,7 @@ def _read_zip(data):
 
 
 def _load(file, *, budget, nested):
-    """The next pickle of `file`, and the storages it refers to."""
+    """Reads the next pickle of `file`, and the storages that it refers to."""
     start = file.tell()
     _scan(file)
     end = file.tell()
@@ -462,11 +455,11 @@ def _load(file, *, budget, nested):
 
 
 def _scan(file):
-    """Goes through the opcodes of a pickle with the depth and the size, unfolded, of what each
-    would build.
+    """Checks a pickle's opcodes, and the depth and the unfolded size of what each would build.
 
-    Hashing a tuple takes as much stack as it is deep and as much time as it has nodes unfolded, and
-    neither is ever checked; a number in the memo makes the unpickler reserve memory up to it.
+    To hash a tuple takes as much stack as its depth and as much time as its unfolded number of
+    nodes, and Python checks neither. A number in the memo makes the unpickler reserve memory up to
+    that number.
     """
     stack, memo, work = [], {}, 0
     for count, (op, arg, _) in enumerate(pickletools.genops(file)):
@@ -474,9 +467,8 @@ def _scan(file):
             raise _Refused(f"uses {op.name}, which no weight file needs")
         if count > MAX_OPCODES:
             raise _Refused(f"has more than {MAX_OPCODES} operations, more than any weight file")
-        if (
-            isinstance(arg, int) and abs(arg) >= 2**63 and arg != MAGIC
-        ):  # as keys, these can be made to have one hash
+        # Large integers as keys can be made to have one hash.
+        if isinstance(arg, int) and abs(arg) >= 2**63 and arg != MAGIC:
             raise _Refused("holds an integer of more than 64 bits")
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(memo) if arg is None else arg
@@ -508,8 +500,9 @@ def _scan(file):
 
 
 def _resolve(value, done):
-    """`value` with arrays in place of what stands for them; containers are changed in place, as
-    they may contain themselves.
+    """Returns `value` with arrays in place of what stands for them.
+
+    Containers are changed in place, because they may contain themselves.
     """
     if value is None or isinstance(value, bool | int | float | str | bytes | bytearray):
         return value
@@ -517,7 +510,7 @@ def _resolve(value, done):
         if done[id(value)][1] is done:
             raise _Refused("holds a tuple that contains itself")
         return done[id(value)][1]
-    done[id(value)] = value, value  # the first keeps the id taken
+    done[id(value)] = value, value  # the first one keeps the id in use
     if isinstance(value, _Array | _Storage | _Tensor):
         done[id(value)] = value, value.resolve()
     elif isinstance(value, _Dtype):

@@ -1,6 +1,6 @@
-"""Checkpoints of PyTorch modules, both ways.
+"""Checkpoints of PyTorch modules, read and written.
 
-Attribute names are equal, so the kind of leaf decides its name and its transpose.
+Modules have equal names there and here, so the kind of leaf decides its name and its transpose.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from flax import traverse_util
 
-# flax's name: PyTorch's
-LEAVES = {
+LEAVES = {  # flax's name of a leaf: PyTorch's
     "kernel": "weight",
     "scale": "weight",
     "embedding": "weight",
@@ -22,10 +21,9 @@ LEAVES = {
 def from_torch(
     tensors: Mapping[str, np.ndarray], abstract: dict, place: Callable | None = None
 ) -> dict:
-    """Parameters with the structure of `abstract` out of a PyTorch state dict, which is read one
-    tensor at a time.
+    """Returns the parameters in a PyTorch state dict, with the structure of `abstract`.
 
-    A linear layer of the one is a 1x1 convolution of the other where the shapes say so.
+    Tensors are read one at a time. A linear layer may be a 1x1 convolution on the other side.
 
     Args:
       tensors: the state dict; its names come from iterating it.
@@ -34,33 +32,35 @@ def from_torch(
         read.
 
     Raises:
-      ValueError: names or shapes differ; lists everything left over on both sides.
+      ValueError: names or shapes differ; lists all differences on both sides.
     """
-    flat, left, problems = {}, dict.fromkeys(tensors), []
+    flat = {}
+    unused = dict.fromkeys(tensors)
+    problems = []
     for path, leaf in traverse_util.flatten_dict(abstract).items():
         name, axes = _torch_leaf(path, len(leaf.shape))
-        if name not in left:
+        if name not in unused:
             problems.append(f"missing {name}")
             continue
-        del left[name]
-        array, expected = np.asarray(tensors[name]), tuple(leaf.shape[axis] for axis in axes)
-        if path[-1] == "kernel" and (
-            array.shape == expected + (1, 1) or array.shape + (1, 1) == expected
-        ):
+        del unused[name]
+        array = np.asarray(tensors[name])
+        expected = tuple(leaf.shape[axis] for axis in axes)
+        pointwise = array.shape == expected + (1, 1) or array.shape + (1, 1) == expected
+        if path[-1] == "kernel" and pointwise:
             array = array.reshape(expected)
         if array.shape != expected:
             problems.append(f"{name} has shape {array.shape}, expected {expected}")
         elif not problems:
             array = np.transpose(array, np.argsort(axes)).astype(leaf.dtype)
             flat[path] = place(array, path) if place else array
-    problems += [f"unused {name}" for name in left]
+    problems += [f"unused {name}" for name in unused]
     if problems:
         raise ValueError("the checkpoint does not fit the network: " + "; ".join(problems))
     return traverse_util.unflatten_dict(flat)
 
 
 def to_torch(params: dict) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of `params`."""
+    """Returns the PyTorch state dict of `params`."""
     tensors = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         name, axes = _torch_leaf(path, leaf.ndim)
@@ -68,31 +68,33 @@ def to_torch(params: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
-def check_settings(found: Mapping, configured: Mapping):
+def check_settings(of_checkpoint: Mapping, of_config: Mapping):
     """Compares the settings of a network that a checkpoint and a config both state.
 
     Raises:
-      ValueError: lists all that differs.
+      ValueError: they differ; lists all differences.
     """
-    pairs = {
-        key: (_plain(found[key]), _plain(configured[key])) for key in found if key in configured
-    }
-    differing = [
-        f"{key} is {a!r} in the checkpoint, {b!r} in the config"
-        for key, (a, b) in pairs.items()
-        if a != b and None not in (a, b)
-    ]
-    if differing:
-        raise ValueError("; ".join(differing))
+    differences = []
+    for key in of_checkpoint:
+        if key not in of_config:
+            continue
+        a = _plain(of_checkpoint[key])
+        b = _plain(of_config[key])
+        if a != b and None not in (a, b):
+            differences.append(f"{key} is {a!r} in the checkpoint, {b!r} in the config")
+    if differences:
+        raise ValueError("; ".join(differences))
 
 
 def _plain(value):
+    """Returns a tuple as a list, since JSON and configs do not keep them apart."""
     return list(value) if isinstance(value, tuple | list) else value
 
 
 def _torch_leaf(path, ndim):
-    """PyTorch's name of a leaf, and the axes that transpose it to PyTorch's order."""
+    """Returns PyTorch's name of a leaf, and the axes that transpose it to PyTorch's order."""
     *module, leaf = path
-    # HWIO -> OIHW, [in, out] -> [out, in].
-    axes = {4: (3, 2, 0, 1), 2: (1, 0)}[ndim] if leaf == "kernel" else tuple(range(ndim))
+    axes = tuple(range(ndim))
+    if leaf == "kernel":
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}[ndim]  # HWIO -> OIHW, [in, out] -> [out, in]
     return ".".join([*module, LEAVES.get(leaf, leaf)]), axes
