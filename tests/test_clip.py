@@ -1,4 +1,4 @@
-"""Parity with transformers and with OpenCLIP, the mistakes that would break it, and the CLIP score."""
+"""Parity with transformers and OpenCLIP, the mistakes that would break it, and the CLIP score."""
 
 import dataclasses
 import gzip
@@ -408,7 +408,10 @@ def test_another_preparation_of_images(openai, laion, tmp_path):
     write_json(
         tmp_path / "preprocessor_config.json", {"resample": 2, "size": 40, "image_mean": MEAN}
     )
-    message = f"resample is 2, expected 3; size is 40, expected {SIZE}; image_std of its images is missing; use"
+    message = (
+        f"resample is 2, expected 3; size is 40, expected {SIZE}; image_std of its images "
+        f"is missing; use"
+    )
     with pytest.raises(ValueError, match=message):
         weights.normalisation(tmp_path)
     assert (
@@ -422,7 +425,10 @@ def test_missing_files(tmp_path):
     name = "CLIP-ViT-g-14-laion2B-s12B-b42K"
     with pytest.raises(ValueError) as raised:
         weights.read(tmp_path / name)
-    where = f"; {name} is published at https://huggingface.co/laion/{name}, open_clip_pytorch_model.bin with the SHA-256 6aac68"
+    where = (
+        f"; {name} is published at https://huggingface.co/laion/{name}, "
+        f"open_clip_pytorch_model.bin with the SHA-256 6aac68"
+    )
     assert "expected config.json and model.safetensors, or config.json and" in str(
         raised.value
     ) and where in str(raised.value)
@@ -441,7 +447,10 @@ def test_known_hashes(openai, monkeypatch):
     monkeypatch.setitem(published.SHA256, "model/model.safetensors", "0" * 64)
     with pytest.raises(
         ValueError,
-        match=rf"is damaged or another file: the published one has the SHA-256 {'0' * 64}, it is [0-9a-f]{{64}};",
+        match=(
+            rf"is damaged or another file: the published one has the SHA-256 {'0' * 64}, "
+            rf"it is [0-9a-f]{{64}};"
+        ),
     ):
         weights.read(openai[0])
     assert "with the SHA-256 6726825d0af5f729" in published.published(
@@ -584,7 +593,10 @@ def test_the_score_is_the_mean_cosine(scorer, laion, pixels):
     assert retrieval.recall(texts, CAPTIONS, texts, CAPTIONS, ks=(1,)) == {"R@1": 1.0}
     with pytest.raises(
         ValueError,
-        match=r"^there are 5 images and 4 captions in vectors of 20 and 20; expected one caption for each",
+        match=(
+            r"^there are 5 images and 4 captions in vectors of 20 and 20; expected one "
+            r"caption for each"
+        ),
     ):
         clip_score.score(images, texts[:4])
 

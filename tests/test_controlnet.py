@@ -215,8 +215,10 @@ def test_networks_that_do_not_fit():
     with pytest.raises(ValueError) as told:
         controlnet.controlled(unet, controlnet.controlnet())
     assert str(told.value) == (
-        "the ControlNet does not fit the UNet: block_out_channels is (320, 640, 1280, 1280), the UNet's is (8, 16); layers_per_block is 2, "
-        "the UNet's is 1; cross_attention_dim is 768, the UNet's is 24; use one that was made for such a model."
+        "the ControlNet does not fit the UNet: block_out_channels is (320, 640, 1280, 1280), "
+        "the UNet's is (8, 16); layers_per_block is 2, "
+        "the UNet's is 1; cross_attention_dim is 768, the UNet's is 24; use one that was made "
+        "for such a model."
     )
     other = unet_edm.ddpmpp(
         size=8, channels=1, num_classes=10, width=8, multipliers=(1,), num_blocks=1, attention=()
@@ -348,9 +350,17 @@ def change(path, **values):
 def test_import(files, tmp_path):
     settings, tensors = diffusers.controlnet(files / "control")
     assert settings == dict(
-        name="controlnet.controlnet", channels=4, attention=(True, False), num_heads=4, block_out_channels=(16, 32), layers_per_block=1,
-        cross_attention_dim=32, use_linear_projection=False, norm_num_groups=8, conditioning_embedding_out_channels=(8, 16),
-    )  # fmt: skip
+        name="controlnet.controlnet",
+        channels=4,
+        attention=(True, False),
+        num_heads=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        use_linear_projection=False,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(8, 16),
+    )
     path = sd.build_controlnet(tmp_path / "sd/controlnet")
     change(
         path,
@@ -365,17 +375,35 @@ def test_import(files, tmp_path):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        (dict(controlnet_conditioning_channel_order="bgr"), "_channel_order is 'bgr', expected 'rgb'"),
+        (
+            dict(controlnet_conditioning_channel_order="bgr"),
+            "_channel_order is 'bgr', expected 'rgb'",
+        ),
         (dict(global_pool_conditions=True), "global_pool_conditions is True, expected False"),
         (dict(conditioning_channels=4), "conditioning_channels is 4, expected 3"),
-        (dict(_class_name="ControlNetXSAdapter"), "its controlnet is not supported: _class_name is 'ControlNetXSAdapter', expec"),
-        (dict(addition_embed_type="text_time", num_attention_heads=8), "_embed_type is 'text_time', .*num_attention_heads is 8, expected"),
-        (dict(mid_block_type="UNetMidBlock2D"), "mid_block_type is 'UNetMidBlock2D', expected 'UNetMidBlock2DCross"),
+        (
+            dict(_class_name="ControlNetXSAdapter"),
+            "its controlnet is not supported: _class_name is 'ControlNetXSAdapter', expec",
+        ),
+        (
+            dict(addition_embed_type="text_time", num_attention_heads=8),
+            "_embed_type is 'text_time', .*num_attention_heads is 8, expected",
+        ),
+        (
+            dict(mid_block_type="UNetMidBlock2D"),
+            "mid_block_type is 'UNetMidBlock2D', expected 'UNetMidBlock2DCross",
+        ),
         (dict(down_block_types=["DownBlock2D", "AttnDownBlock2D"]), "down_block_types is"),
-        (dict(cross_attention_dim=[32, 16]), r"cross_attention_dim is \(32, 16\), expected one number"),
-        (dict(conditioning_embedding_out_channels="gone"), "conditioning_embedding_out_channels is missing"),
+        (
+            dict(cross_attention_dim=[32, 16]),
+            r"cross_attention_dim is \(32, 16\), expected one number",
+        ),
+        (
+            dict(conditioning_embedding_out_channels="gone"),
+            "conditioning_embedding_out_channels is missing",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_imported(files, tmp_path, values, match):
     path = tmp_path / "control"
     path.mkdir()
@@ -398,7 +426,10 @@ def test_directories_that_do_not_fit(files, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"_channels is \(16, 16\), the UNet's is \(16, 32\); cross_attention_dim is 24, the UNet's is 32",
+        match=(
+            r"_channels is \(16, 16\), the UNet's is \(16, 32\); cross_attention_dim is "
+            r"24, the UNet's is 32"
+        ),
     ):
         model_lib.load(files / "sd", controlnet=path)
     tensors = safetensors.numpy.load_file(path / "diffusion_pytorch_model.safetensors")

@@ -386,27 +386,72 @@ def scheduler_config(**values):
 
 
 BAD = {
-    "no component": (lambda d: shutil.rmtree(d / "unet"), r"has no unet/; expected .*'model_index\.json'"),
+    "no component": (
+        lambda d: shutil.rmtree(d / "unet"),
+        r"has no unet/; expected .*'model_index\.json'",
+    ),
     "no directory": (shutil.rmtree, "has no unet/; expected .* there is nothing"),
-    "no config": (lambda d: (d / "unet/config.json").unlink(), r"unet/config\.json is missing or damaged"),
-    "broken JSON": (lambda d: (d / "unet/config.json").write_text("{"), r"unet/config\.json is missing or damaged"),
-    "a list": (lambda d: (d / "unet/config.json").write_text("[]"), r"holds a list, expected a dict"),
+    "no config": (
+        lambda d: (d / "unet/config.json").unlink(),
+        r"unet/config\.json is missing or damaged",
+    ),
+    "broken JSON": (
+        lambda d: (d / "unet/config.json").write_text("{"),
+        r"unet/config\.json is missing or damaged",
+    ),
+    "a list": (
+        lambda d: (d / "unet/config.json").write_text("[]"),
+        r"holds a list, expected a dict",
+    ),
     "pickle": (pickled, r"model\.bin is a pickle, which can run code.*convert it by"),
-    "no weights": (lambda d: weights(d).unlink(), "has no weights of no variant.*there are: none at all"),
+    "no weights": (
+        lambda d: weights(d).unlink(),
+        "has no weights of no variant.*there are: none at all",
+    ),
     "truncated": (lambda d: truncate(weights(d)), r"model\.safetensors is truncated"),
-    "missing shard": (lambda d: sharded(d, a="b.safetensors"), r"index\.json names 'b\.safetensors', which is no file beside it"),
-    "shard elsewhere": (lambda d: sharded(d, a="../vae/diffusion_pytorch_model.safetensors"), "which is no file beside it"),
-    "missing tensor": (lambda d: sharded(d, a="diffusion_pytorch_model-00001-of-00001.safetensors"), r"promises a \(1 in all\)"),
-    "other class": (unet_config(_class_name="UNet3D"), "its unet is not supported: _class_name is 'UNet3D', expected UNet2DCond"),
-    "class embeddings": (unet_config(class_embed_type="timestep", num_class_embeds=9), "_embed_type is 'timestep', .*num_class_embeds is"),
-    "added conditions": (unet_config(addition_embed_type="text_time"), "addition_embed_type is 'text_time', expected none"),
-    "scale and shift": (unet_config(resnet_time_scale_shift="scale_shift"), "is 'scale_shift', expected 'default'"),
-    "blocks": (unet_config(down_block_types=["SimpleCrossAttnDownBlock2D", "DownBlock2D"]), "down_block_types is"),
-    "uneven": (unet_config(layers_per_block=[1, 2]), r"layers_per_block is \(1, 2\), expected one number"),
+    "missing shard": (
+        lambda d: sharded(d, a="b.safetensors"),
+        r"index\.json names 'b\.safetensors', which is no file beside it",
+    ),
+    "shard elsewhere": (
+        lambda d: sharded(d, a="../vae/diffusion_pytorch_model.safetensors"),
+        "which is no file beside it",
+    ),
+    "missing tensor": (
+        lambda d: sharded(d, a="diffusion_pytorch_model-00001-of-00001.safetensors"),
+        r"promises a \(1 in all\)",
+    ),
+    "other class": (
+        unet_config(_class_name="UNet3D"),
+        "its unet is not supported: _class_name is 'UNet3D', expected UNet2DCond",
+    ),
+    "class embeddings": (
+        unet_config(class_embed_type="timestep", num_class_embeds=9),
+        "_embed_type is 'timestep', .*num_class_embeds is",
+    ),
+    "added conditions": (
+        unet_config(addition_embed_type="text_time"),
+        "addition_embed_type is 'text_time', expected none",
+    ),
+    "scale and shift": (
+        unet_config(resnet_time_scale_shift="scale_shift"),
+        "is 'scale_shift', expected 'default'",
+    ),
+    "blocks": (
+        unet_config(down_block_types=["SimpleCrossAttnDownBlock2D", "DownBlock2D"]),
+        "down_block_types is",
+    ),
+    "uneven": (
+        unet_config(layers_per_block=[1, 2]),
+        r"layers_per_block is \(1, 2\), expected one number",
+    ),
     "in-painting": (unet_config(in_channels=9), "out_channels is 4, expected 9"),
     "what no one knows": (unet_config(brand_new=1), "brand_new is 1, expected none"),
-    "missing setting": (lambda d: (d / "unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}'), "sample_size is missing"),
-}  # fmt: skip
+    "missing setting": (
+        lambda d: (d / "unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}'),
+        "sample_size is missing",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -489,7 +534,9 @@ def test_hub(tmp_path, monkeypatch):
     for name in ("/no/where", "name", "a/b/c", "../name"):
         with pytest.raises(
             ValueError,
-            match="is not a directory; expected one in the layout of diffusers, or a name on the hub",
+            match=(
+                "is not a directory; expected one in the layout of diffusers, or a name on the hub"
+            ),
         ):
             diffusers.find(name)
 

@@ -60,7 +60,7 @@ def layout(monkeypatch):
 
 
 def module_state(tensors, **more):
-    """The attributes of a module of PyTorch that holds `tensors`, nested by the dots in their names."""
+    """Returns a PyTorch module's attributes, with `tensors` nested by the dots in their names."""
     state = dict(torch.nn.Module().__dict__) | more
     for name, tensor in tensors.items():
         if "." not in name and name in ("resample_filter", "freqs"):
@@ -126,7 +126,7 @@ def assert_equal_tensors(found, expected):
 
 
 def fourier_tensors():
-    """The tensors that decide the settings of an NCSN++ of two resolutions, and those with filters."""
+    """Returns the tensors that decide an NCSN++'s settings, and those of its filters."""
     shapes = {
         "map_noise.freqs": (4,),
         "map_layer0.weight": (32, 8),
@@ -211,7 +211,10 @@ def test_misfits_are_listed(network):
     tensors["enc.4x4_down.skip.resample_filter"] = np.full((1, 1, 2, 2), 0.2)
     with pytest.raises(
         ValueError,
-        match=r"than \[1, 1\].*(dec.8x8_up.conv0|enc.4x4_down.skip).*(dec.8x8_up.conv0|enc.4x4_down.skip)",
+        match=(
+            r"than \[1, "
+            r"1\].*(dec.8x8_up.conv0|enc.4x4_down.skip).*(dec.8x8_up.conv0|enc.4x4_down.skip)"
+        ),
     ):
         edm.to_params(tensors, network.abstract)
 
@@ -437,23 +440,41 @@ STORAGE = (
 )
 ATTACKS = {
     "os.system": lambda: pickle.dumps(Call(os.system, "touch executed")),
-    "os.system in a zip": lambda: zip_of(pickle.dumps(Call(os.system, "touch executed"), protocol=2)),
+    "os.system in a zip": lambda: zip_of(
+        pickle.dumps(Call(os.system, "touch executed"), protocol=2)
+    ),
     "eval": lambda: pickle.dumps({"a": Call(eval, "open('executed', 'w')")}),
     "a name with a dot": lambda: b"\x80\x04\x8c\x05torch\x8c\x0d_utils.os.sys\x93.",
     "getattr": lambda: pickle.dumps(Call(getattr, "", "join")),
     "other globals": lambda: pickle.dumps(Call(io.BytesIO, b"")),
     "class outside torch.nn.modules": lambda: pickle.dumps(torch.optim.SGD),
     "extension registry": lambda: b"\x80\x02\x82\x01.",
-    "changes a function": lambda: b"\x80\x02" + FUNCTION + b"}X\x05\x00\x00\x00_callcbuiltins\nset\nsb.",
-    "changes slots of a function": lambda: b"\x80\x02" + FUNCTION + b"N}X\x05\x00\x00\x00_callK\x01s\x86b.",
-    "changes a class": lambda: b"\x80\x02ctorch.nn.modules.linear\nLinear\n}X\x07\x00\x00\x00__new__K\x01sb.",
+    "changes a function": lambda: (
+        b"\x80\x02" + FUNCTION + b"}X\x05\x00\x00\x00_callcbuiltins\nset\nsb."
+    ),
+    "changes slots of a function": lambda: (
+        b"\x80\x02" + FUNCTION + b"N}X\x05\x00\x00\x00_callK\x01s\x86b."
+    ),
+    "changes a class": lambda: (
+        b"\x80\x02ctorch.nn.modules.linear\nLinear\n}X\x07\x00\x00\x00__new__K\x01sb."
+    ),
     "changes dict": lambda: b"\x80\x02ccollections\nOrderedDict\n}X\x06\x00\x00\x00updateK\x01sb.",
-    "enlarges a storage": lambda: b"\x80\x03" + STORAGE + b"N}X\x06\x00\x00\x00nbytesJ\x00\x00\x00\x40s\x86b.",
+    "enlarges a storage": lambda: (
+        b"\x80\x03" + STORAGE + b"N}X\x06\x00\x00\x00nbytesJ\x00\x00\x00\x40s\x86b."
+    ),
     "deep tuples": lambda: nested_tuples(10**5),
     "deep tuple as a key": lambda: nested_tuples(10**5, key=True),
     "deep lists": lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
-    "lists deepened later": lambda: b"\x80\x04(" + b"".join(b"]r" + struct.pack("<i", i) for i in range(3000)) + b"l"
-    + b"".join(b"j" + struct.pack("<i", i) + b"j" + struct.pack("<i", i + 1) + b"a0" for i in range(2999)) + b".",
+    "lists deepened later": lambda: (
+        b"\x80\x04("
+        + b"".join(b"]r" + struct.pack("<i", i) for i in range(3000))
+        + b"l"
+        + b"".join(
+            b"j" + struct.pack("<i", i) + b"j" + struct.pack("<i", i + 1) + b"a0"
+            for i in range(2999)
+        )
+        + b"."
+    ),
     "laughs": lambda: laughs(60),
     "many laughs": lambda: laughs(20)[:-1] + b"h\x13K\x01s" * 10**5 + b".",
     "tuple in itself": lambda: b"\x80\x02]q\x00h\x00\x85q\x01a0h\x01.",
@@ -461,11 +482,19 @@ ATTACKS = {
     "huge bytes": lambda: b"\x80\x04\x8e" + struct.pack("<q", 2**40) + b"abc.",
     "huge byte array": lambda: b"\x80\x05\x96" + struct.pack("<q", 2**36) + b"abc.",
     "huge frame": lambda: b"\x80\x04\x95" + struct.pack("<q", 2**40) + b"].",
-    "copies": lambda: b"\x80\x02](" + b"K\x01" * 1000 + b"e\x85q\x00" + (SET + b"h\x00R0") * 1000 + b"N.",
+    "copies": lambda: (
+        b"\x80\x02](" + b"K\x01" * 1000 + b"e\x85q\x00" + (SET + b"h\x00R0") * 1000 + b"N."
+    ),
     "storage in a storage": lambda: tensor_of(0, (1,), (1,), tensor_of(0, (1,), (1,))),
     "storage that is none": lambda: tensor_of(0, (1,), (1,), pickle.dumps([1])),
-    "a storage again and again": lambda: b"\x80\x03](" + pickle.dumps(storage(), protocol=3)[2:-1] + b"q\x000"
-    + b"ctorch.storage\n_load_from_bytes\nq\x010" + b"h\x01h\x00\x85R0" * 1000 + b"e.",
+    "a storage again and again": lambda: (
+        b"\x80\x03]("
+        + pickle.dumps(storage(), protocol=3)[2:-1]
+        + b"q\x000"
+        + b"ctorch.storage\n_load_from_bytes\nq\x010"
+        + b"h\x01h\x00\x85R0" * 1000
+        + b"e."
+    ),
     "keys of one hash": lambda: pickle.dumps({k * (2**61 - 1): 0 for k in range(1, 100)}),
     "many operations": lambda: b"\x80\x02" + b"}0" * 600_000 + b"N.",
     "stride 0": lambda: tensor_of(0, (2**20, 2**20), (0, 0)),
@@ -478,8 +507,11 @@ ATTACKS = {
     "huge storage": lambda: tensor_of(0, (1,), (1,), storage(numel=2**50)),
     "storage with little data": lambda: tensor_of(0, (1,), (1,), storage(data=b"")),
     "array of objects": lambda: pickle.dumps(np.array([None, {}])),
-    "array larger than its data": lambda: b"\x80\x03cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\x00\x00\x00\x40\x85"
-    + DTYPE + b"\x89C\x04abcdtb.",
+    "array larger than its data": lambda: (
+        b"\x80\x03cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\x00\x00\x00\x40\x85"
+        + DTYPE
+        + b"\x89C\x04abcdtb."
+    ),
     "array never filled": lambda: b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R.",
     "function as a value": lambda: b"\x80\x02" + FUNCTION + b".",
     "function as a key": lambda: b"\x80\x02}" + FUNCTION + b"K\x01s.",
@@ -488,7 +520,7 @@ ATTACKS = {
     "empty": lambda: b"",
     "no STOP": lambda: b"\x80\x02]",
     "empty zip": lambda: zip_of(b""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

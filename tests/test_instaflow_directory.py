@@ -179,12 +179,14 @@ def test_import(instaflow, tmp_path):
         (
             True,
             {},
-            "^process.name is 'RectifiedFlow' in the checkpoint, 'VP' in the config; prediction is 'flow_to_data' in .* 'eps' in",
+            "^process.name is 'RectifiedFlow' in the checkpoint, 'VP' in the config; "
+            "prediction is 'flow_to_data' in .* 'eps' in",
         ),
         (
             False,
             FLOW_TO_DATA,
-            "^process.name is 'VP' in the checkpoint, 'RectifiedFlow' in the config; prediction is 'eps' in .* 'flow_to",
+            "^process.name is 'VP' in the checkpoint, 'RectifiedFlow' in the config; "
+            "prediction is 'eps' in .* 'flow_to",
         ),
         (
             True,
@@ -283,7 +285,8 @@ def test_what_is_not_exported(student, tmp_path):
         (
             "distil",
             {"prediction": "rectified"},
-            "no scheduler for the process RectifiedFlow with the prediction 'rectified'; expected VP with",
+            "no scheduler for the process RectifiedFlow with the prediction 'rectified'; "
+            "expected VP with",
         ),
     ):
         changed = config.copy_and_resolve_references()

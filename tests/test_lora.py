@@ -1,4 +1,4 @@
-"""LoRA files and weight differences: PEFT's and diffusers' own merges, formulas, and what is refused."""
+"""LoRA files and weight differences: PEFT's and diffusers' merges, formulas, and refusals."""
 
 import json
 import pathlib
@@ -189,7 +189,10 @@ def save(path, tensors, metadata=None):
     ids=str,
 )
 def test_kohya_file(plain, networks, shapes, tmp_path, dtype, alpha):
-    """diffusers 0.42 passes over the attention of a text encoder of transformers 5; `test_products_are_of_float32` has that."""
+    """The attention of a text encoder is in `test_products_are_of_float32`.
+
+    diffusers 0.42 ignores it with transformers 5.
+    """
     file = save(tmp_path / "lora.safetensors", kohya(shapes, dtype, alpha))
     factors = lora.read(file, shapes)
     assert {part.scale for parts in factors.values() for part in parts.values()} == {
@@ -359,26 +362,62 @@ NAME = r"unet\.down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.attn1\.to_q
 BAD = {
     "half a pair": (with_bad(lora_up__weight=None), f"{NAME} has no up;"),
     "the other half": (with_bad(lora_down__weight=None), f"{NAME} has no down;"),
-    "alpha alone": (with_bad(lora_up__weight=None, lora_down__weight=None), f"{NAME} has no up and no down;"),
-    "alpha is no number": (with_bad(alpha=[1, 2]), rf"{NAME} has an alpha of shape \(2,\), expected one number"),
-    "wrong width": (with_bad(lora_down__weight=np.ones((4, 8))), rf"{NAME} has factors of shapes \(16, 4\) and \(4, 8\), expected"),
-    "wrong rank": (with_bad(lora_down__weight=np.ones((3, 16))), r"\(3, 16\), expected \(16, 'rank'\) and \('rank', 16\)"),
-    "turned": (with_bad(lora_down__weight=np.ones((16, 4)), lora_up__weight=np.ones((4, 16))), r"shapes \(4, 16\) and \(16, 4\)"),
-    "no rank": (with_bad(lora_down__weight=np.ones((0, 16)), lora_up__weight=np.ones((16, 0))), r"and \(0, 16\)"),
-    "3x3 of a linear layer": (with_bad(lora_down__weight=np.ones((4, 16, 3, 3))), r"and \(4, 16, 3, 3\)"),
+    "alpha alone": (
+        with_bad(lora_up__weight=None, lora_down__weight=None),
+        f"{NAME} has no up and no down;",
+    ),
+    "alpha is no number": (
+        with_bad(alpha=[1, 2]),
+        rf"{NAME} has an alpha of shape \(2,\), expected one number",
+    ),
+    "wrong width": (
+        with_bad(lora_down__weight=np.ones((4, 8))),
+        rf"{NAME} has factors of shapes \(16, 4\) and \(4, 8\), expected",
+    ),
+    "wrong rank": (
+        with_bad(lora_down__weight=np.ones((3, 16))),
+        r"\(3, 16\), expected \(16, 'rank'\) and \('rank', 16\)",
+    ),
+    "turned": (
+        with_bad(lora_down__weight=np.ones((16, 4)), lora_up__weight=np.ones((4, 16))),
+        r"shapes \(4, 16\) and \(16, 4\)",
+    ),
+    "no rank": (
+        with_bad(lora_down__weight=np.ones((0, 16)), lora_up__weight=np.ones((16, 0))),
+        r"and \(0, 16\)",
+    ),
+    "3x3 of a linear layer": (
+        with_bad(lora_down__weight=np.ones((4, 16, 3, 3))),
+        r"and \(4, 16, 3, 3\)",
+    ),
     "one number": (with_bad(lora_down__weight=1), r"and \(\)"),
     "not finite": (with_bad(alpha=np.nan), "to_q.alpha has values that are not finite"),
     "LoHa": (with_bad(hada_w1_a=np.ones((4, 4))), r"to_q\.hada_w1_a is of a LoHa, not supported"),
     "LoKr": (with_bad(lokr_w1=np.ones((4, 4))), r"to_q\.lokr_w1 is of a LoKr, not supported"),
     "DoRA": (with_bad(dora_scale=np.ones((1, 4))), r"to_q\.dora_scale is of a DoRA, not supported"),
-    "three factors": (with_bad(lora_mid__weight=np.ones((4, 4, 3, 3))), r"lora_mid\.weight is of a LoCon of three factors, not supported"),
+    "three factors": (
+        with_bad(lora_mid__weight=np.ones((4, 4, 3, 3))),
+        r"lora_mid\.weight is of a LoCon of three factors, not supported",
+    ),
     "bias": (with_bad(diff_b=np.ones(16)), r"to_q\.diff_b is not supported"),
-    "unknown module": (unknown("lora_unet_input_blocks_1_1_proj_in.lora_up.weight"), r"blocks_1_1_proj_in\.lora_up\.weight is of no"),
-    "of a norm": (unknown("unet.conv_norm_out.lora_A.weight"), r"conv_norm_out\.lora_A\.weight is of no module of these networks"),
-    "other network": (unknown("lora_te_mid_block_resnets_0_conv1.lora_up.weight"), "lora_te_mid_block_resnets_0_conv1.* is of no"),
-    "second text encoder": (unknown("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"), "lora_te2_.* is of no module"),
+    "unknown module": (
+        unknown("lora_unet_input_blocks_1_1_proj_in.lora_up.weight"),
+        r"blocks_1_1_proj_in\.lora_up\.weight is of no",
+    ),
+    "of a norm": (
+        unknown("unet.conv_norm_out.lora_A.weight"),
+        r"conv_norm_out\.lora_A\.weight is of no module of these networks",
+    ),
+    "other network": (
+        unknown("lora_te_mid_block_resnets_0_conv1.lora_up.weight"),
+        "lora_te_mid_block_resnets_0_conv1.* is of no",
+    ),
+    "second text encoder": (
+        unknown("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"),
+        "lora_te2_.* is of no module",
+    ),
     "twice": (unknown(f"unet.{BLOCK}_attn1.to_q.lora_A.weight"), "comes twice, under two names"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -441,7 +480,10 @@ def test_settings_of_peft_are_read(shapes, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="use_dora is True, which is not supported; init_lora_weights is 'pissa_niter_4', which is not",
+        match=(
+            "use_dora is True, which is not supported; init_lora_weights is "
+            "'pissa_niter_4', which is not"
+        ),
     ):
         lora.read(file, shapes)
     config.write_text(

@@ -119,7 +119,10 @@ def flat(tree):
 
 
 def test_images_do_not_share_a_scale(case):
-    """Other images a thousand times as large would leave nothing of the first one; the bound is that of the rounding itself."""
+    """With a common scale, images a thousand times as large would leave nothing of the first one.
+
+    The bound is that of the rounding itself.
+    """
     _, _, (x, *inputs), apply, quantized = case
     large = np.concatenate([x[:1], 1000 * x[1:]])
     both = [np.asarray(apply(quantized, a, *inputs))[0] for a in (x, large)]
@@ -145,7 +148,10 @@ def test_on_eight_devices_in_a_sampler():
 
 
 def test_stable_diffusion_takes_a_quarter():
-    """946 MB, not 3438: 860 million bytes, and the embeddings of time, 28 million parameters, in float32."""
+    """It takes 946 MB instead of 3438.
+
+    Those are 860 million bytes, and the 28 million parameters of the time embeddings in float32.
+    """
     network = unet_sd.unet()
     inputs = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 64, 64, 4), (1,), (1, 77, 768))

@@ -124,6 +124,9 @@ def test_1x1_convolutions_are_linear_layers(linear):
     tensors["time_embedding.linear_1.weight"] = tensors["time_embedding.linear_1.weight"][..., None]
     with pytest.raises(
         ValueError,
-        match=r"conv_in.weight has shape \(8, 4, 1, 1\).*; time_embedding.linear_1.weight has shape \(32, 8, 1\)",
+        match=(
+            r"conv_in.weight has shape \(8, 4, 1, 1\).*; time_embedding.linear_1.weight "
+            r"has shape \(32, 8, 1\)"
+        ),
     ):
         state_dict.from_torch(tensors, ours.abstract)

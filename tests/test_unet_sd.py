@@ -20,7 +20,11 @@ TOLERANCE = 1e-5  # of the largest output, for parity with PyTorch
 
 
 def oracle(name, **config):
-    """A module of diffusers. Nothing in it is as in a fresh network, and signals are small, so that the epsilons of norms count."""
+    """Returns a module of diffusers.
+
+    No parameter is as in a fresh network, and signals are small, so that the epsilons of norms
+    matter.
+    """
     test_features.import_torchvision()  # diffusers does, too
     module = getattr(pytest.importorskip("diffusers"), name)(**config).eval()
     return randomize(module, r"(conv_in|conv2|proj_in)\.")
@@ -269,7 +273,10 @@ def test_parity_would_show_mistakes(monkeypatch, params, inputs, output, mistake
 
 
 def stacked(kind, n):
-    """Of UNets of diffusers in series: the outer layers of the first and the last alone are left, and weights differ from unit to unit."""
+    """Returns UNets of diffusers in series, with different weights in each.
+
+    Only the first one's and the last one's outer layers are left.
+    """
     units = [diffusers_unet(**SETTINGS[kind]) for _ in range(n)]
     for i, unit in enumerate(units):
         for parameter in unit.parameters():
@@ -485,7 +492,8 @@ def test_initial_parameters(one_level):
     [
         (
             dict(num_classes=10),
-            r"^num_classes is 10, expected 0: this network is conditioned on sequences; use unet_edm for labels.$",
+            r"^num_classes is 10, expected 0: this network is conditioned on sequences; use "
+            r"unet_edm for labels.$",
         ),
         (
             dict(attention=(True,)),
@@ -515,11 +523,19 @@ def test_settings_that_do_not_fit(settings, message):
         unet_sd.unet(**settings)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "width", "expected"), [
-    ("gpu", "bfloat16", 40, "cudnn"), ("gpu", "float16", 128, "cudnn"),
-    ("gpu", "bfloat16", 160, "xla"), ("gpu", "bfloat16", 512, "xla"), ("gpu", "bfloat16", 20, "xla"), ("gpu", "float32", 40, "xla"),
-    ("tpu", "bfloat16", 40, "xla"), ("cpu", "bfloat16", 40, "xla"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "expected"),
+    [
+        ("gpu", "bfloat16", 40, "cudnn"),
+        ("gpu", "float16", 128, "cudnn"),
+        ("gpu", "bfloat16", 160, "xla"),
+        ("gpu", "bfloat16", 512, "xla"),
+        ("gpu", "bfloat16", 20, "xla"),
+        ("gpu", "float32", 40, "xla"),
+        ("tpu", "bfloat16", 40, "xla"),
+        ("cpu", "bfloat16", 40, "xla"),
+    ],
+)
 def test_flash_attention_where_it_can(monkeypatch, backend, dtype, width, expected):  # trap 16
     implementations = []
     monkeypatch.setattr(jax, "default_backend", lambda: backend)

@@ -36,10 +36,20 @@ SCALE = {"kl": 0.18215, "tiny": 1}
 def oracles():
     widths = [TINY["width"]] * 4
     return {
-        "kl": oracle("AutoencoderKL", down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, **KL),
-        "tiny": oracle("AutoencoderTiny", encoder_block_out_channels=widths, decoder_block_out_channels=widths,
-                       num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)),
-    }  # fmt: skip
+        "kl": oracle(
+            "AutoencoderKL",
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            **KL,
+        ),
+        "tiny": oracle(
+            "AutoencoderTiny",
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+        ),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +176,14 @@ def test_parity_would_show_mistakes(monkeypatch, params, inputs, outputs, mistak
         assert (a.shape != b.shape or error(a, b) > 10 * TOLERANCE) == should
 
 
-@pytest.mark.parametrize(("make", "num_params", "names"), [
-    (vae.kl, 83_653_863, "600696bc94ffc80f250f7a2b836e289ff191e5f194ce89f9aa389cfc8ef4a0ab"),
-    (vae.tiny, 2_445_063, "30c1cc792be132f4dbb61391ad6254ae0988b0ab7dea8d08c5cef36cd913edeb"),
-], ids=["kl", "tiny"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "num_params", "names"),
+    [
+        (vae.kl, 83_653_863, "600696bc94ffc80f250f7a2b836e289ff191e5f194ce89f9aa389cfc8ef4a0ab"),
+        (vae.tiny, 2_445_063, "30c1cc792be132f4dbb61391ad6254ae0988b0ab7dea8d08c5cef36cd913edeb"),
+    ],
+    ids=["kl", "tiny"],
+)
 def test_the_public_checkpoints_parameters(make, num_params, names):
     network = make()
     assert sum(a.size for a in jax.tree.leaves(network.abstract)) == num_params
@@ -250,6 +264,9 @@ def test_initial_parameters(kind):
 def test_channels_that_groups_do_not_divide():
     with pytest.raises(
         ValueError,
-        match=r"^block_out_channels 100 is not divisible by norm_num_groups 32; change one of them.$",
+        match=(
+            r"^block_out_channels 100 is not divisible by norm_num_groups 32; change one "
+            r"of them.$"
+        ),
     ):
         vae.kl(block_out_channels=(64, 100))
