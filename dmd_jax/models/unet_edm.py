@@ -90,8 +90,8 @@ ADM_INITIALIZERS = (
     (r"kernel$", layers.kaiming_uniform),
 )
 FLOAT_LAYERS = (
-    r"^enc/\d+x\d+_conv$",  # the first one
-    r"^(dec/\d+x\d+_aux_conv|out_conv)$",  # the last one
+    r"^enc/\d+x\d+_(conv|aux_residual)$",  # of the input image
+    r"^(dec/\d+x\d+_aux_conv|out_conv)$",  # the last convolution
     r"(^map_\w+|/affine)$",  # the embedding of noise level and label
 )
 
