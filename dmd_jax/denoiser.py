@@ -60,13 +60,14 @@ def flow_to_data(process: process_lib.Process, t: jax.Array) -> Coefficients:
     return flow(process, t)._replace(out=process.sigma(t))
 
 
+# The processes that each prediction is defined for.
 PROCESSES = {
     edm: (process_lib.EDM,),
     eps: (process_lib.EDM, process_lib.VP),  # a flow has alpha 0 at t_max, by which it divides
     v: (process_lib.VP,),
     flow: (process_lib.RectifiedFlow,),
     flow_to_data: (process_lib.RectifiedFlow,),
-}  # those that each prediction is defined for
+}
 
 
 def rectified(process: process_lib.Process, prediction: Callable) -> Callable:

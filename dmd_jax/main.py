@@ -151,7 +151,7 @@ def run(
         refuses.
     """
     config = settings_lib.complete(config.copy_and_resolve_references())
-    stages = build.stages(config)
+    stages = build.from_settings(*settings_lib.read(config.to_dict()))
     if only and only not in config.stages:
         hint = lookup.nearest(only, list(config.stages))
         raise ValueError(f"no stage {only!r}{hint}; there are: {', '.join(config.stages)}.")

@@ -58,6 +58,7 @@ def test_more_that_cannot_work():
             dict(straightness=dict(stages=("distil",))),
             "evaluate.straightness.num_steps is missing.*straightness.count is missing",
         ),
+        ("evaluate", dict(others=5), "evaluate.others is 5; expected a value of type dict"),
         (
             "reflow_1",
             dict(recipe=dict(name="reflow", foo=3)),

@@ -101,13 +101,9 @@ class Stage:
         ]
         return evaluations[0] if evaluations else None
 
-    def changed(self, run: dict | None = None, **settings) -> "Stage":
-        """Returns the stage with other settings of its run and its own; its network stays."""
-        return dataclasses.replace(
-            self,
-            run=dataclasses.replace(self.run, **(run or {})),
-            settings=dataclasses.replace(self.settings, **settings),
-        )
+    def changed(self, **settings) -> "Stage":
+        """Returns the stage with other settings of its own; its network stays."""
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))
 
 
 def overridden(stage: Stage, overrides: Mapping) -> Stage:

@@ -112,10 +112,6 @@ def _sources(stage):
             yield {key: value for key, value in source.items() if key != "batch_size"}
 
 
-def _check_import(stage):
-    pass
-
-
 def _check_pairs(stage):
     _check_sampled(stage, stage.settings.teacher, f"{stage.name}.teacher")
 

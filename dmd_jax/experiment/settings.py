@@ -358,9 +358,11 @@ def _fill(config, kind):
         nested = _nested(field)
         if field.name in config and nested and hasattr(config[field.name], "keys"):
             _fill(config[field.name], nested)
-        for row in config.get(field.name) or {} if (kind.__name__, field.name) in NESTED else ():
-            if hasattr(config[field.name][row], "keys"):
-                _fill(config[field.name][row], NESTED[kind.__name__, field.name])
+        row = NESTED.get((kind.__name__, field.name))
+        if row and hasattr(config[field.name], "values"):
+            for value in config[field.name].values():
+                if hasattr(value, "keys"):
+                    _fill(value, row)
 
 
 def _default(field):
@@ -396,16 +398,17 @@ def _read(kind, values, where, faults):
                 faults.append(f"{called(field.name)} is missing; give it.")
             continue
         value = values[field.name]
+        name = called(field.name)
         nested = _nested(field)
-        if nested and value is not None and value != {}:
-            value = _read(nested, value, called(field.name), faults)
-        elif nested and value == {}:
-            value = _read(nested, {}, called(field.name), faults) if nested is Mesh else None
-        elif row := NESTED.get((kind.__name__, field.name)):
-            rows = value if isinstance(value, Mapping) else {}
-            value = {n: _read(row, v, f"{called(field.name)}.{n}", faults) for n, v in rows.items()}
+        row = NESTED.get((kind.__name__, field.name))
+        if nested:
+            optional = types.NoneType in typing.get_args(field.type)
+            none = optional and (value is None or value == {})
+            value = None if none else _read(nested, value, name, faults)
+        elif row and isinstance(value, Mapping):
+            value = {key: _read(row, v, f"{name}.{key}", faults) for key, v in value.items()}
         elif fault := _fault(field, value):
-            faults.append(f"{called(field.name)} is {value!r}; expected {fault}.")
+            faults.append(f"{name} is {value!r}; expected {fault}.")
         elif isinstance(value, list):
             value = tuple(value)
         arguments[field.name] = value

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import time
@@ -22,6 +21,7 @@ from dmd_jax.weights import diffusers, edm, state_dict
 # Of a stage that imports weights: these, and the file that they came from.
 WEIGHTS = "weights.safetensors"
 SOURCE = "source.json"
+LOCK = "lock"  # in the workdir
 LOCK = "lock"  # in the workdir
 
 
@@ -61,9 +61,7 @@ def read_run(workdir: storage.Path, stage: str = "", *, dtype: str = "") -> buil
 def _from_its_place(values, workdir):
     """The text encoder and the autoencoder of a teacher are read from where it was found."""
     for stage in values["stages"]:
-        source = workdir / stage / SOURCE
-        directory = storage.read_json(source).get("directory") if source.exists() else None
-        if directory:
+        if directory := read_source(workdir / stage).get("directory"):
             for settings in (values.get(key) or {} for key in ("text", "autoencoder")):
                 if settings.get("checkpoint") == values[stage].get("checkpoint"):
                     settings["checkpoint"] = str(storage.path(directory))  # absolute
@@ -72,10 +70,16 @@ def _from_its_place(values, workdir):
 
 def teacher_directory(stage: build.Stage, workdir: storage.Path) -> storage.Path | None:
     """Returns the diffusers directory that a run has started from, if it has."""
-    for source in (workdir / name / SOURCE for name in stage.stages):
-        if source.exists() and (directory := storage.read_json(source).get("directory")):
+    for name in stage.stages:
+        if directory := read_source(workdir / name).get("directory"):
             return storage.path(directory)
     return None
+
+
+def read_source(directory: storage.Path) -> dict:
+    """Reads where a stage has its weights from; {} if it has imported none."""
+    path = directory / SOURCE
+    return storage.read_json(path) if path.exists() else {}
 
 
 def load_params(
@@ -96,9 +100,8 @@ def load_params(
     directory = workdir / stage.name
     network = stage.network
     shardings = shardings or build.replicated(build.parallel(stage))
-    source = storage.read_json(directory / SOURCE) if (directory / SOURCE).exists() else {}
-    if source.get("directory"):
-        return load_directory(network, source["directory"], shardings)
+    if teacher := read_source(directory).get("directory"):
+        return load_directory(network, teacher, shardings)
     if (directory / WEIGHTS).exists():
         tensors, _ = edm.read(directory / WEIGHTS)
         params = edm.to_params(tensors, network.abstract)
@@ -125,17 +128,9 @@ def version(directory: storage.Path) -> int | str | None:
 
     It is the last step, or the hash of the file that the stage has imported.
     """
-    if (directory / SOURCE).exists():
-        return storage.read_json(directory / SOURCE).get("sha256")
+    if source := read_source(directory):
+        return source.get("sha256")
     return max(checkpoint.all_steps(directory), default=None)
-
-
-LOCK = "lock"  # in the workdir
-
-
-# What may change between two runs in one workdir: lengths, intervals, where it runs, further rows
-# of an evaluation, and where files of
-# others lie, whose content is compared by digests.
 
 
 @contextlib.contextmanager
@@ -143,7 +138,7 @@ def claimed(values: dict, workdir: storage.Path):
     """Keeps `workdir` for this run alone, by a lock of process 0; see `claim`.
 
     Args:
-      values: the config, as plain values.
+      values: the config, as JSON has it.
       workdir: of the run.
 
     Raises:
@@ -195,7 +190,7 @@ def _check_shared(values, workdir, holder):
                 "give all processes one --workdir, on a file system that they share."
             )
         time.sleep(0.2)
-    if storage.read_json(workdir / "config.json") != json.loads(json.dumps(values)):
+    if storage.read_json(workdir / "config.json") != values:
         raise ValueError("the config is not that of process 0; give all processes the same flags.")
 
 
@@ -206,13 +201,12 @@ def claim(values: dict, workdir: storage.Path):
       ValueError: the workdir belongs to a config that differs in more than what may change.
     """
     path = workdir / "config.json"
-    ours = json.loads(json.dumps(values))
     theirs = storage.read_json(path) if path.exists() else {}
-    names = {*ours["stages"], *theirs.get("stages", ())}
+    names = {*values["stages"], *theirs.get("stages", ())}
     if theirs and any((workdir / name).exists() for name in names):
-        _refuse_another(workdir, settings_lib.flat(ours), settings_lib.flat(theirs), ours)
+        _refuse_another(workdir, settings_lib.flat(values), settings_lib.flat(theirs), values)
     workdir.mkdir(parents=True, exist_ok=True)
-    storage.write_json(path, ours)
+    storage.write_json(path, values)
 
 
 def _refuse_another(workdir, ours, theirs, values):

@@ -4,8 +4,6 @@ EDM's file (`.pkl`, or `.safetensors` and `.npz` of the same keys) is converted;
 directory is checked and used where it lies.
 """
 
-import json
-
 import jax
 
 from dmd_jax.experiment import build
@@ -65,7 +63,7 @@ def _import_file(stage, directory):
     state_dict.check_settings(stated, network)
     params = edm.to_params(tensors, stage.network.abstract)
     directory.mkdir(parents=True, exist_ok=True)
-    edm.write(directory / workdir_lib.WEIGHTS, params, json.loads(json.dumps(network)))
+    edm.write(directory / workdir_lib.WEIGHTS, params, network)
     return {
         "file": stage.settings.checkpoint,
         "sha256": published.sha256(path),
