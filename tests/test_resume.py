@@ -100,11 +100,11 @@ def test_a_bad_flag(tmp_path):
         ),
         (
             "--config=configs/digits.py:fast",
-            "^error: ValueError: configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, ",
+            "^error: configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, ",
         ),
         (
             "--config=configs/digit.py",
-            "^error: no config configs/digit.py; there are: configs/cifar10.py, ",
+            r"^error: no config configs/digit.py \(did you mean 'digits'\?\); there are: cifar10, ",
         ),
     ],
 )

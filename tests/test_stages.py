@@ -609,3 +609,21 @@ def test_a_checkpoint_has_all_rows_of_metrics_up_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", saving)
     train.run(stage_of(config, "teacher"), tmp_path)
     assert last_rows == [(10, 10), (20, 20), (30, 30)]
+
+
+def test_the_speed_of_a_row_is_that_of_its_interval_wherever_rows_are_flushed(
+    tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    writer = log.Writer(tmp_path, name="teacher", start=0, num_steps=60)
+    watch = train._Watch(0, writer, operations=1.0)
+    for step in range(10, 70, 10):
+        now[0] += 2.0
+        watch.log(step, {"skipped": 0.0})
+        now[0] += 1e-3
+        if step in (30, 60):  # a checkpoint
+            watch.flush()
+    writer.close()
+    first, *speeds = [row.get("steps_per_second") for row in log.read(tmp_path)]
+    assert first is None and speeds == pytest.approx([10 / 2.001] * 5)

@@ -275,15 +275,15 @@ class _Watch:
         self._writer.note(f"first step in {time.perf_counter() - self._began:.1f} s")
 
     def log(self, step, values):
+        """Keeps a row until the next one; its time is taken when the row before is there."""
         self.flush()
-        self._pending = step, values
+        self._pending = step, values, time.perf_counter()
 
     def flush(self):
         if self._pending is None:
             return
-        step, values = self._pending
+        step, values, now = self._pending
         values = {name: float(value) for name, value in jax.device_get(values).items()}
-        now = time.perf_counter()
         if self._clock:
             values["steps_per_second"] = (step - self._clock[0]) / (now - self._clock[1])
             # Of each device.
