@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None):
         sys.exit(f"error: no command {name!r}{hint}; there are: {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
     arguments = command.parse(flags)
+    lookup.admit(getattr(arguments, "plugins", ()))
     compilation_cache.keep()
     try:
         command.run(arguments)

@@ -1,10 +1,11 @@
 """Finds the function that a config names: one of this package, or one of the user's own.
 
 In a folder such as `recipes` a name is "file" or "file.function", in a file such as `samplers.py`
-it is "function". Any other name with a dot is that of a module of the user's own.
+it is "function". A file offers what its CHOICES list; without them a file of a folder offers its
+function `make`.
 
-Names that begin with an underscore are private. A module may list in CHOICES the names that a
-config may use; without it these are the public functions that it defines.
+Any other name with a dot is that of a module of the user's own. The config of somebody else could
+name any function of any package there is, so the user says which packages configs may name.
 """
 
 import difflib
@@ -12,7 +13,14 @@ import importlib
 import inspect
 import pkgutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+_plugins = set()
+
+
+def admit(packages: Iterable[str]):
+    """Lets configs name functions of these packages of the user's own, as long as Python runs."""
+    _plugins.update(packages)
 
 
 def find(package: str, name: str) -> Callable:
@@ -25,7 +33,8 @@ def find(package: str, name: str) -> Callable:
         function `make`.
 
     Raises:
-      ValueError: there is no such file, module or function, or the module cannot be imported.
+      ValueError: there is no such file, module or function, the package is not admitted, or the
+        module cannot be imported.
     """
     parent = importlib.import_module(f"dmd_jax.{package}")
     path = f"dmd_jax/{package}"
@@ -78,6 +87,12 @@ def open_source(settings: dict):
 
 def _outside(name: str, error: str) -> Callable:
     """Finds `name` as a module with a function `make`, or as a function of a module."""
+    package = name.partition(".")[0]
+    if package not in _plugins:
+        raise ValueError(
+            f"{name} is of no package that a config may name, and {error} If {package} is your own, "
+            f"admit it: plugins=({package!r},) in the config, --plugins={package} of a command."
+        )
     module = _import(name)
     if module:
         return _function(module, "make", name)
@@ -110,6 +125,8 @@ def _choices(module: types.ModuleType) -> list[str]:
     """Lists the names that a config may use."""
     if hasattr(module, "CHOICES"):
         return list(module.CHOICES)
+    if module.__name__.startswith("dmd_jax."):
+        return ["make"] if hasattr(module, "make") else []
     return [name for name, value in vars(module).items() if _is_public(module, name, value)]
 
 

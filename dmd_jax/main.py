@@ -151,6 +151,7 @@ def run(
         refuses.
     """
     config = settings_lib.complete(config.copy_and_resolve_references())
+    lookup.admit(config.plugins)
     stages = build.from_settings(*settings_lib.read(config.to_dict()))
     if only and only not in config.stages:
         hint = lookup.nearest(only, list(config.stages))

@@ -158,7 +158,7 @@ def test_one_unet_and_two_are_timed(toy, monkeypatch, capsys):
         "stack",
         lambda *_, **__: stable_diffusion.Stacked([1.0], [2.0], [5.0], [3.0], parameters=(7, 13)),
     )
-    bench.stack(bench.parse(["stack", "--network=coco:tiny"]))
+    bench.stack(bench.parse(["stack", "--config=coco:tiny"]))
     printed = capsys.readouterr().out
     assert (
         "1.500 (1.500 to 1.500) times as long from text to image; the network alone 2.500"
@@ -176,7 +176,7 @@ def test_the_ratio_is_that_of_whole_images(nfe, images, networks, monkeypatch, c
         "sample",
         lambda *_, **__: stable_diffusion.Sampled([1.0], [2.0], [12.0], [3.0], calls=3, nfe=nfe),
     )
-    bench.sample(bench.parse(["sample", "--network=coco:tiny", "--teacher_steps=2"]))
+    bench.sample(bench.parse(["sample", "--config=coco:tiny", "--teacher_steps=2"]))
     printed = capsys.readouterr().out
     assert ("the teacher's 51 calls are extrapolated from 3" in printed) == (nfe == 51)
     assert all(f"{value} ({value} to {value})" in printed for value in (images, networks))
@@ -202,7 +202,7 @@ def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
         "features",
         lambda *_, **__: features.Times([2.0, 4.0, 8.0], [8.0, 4.0, 2.0], 1e-7),
     )
-    bench.features(bench.parse(["features", "--images=16", "--against=torch"]))
+    bench.features(bench.parse(["features", "--count=16", "--against=torch"]))
     printed = capsys.readouterr().out
     assert (
         "jax: 4.000 (2.000 to 8.000) images/s" in printed
@@ -215,7 +215,7 @@ def test_images_a_second_and_the_ratio_are_printed(monkeypatch, capsys):
 
 
 def test_the_memory_of_statistics_is_told(capsys):
-    bench.memory(bench.parse(["memory", "--images=40"]))
+    bench.memory(bench.parse(["memory", "--count=40"]))
     assert "40 images of 32x32 pixels, 2048 features" in capsys.readouterr().out
 
 
@@ -223,30 +223,29 @@ def test_the_memory_of_statistics_is_told(capsys):
     ("arguments", "message"),
     [
         (
-            "forward --network=cifar10",
-            "the network of cifar10 is unet_edm.ddpmpp, expected unet_sd.unet; use --network=coco.",
+            "forward --config=cifar10",
+            "the network of cifar10 is unet_edm.ddpmpp, expected unet_sd.unet; use --config=coco.",
         ),
         ("forward --repeats=0", "repeats is 0 and batch_size 1; expected at least 1."),
         (
-            "sample --network=twemoji",
-            "twemoji takes its texts from wordllama, expected clip; use --network=coco.",
+            "sample --config=twemoji",
+            "twemoji takes its texts from wordllama, expected clip; use --config=coco.",
         ),
         (
-            "stack --network=twemoji",
-            "twemoji takes its texts from wordllama, expected clip; use --network=coco.",
+            "stack --config=twemoji",
+            "twemoji takes its texts from wordllama, expected clip; use --config=coco.",
         ),
         (
             "features --features=efficientnet --against=torch",
             "efficientnet has no counterpart in PyTorch here; leave --against out.",
         ),
         (
-            "features --images=0",
-            "expected --images, --batch_size and --repeats of at least 1, "
-            "and --size of at least 0.",
+            "features --count=0",
+            "expected --count, --batch_size and --repeats of at least 1, and --size of at least 0.",
         ),
-        ("memory --images=1", "images is 1; expected at least 2."),
+        ("memory --count=1", "count is 1; expected at least 2."),
         (
-            "step --network=coco:tiny --against=torch",
+            "step --config=coco:tiny --against=torch",
             "--against=torch knows the networks of unet_edm alone",
         ),
     ],

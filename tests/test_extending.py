@@ -2,7 +2,7 @@
 
 import pytest
 
-from dmd_jax import main
+from dmd_jax import __main__, lookup, main
 from dmd_jax.experiment import configs
 from dmd_jax.runtime import log, storage
 
@@ -113,6 +113,7 @@ import ml_collections
 
 def get_config():
     config = ml_collections.ConfigDict()
+    config.plugins = ("my_package",)
     config.stages = ("teacher", "pairs", "student", "evaluate")
     config.network = dict(name="my_package.network", size=4, channels=1, num_classes=2, width=8)
     config.process = dict(name="EDM", sigma_data=0.5)
@@ -153,10 +154,13 @@ def config(tmp_path, monkeypatch):
         (package / name).write_text(text)
     (tmp_path / "my_config.py").write_text(CONFIG)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(lookup, "_plugins", set())
     return configs.load(str(tmp_path / "my_config.py"))
 
 
-def test_a_config_runs_to_its_report_with_nothing_but_the_users_own_package(config, tmp_path):
+def test_a_config_runs_to_its_report_with_nothing_but_the_users_own_package(
+    config, tmp_path, monkeypatch
+):
     workdir = tmp_path / "run"
     main.run(config, workdir)
     result = storage.read_json(workdir / "evaluate/evaluation.json")
@@ -164,6 +168,12 @@ def test_a_config_runs_to_its_report_with_nothing_but_the_users_own_package(conf
     assert "FD-pixels" in result["scores"]["student"] and result["nfe"]["student"] == 1
     assert [row["step"] for row in log.read(workdir / "student")] == [2, 4]
     assert (workdir / "evaluate/report.png").exists()
+    monkeypatch.setattr(lookup, "_plugins", set())
+    sample = ["sample", f"--workdir={workdir}", "--label=1", f"--out={tmp_path / 'one.png'}"]
+    with pytest.raises(SystemExit, match="--plugins=my_package of a command"):
+        __main__.main(sample)
+    __main__.main([*sample, "--plugins=my_package"])
+    assert (tmp_path / "one.png").exists()
 
 
 def test_two_evaluations_have_two_results(config, tmp_path):

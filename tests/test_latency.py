@@ -172,7 +172,7 @@ def test_directories_by_command(files, tmp_path, capsys, monkeypatch):
     arguments = [
         "--model",
         str(files / "student"),
-        "--against",
+        "--teacher_model",
         str(files / "teacher"),
         "--repeats=2",
         "--batch_sizes=1,2",
@@ -230,7 +230,7 @@ def test_a_run_without_texts_and_decoder(finished, tmp_path, capsys, monkeypatch
         ([], "expected either --workdir"),
         (["--workdir=x", "--model=y"], "expected either --workdir"),
         (["--model=x"], "expected either --workdir"),
-        (["--model=x", "--against=y", "--teacher=z"], "expected either --workdir"),
+        (["--model=x", "--teacher_model=y", "--teacher=z"], "expected either --workdir"),
         (["--workdir=absent"], "absent is no run's directory"),
         (
             ["--workdir=x", "--batch_sizes=2,4"],

@@ -1,6 +1,8 @@
 """Names in a config stand for public functions, of this package or of the user's own."""
 
+import importlib
 import inspect
+import pkgutil
 import sys
 
 import pytest
@@ -38,6 +40,7 @@ def package(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text(text)
 
     write("my_method", METHOD)
+    monkeypatch.setattr(lookup, "_plugins", {"my_package"})
     yield write
     for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
         del sys.modules[name]
@@ -120,7 +123,50 @@ def test_a_module_without_make(package):
     )
 
 
-def test_neither_a_file_nor_a_module():
+def test_a_package_that_nobody_has_admitted_is_not_even_imported(package, tmp_path, monkeypatch):
+    package("spy", f"open({str(tmp_path / 'imported')!r}, 'w')\n\ndef make():\n    pass\n")
+    monkeypatch.setattr(lookup, "_plugins", set())
+    for name in ("my_package.spy", "my_package.spy.make", "subprocess.getoutput", "os.system"):
+        own = name.split(".")[0]
+        assert error_of("data", name).startswith(
+            f"{name} is of no package that a config may name, and dmd_jax/data has no file {own!r}"
+        )
+        assert error_of("data", name).endswith(
+            f"If {own} is your own, admit it: plugins=({own!r},) in the config, "
+            f"--plugins={own} of a command."
+        )
+    assert not (tmp_path / "imported").exists()
+    lookup.admit(["my_package"])
+    lookup.find("data", "my_package.spy")
+    assert (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("data", "records.write_shard"),
+        ("data", "captions.readable"),
+        ("data", "pixels.grid"),
+        ("models", "unet_edm.smooth_down"),
+        ("models", "clip_text.check"),
+        ("features", "classifier.fit"),
+        ("evals", "references.write"),
+        ("evals", "report.draw"),
+    ],
+)
+def test_helpers_of_our_own_files_are_not_offered(folder, name):
+    assert f"has no {name.split('.')[1]!r}" in error_of(folder, name)
+
+
+def test_every_choice_of_a_folder_exists():
+    for folder in ("data", "models"):
+        for file in pkgutil.iter_modules([f"dmd_jax/{folder}"]):
+            module = importlib.import_module(f"dmd_jax.{folder}.{file.name}")
+            assert all(callable(getattr(module, name)) for name in lookup._choices(module))
+
+
+def test_neither_a_file_nor_a_module(monkeypatch):
+    monkeypatch.setattr(lookup, "_plugins", {"dmb", "nowhere"})
     error = error_of("recipes", "dmb.method")
     assert error.startswith("there is no module dmb.method or dmb, and dmd_jax/recipes has no file")
     assert "'dmb' (did you mean 'dmd'?); there are: distil, dmd, reflow, teacher." in error

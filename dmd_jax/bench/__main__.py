@@ -1,12 +1,12 @@
 """Benchmarks of a config's own networks at their real size, with random weights.
 
-python -m dmd_jax.bench step --network=cifar10 --batch_size=2
-python -m dmd_jax.bench step --network=cifar10 --batch_size=2 --against=torch
-python -m dmd_jax.bench forward --network=coco --against=torch
-python -m dmd_jax.bench sample --network=coco --teacher_steps=3
-python -m dmd_jax.bench stack --network=coco
+python -m dmd_jax.bench step --config=cifar10 --batch_size=2
+python -m dmd_jax.bench step --config=cifar10 --batch_size=2 --against=torch
+python -m dmd_jax.bench forward --config=coco --against=torch
+python -m dmd_jax.bench sample --config=coco --teacher_steps=3
+python -m dmd_jax.bench stack --config=coco
 python -m dmd_jax.bench features --features=inception --against=torch
-python -m dmd_jax.bench memory --images=50000
+python -m dmd_jax.bench memory --count=50000
 python -m dmd_jax.bench records --need=64
 python -m dmd_jax.bench captions --need=64
 
@@ -111,22 +111,22 @@ def stack(arguments: argparse.Namespace):
 
 def features(arguments: argparse.Namespace):
     """Times a feature network, and compares it with PyTorch's."""
-    if min(arguments.images, arguments.batch_size, arguments.repeats) < 1 or arguments.size < 0:
+    if min(arguments.count, arguments.batch_size, arguments.repeats) < 1 or arguments.size < 0:
         raise ValueError(
-            "expected --images, --batch_size and --repeats of at least 1, and --size of at least 0."
+            "expected --count, --batch_size and --repeats of at least 1, and --size of at least 0."
         )
     print(timing.devices(), flush=True)
     times = features_lib.features(
         arguments.features,
-        count=arguments.images,
+        count=arguments.count,
         size=arguments.size,
         batch_size=arguments.batch_size,
         repeats=arguments.repeats,
         against=arguments.against,
     )
-    ours = [arguments.images / seconds for seconds in times.seconds]
-    theirs = [arguments.images / seconds for seconds in times.other]
-    print(f"{arguments.features}, {arguments.images} images in batches of {arguments.batch_size}")
+    ours = [arguments.count / seconds for seconds in times.seconds]
+    theirs = [arguments.count / seconds for seconds in times.other]
+    print(f"{arguments.features}, {arguments.count} images in batches of {arguments.batch_size}")
     print(f"jax: {timing.spread(ours)} images/s")
     if theirs:
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -137,12 +137,12 @@ def features(arguments: argparse.Namespace):
 
 def memory(arguments: argparse.Namespace):
     """Prints the memory that the statistics of many images take."""
-    if arguments.images < 2:
-        raise ValueError(f"images is {arguments.images}; expected at least 2.")
+    if arguments.count < 2:
+        raise ValueError(f"count is {arguments.count}; expected at least 2.")
     print(timing.devices(), flush=True)
-    cost = features_lib.statistics(arguments.images)
+    cost = features_lib.statistics(arguments.count)
     print(
-        f"{arguments.images} images of 32x32 pixels, {features_lib.DIMENSIONS} features: "
+        f"{arguments.count} images of 32x32 pixels, {features_lib.DIMENSIONS} features: "
         f"{cost.seconds:.0f} s"
     )
     print(f"peak memory: {cost.peak:.0f} MB, {cost.peak - cost.start:.0f} MB more than before")
@@ -183,15 +183,15 @@ def _load_stable_diffusion(arguments):
             f"repeats is {arguments.repeats} and batch_size {arguments.batch_size}; "
             "expected at least 1."
         )
-    config = configs.load(arguments.network)
+    config = configs.load(arguments.config)
     if config.network.name != "unet_sd.unet":
         raise ValueError(
-            f"the network of {arguments.network} is {config.network.name}, "
-            "expected unet_sd.unet; use --network=coco."
+            f"the network of {arguments.config} is {config.network.name}, "
+            "expected unet_sd.unet; use --config=coco."
         )
     config.network.dtype = arguments.dtype
     print(timing.devices())
-    print(f"{arguments.network}, {config.network.dtype}, batch {arguments.batch_size}", flush=True)
+    print(f"{arguments.config}, {config.network.dtype}, batch {arguments.batch_size}", flush=True)
     return build.stages(config)["teacher"]
 
 
@@ -199,8 +199,8 @@ def _text_encoder_and_decoder(arguments, stage):
     """Makes the text encoder and the autoencoder of Stable Diffusion."""
     if stage.run.text["name"] != "clip":
         raise ValueError(
-            f"{arguments.network} takes its texts from {stage.run.text['name']}, expected clip; "
-            "use --network=coco."
+            f"{arguments.config} takes its texts from {stage.run.text['name']}, expected clip; "
+            "use --config=coco."
         )
     width = stage.run.network["cross_attention_dim"]
     encoder = clip_text.clip(
@@ -240,7 +240,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _add_step(commands)
     for run in (forward, sample, stack):
         command = _add(commands, run)
-        _add_network(command, "coco")
+        _add_config(command, "coco")
         command.add_argument("--batch_size", type=int, default=1, help="images, over all devices")
         _add_repeats(command)
         command.add_argument(
@@ -257,7 +257,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             )
     _add_features(commands)
     _add(commands, memory).add_argument(
-        "--images", type=int, default=50_000, help="number of images"
+        "--count", type=int, default=50_000, help="number of images"
     )
     for run, count in ((records, 2000), (captions, 200)):
         command = _add(commands, run)
@@ -288,7 +288,7 @@ def _add(commands, run: Callable) -> argparse.ArgumentParser:
 
 def _add_step(commands):
     command = _add(commands, step_lib.step)
-    _add_network(command, "cifar10")
+    _add_config(command, "cifar10")
     command.add_argument(
         "--batch_size",
         type=int,
@@ -312,7 +312,7 @@ def _add_step(commands):
         help="directory to which the state is saved, and from which it is read back",
     )
     command.add_argument(
-        "--no-alone",
+        "--no_alone",
         dest="alone",
         action="store_false",
         help="do not time convolutions and matrix products alone",
@@ -324,7 +324,7 @@ def _add_features(commands):
     command.add_argument(
         "--features", default="inception", choices=list(features_lib.NETWORKS), help="the network"
     )
-    command.add_argument("--images", type=int, default=64, help="number of images in each run")
+    command.add_argument("--count", type=int, default=64, help="number of images in each run")
     command.add_argument(
         "--size",
         type=int,
@@ -336,11 +336,11 @@ def _add_features(commands):
     _add_against(command)
 
 
-def _add_network(command, default):
+def _add_config(command, default):
     command.add_argument(
-        "--network",
+        "--config",
         default=default,
-        help="name of a config in configs/, such as fashion_mnist:small",
+        help="a name of a config, such as fashion_mnist:small",
     )
 
 

@@ -24,7 +24,7 @@ def step(arguments: argparse.Namespace):
             f"steps is {arguments.steps} and batch_size {arguments.batch_size}; "
             "expected at least 1."
         )
-    config = configs.load(arguments.network)
+    config = configs.load(arguments.config)
     config.network.remat = arguments.remat
     config.network.dtype = arguments.dtype or config.network.dtype
     if arguments.against and not config.network.name.startswith("unet_edm."):
@@ -41,9 +41,7 @@ def step(arguments: argparse.Namespace):
         if arguments.against:
             torch_step = _make_torch_step(stage, state, arguments.batch_size)
     print(timing.devices())
-    print(
-        f"{arguments.network}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}"
-    )
+    print(f"{arguments.config}, {config.network.dtype}, distance {config.dmd.recipe.distance.name}")
     print(f"batch {arguments.batch_size} + {arguments.batch_size} pairs")
     _print_sizes(compiled, state)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from dmd_jax import generate
+from dmd_jax import commands, generate
 from dmd_jax.data import pixels as pixels_lib
 from dmd_jax.evals import report
 from dmd_jax.experiment import build, workdir
@@ -383,9 +383,7 @@ def _mean(values, digits):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax compare", description=__doc__.split("\n")[0]
-    )
+    parser = commands.parser("compare", __doc__)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -407,6 +405,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=report.aligned,
         help="the table so",
     )
+    commands.add_plugins(parser)
     return parser.parse_args(argv)
 
 

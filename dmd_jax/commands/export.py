@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 
+from dmd_jax import commands
 from dmd_jax.experiment import build
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
@@ -93,10 +94,8 @@ def _teacher_name(stage):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax export", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser = commands.parser("export", __doc__)
+    parser.add_argument("--workdir", required=True, help="directory of a run")
     parser.add_argument("--stage", required=True, help="the stage whose weights are wanted")
     parser.add_argument(
         "--out",
@@ -112,6 +111,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--base_model", default="", help="what the model card of a directory calls the teacher"
     )
+    commands.add_plugins(parser)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
 """Times an image by the teacher and by the student, always in the same way.
 
 python -m dmd_jax latency --workdir=/data/coco --out=latency.json
-python -m dmd_jax latency --model=student --against=stable-diffusion-v1-5 --dtype=bfloat16
+python -m dmd_jax latency --model=student --teacher_model=stable-diffusion-v1-5 --dtype=bfloat16
 
 Text encoder, network and decoder are timed, each alone and all together, from what is on the host
 to what is there again; the noise is drawn before. The first call of every shape compiles and does not
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dmd_jax import generate
+from dmd_jax import commands, generate
 from dmd_jax.evals import report
 from dmd_jax.experiment import build as build_lib
 from dmd_jax.experiment import model as model_lib
@@ -305,7 +305,7 @@ def find(arguments: argparse.Namespace) -> dict[str, model_lib.Found]:
       ValueError: it does not, or there are no such.
     """
     stages = arguments.teacher, arguments.student
-    if arguments.workdir and not (arguments.model or arguments.against):
+    if arguments.workdir and not (arguments.model or arguments.teacher_model):
         evaluation = workdir.read_run(storage.absolute(arguments.workdir)).evaluation
         if evaluation is None and not all(stages):
             raise ValueError("the run has no evaluation; name --teacher and --student.")
@@ -319,35 +319,33 @@ def find(arguments: argparse.Namespace) -> dict[str, model_lib.Found]:
             stage: model_lib.find(arguments.workdir, stage=stage, dtype=arguments.dtype)
             for stage in stages
         }
-    if arguments.workdir or any(stages) or not (arguments.model and arguments.against):
+    if arguments.workdir or any(stages) or not (arguments.model and arguments.teacher_model):
         raise ValueError(
             "expected either --workdir, and --teacher and --student if wanted, or --model and "
-            "--against."
+            "--teacher_model."
         )
-    paths = {"teacher": arguments.against, "student": arguments.model}
+    paths = {"teacher": arguments.teacher_model, "student": arguments.model}
     return {name: model_lib.find(path, dtype=arguments.dtype) for name, path in paths.items()}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax latency", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--workdir", default="", help="a run's directory")
+    parser = commands.parser("latency", __doc__)
+    parser.add_argument("--workdir", default="", help="directory of a run")
+    of_run = "a stage of the run; the evaluation's if not given"
+    parser.add_argument("--teacher", default="", help=of_run)
+    parser.add_argument("--student", default="", help=of_run)
+    parser.add_argument("--model", default="", help="the diffusers directory of the student")
     parser.add_argument(
-        "--teacher", default="", help="a stage of it; the evaluation's if not given"
+        "--teacher_model", default="", help="the diffusers directory of its teacher"
     )
-    parser.add_argument("--student", default="", help="the same")
-    parser.add_argument(
-        "--model", default="", help="the student's directory in the layout of diffusers"
-    )
-    parser.add_argument("--against", default="", help="the teacher's")
     parser.add_argument("--batch_sizes", default=BATCH_SIZES, help="growing, from 1 on")
     parser.add_argument("--repeats", type=int, default=5, help="runs that are timed")
     parser.add_argument(
         "--dtype", default="", choices=["", "float32", "bfloat16"], help="of the networks"
     )
     parser.add_argument("--out", default="", help="a JSON file to be written")
+    commands.add_plugins(parser)
     return parser.parse_args(argv)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from dmd_jax import commands
 from dmd_jax.runtime import storage
 from dmd_jax.weights import diffusers, diffusers_files, diffusers_write, lora
 
@@ -170,9 +171,7 @@ def _lora(argument):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax personalise", description=__doc__.split("\n")[0]
-    )
+    parser = commands.parser("personalise", __doc__)
     parser.add_argument("--model", required=True, help="the diffusers directory to start from")
     parser.add_argument("--out", required=True, help="the directory to be written")
     help_lora = "FILE or FILE:MULTIPLIER, a .safetensors file; may be given several times"

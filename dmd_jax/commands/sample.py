@@ -9,7 +9,7 @@ import argparse
 import numpy as np
 from PIL import Image
 
-from dmd_jax import samplers
+from dmd_jax import commands, samplers
 from dmd_jax.data import pixels
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.runtime import storage
@@ -17,16 +17,10 @@ from dmd_jax.runtime import storage
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax sample", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--workdir",
-        "--model",
-        required=True,
-        dest="path",
-        help="a run's directory, or a diffusers directory",
-    )
+    parser = commands.parser("sample", __doc__)
+    path = parser.add_mutually_exclusive_group(required=True)
+    path.add_argument("--workdir", help="directory of a run")
+    path.add_argument("--model", help="a diffusers directory, or its name on the hub")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--prompts", help="a file of prompts, one a line")
     parser.add_argument(
@@ -80,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=0,
         help="make the images so many times more, to time what needs no compiling",
     )
+    commands.add_plugins(parser)
     return parser.parse_args(argv)
 
 
@@ -110,7 +105,9 @@ def run(arguments: argparse.Namespace):
     control = [image for path in paths for image in [_read_control(path)] * copies] or None
     names = ("stage", "batch_size", "dtype", "controlnet", "quantize")
     model = model_lib.load(
-        arguments.path, sampler=changes, **{name: getattr(arguments, name) for name in names}
+        arguments.workdir or arguments.model,
+        sampler=changes,
+        **{name: getattr(arguments, name) for name in names},
     )
     prompts = [prompt for prompt in prompts for _ in range(arguments.count)]
     for repeat in range(arguments.repeats + 1):

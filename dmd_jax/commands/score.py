@@ -16,7 +16,7 @@ import time
 
 import jax
 
-from dmd_jax import lookup, sharding
+from dmd_jax import commands, lookup, sharding
 from dmd_jax.data import folder
 from dmd_jax.evals import protocols, references, report, suite
 from dmd_jax.experiment import evaluation
@@ -26,9 +26,7 @@ from dmd_jax.weights import published
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmd_jax score", description=__doc__.split("\n")[0]
-    )
+    parser = commands.parser("score", __doc__)
     add = parser.add_argument
     add("--images", required=True, help="a directory or a .zip")
     add("--protocol", required=True, help=f"one of {', '.join(protocols.PROTOCOLS)}")
@@ -65,6 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="",
         help="an .npz of --images (the first range of seeds) for --reference, pytorch-fid and EDM",
     )
+    commands.add_plugins(parser)
     return parser.parse_args(argv)
 
 

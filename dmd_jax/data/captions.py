@@ -25,6 +25,8 @@ from dmd_jax.data import tfds as tfds_lib
 from dmd_jax.runtime import storage
 from dmd_jax.weights import published
 
+CHOICES = ("coco", "tfds", "folder", "prompts", "without")  # what a config may name
+
 LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
 FIRST = 16  # rows; if the images of none of them are there, the path is wrong
 # Examples of a prepared dataset, which has a version; to read the captions of all takes minutes.

@@ -11,6 +11,8 @@ import numpy as np
 from dmd_jax.data import images
 from dmd_jax.runtime import storage
 
+CHOICES = ("read", "cropped")  # what a config may name
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "dataset.json"
 EXPECTED = 'expected {"labels": [["00000/img00000000.png", 6], ...]} with every image once, or {"labels": null}'

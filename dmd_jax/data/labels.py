@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+CHOICES = ("every", "random")  # what a config may name
+
 
 @dataclasses.dataclass(frozen=True)
 class RandomLabels:

@@ -15,6 +15,8 @@ from grain import sources
 
 from dmd_jax.runtime import storage
 
+CHOICES = ("read",)  # what a config may name
+
 MANIFEST, TEXTS = "manifest.json", "texts.json"
 
 

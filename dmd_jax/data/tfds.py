@@ -8,6 +8,8 @@ import tensorflow_datasets
 from dmd_jax.data import images
 from dmd_jax.runtime import storage
 
+CHOICES = ("read",)  # what a config may name
+
 
 class Examples:
     """The records of `images.Files`."""

@@ -126,6 +126,7 @@ def stages(config: ml_collections.ConfigDict) -> dict[str, Stage]:
       ValueError: a key is unknown or missing, or a value does not fit; see `settings.read`.
     """
     config = settings_lib.complete(config.copy_and_resolve_references())
+    lookup.admit(config.plugins)
     return from_settings(*settings_lib.read(config.to_dict()))
 
 

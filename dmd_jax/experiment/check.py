@@ -205,7 +205,7 @@ def _check_evaluation(stage):
         _check_sampled(stage, getattr(settings, role), f"{stage.name}.{role}")
     evaluation.check(stage, settings.protocol, settings.count, stage.name)
     for metric in settings.metrics:
-        lookup.find("evals", metric)
+        lookup.check_arguments(lookup.find("evals", metric), {}, f"metric {metric}", None, None)
     for name, row in settings.others.items():
         where = f"{stage.name}.others.{name}"
         if name in ("real", settings.teacher, settings.student):

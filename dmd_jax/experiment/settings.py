@@ -66,6 +66,8 @@ class Run:
     autoencoder: dict | None = setting(None)
     # Values to which several settings refer, such as the places of files.
     variables: dict = setting({}, may_change=True)
+    # Packages of the user's own whose functions the config may name; see dmd_jax/lookup.py.
+    plugins: tuple = setting((), may_change=True)
     profile: str = setting("", may_change=True)  # the first and the last step to trace; "" = none
 
 

@@ -18,6 +18,8 @@ from flax import nnx
 
 from dmd_jax.models import clip_text, layers
 
+CHOICES = ("clip",)  # what a config may name
+
 INITIALIZERS = (
     (r"logit_scale$", lambda rng, shape: np.full(shape, np.log(1 / 0.07))),
     (r"class_embedding$", layers.normal(0.02)),

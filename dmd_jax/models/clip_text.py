@@ -13,6 +13,8 @@ from flax import nnx
 
 from dmd_jax.models import layers
 
+CHOICES = ("clip",)  # what a config may name
+
 
 def quick_gelu(x):
     """Returns OpenAI's approximation of the GELU."""

@@ -20,6 +20,8 @@ from flax import nnx
 
 from dmd_jax.models import layers, unet_sd
 
+CHOICES = ("controlnet",)  # what a config may name
+
 INITIALIZERS = (
     (r"^controlnet_(down_blocks|mid_block)\..*kernel$", layers.zeros),
     *unet_sd.INITIALIZERS,

@@ -17,6 +17,8 @@ from flax import nnx
 
 from dmd_jax.models import layers
 
+CHOICES = ("ddpmpp", "ncsnpp", "adm")  # what a config may name
+
 SQRT_HALF = 0.5**0.5
 
 # Kinds of layers in the encoder and the decoder.

@@ -16,6 +16,8 @@ from flax import nnx, traverse_util
 
 from dmd_jax.models import layers
 
+CHOICES = ("unet",)  # what a config may name
+
 PADDING = 1  # of convolutions that halve the resolution; the autoencoder's differs
 INITIALIZERS = (
     (r"scale$", layers.ones),

@@ -13,6 +13,8 @@ from flax import nnx
 
 from dmd_jax.models import layers
 
+CHOICES = ("kl", "tiny", "space_to_depth")  # what a config may name
+
 PADDING = ((0, 1), (0, 1))  # of convolutions that halve the resolution in `kl`
 INITIALIZERS = (
     (r"scale$", layers.ones),
