@@ -640,9 +640,11 @@ def test_the_command_measures_it(laion, scorer, pixels, tmp_path, monkeypatch):
             clip=laion[0],
         )
         arguments = [f"--{name}={value}" for name, value in paths.items()]
-        return score_lib.run(
-            score_lib.parse([*arguments, f"--protocol={protocol}", "--batch_size=8"])
-        )["scores"]["images"]
+        return (
+            score_lib.run(score_lib.parse([*arguments, f"--protocol={protocol}", "--batch_size=8"]))
+            .rows[0]
+            .scores
+        )
 
     scores, vectors = run("small"), (scorer.images(pixels), scorer.texts(captions))
     assert scores[f"CLIP-{scorer.name}"] == pytest.approx(

@@ -22,7 +22,7 @@ from dmd_jax.stages import embed, evaluate, import_weights
 from dmd_jax.weights import state_dict
 
 pytest.importorskip("diffusers")
-from tests.helpers import sd
+from tests.helpers import runs, sd
 from tests.helpers.runs import stage_of, values_of
 
 TEXTS = (
@@ -150,9 +150,10 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
         np.load(workdir / "prompts" / embed.NULL), np.load(workdir / "captions" / embed.NULL)
     )
     assert len(records.read(directory=workdir / "pairs")) == 16
-    scores = storage.read_json(workdir / "evaluate/evaluation.json")
-    assert scores["reference_count"] == 22 and scores["nfe"] == {"teacher": 5, "dmd": 1}
-    assert scores["scores"]["dmd"].keys() == scores["scores"]["teacher"].keys()
+    result = runs.result_of(workdir)
+    assert result.reference["count"] == 22
+    assert runs.nfe_of(result) == {"teacher": 5, "dmd": 1}
+    assert result.row("dmd").scores.keys() == result.row("teacher").scores.keys()
 
 
 def test_a_second_run_does_nothing(run, capsys):

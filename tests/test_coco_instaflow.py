@@ -8,7 +8,7 @@ from dmd_jax import main
 from dmd_jax.commands import export
 from dmd_jax.data import records
 from dmd_jax.experiment import model
-from dmd_jax.runtime import checkpoint, log, storage
+from dmd_jax.runtime import checkpoint, log
 from tests.helpers import runs
 
 pytest.importorskip("diffusers")
@@ -37,11 +37,11 @@ def test_every_stage_leaves_what_the_next_one_reads(run):
         == len(records.read(directory=workdir / "flow_pairs"))
         == 16
     )
-    scores = storage.read_json(workdir / "evaluate/evaluation.json")
-    assert scores["nfe"]["distil_2"] == 1 and scores["nfe"]["reflow_2_euler_2"] == 2
-    assert scores["straightness"].keys() == {"teacher", "reflow_2"}
-    assert all(np.isfinite(list(scores["straightness"].values())))
-    rows = scores["scores"]
+    result = runs.result_of(workdir)
+    assert result.row("distil_2").nfe == 1 and result.row("reflow_2_euler_2").nfe == 2
+    assert result.straightness.keys() == {"teacher", "reflow_2"}
+    assert all(np.isfinite(list(result.straightness.values())))
+    rows = runs.scores_of(result)
     assert rows["distil_2"].keys() == rows["teacher"].keys() == rows["reflow_2_euler_2"].keys()
 
 

@@ -1,6 +1,6 @@
 """Several runs in one table and one picture, and those that do not belong there."""
 
-import json
+import dataclasses
 import pathlib
 import shutil
 import statistics
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dmd_jax.commands import compare
-from dmd_jax.evals import report
+from dmd_jax.evals import report, result
 from dmd_jax.experiment import build, configs
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
@@ -18,39 +18,49 @@ from dmd_jax.runtime import storage
 from dmd_jax.stages import embed, import_weights
 from tests.helpers.runs import smoke, stage_of
 
-RESULT = {
-    "protocol": {
-        "name": "digits",
-        "count": 64,
-        "ranges": 1,
-        "quantisation": "none",
-        "source": "here",
-    },
-    "networks": {"mlp@8": "abc"},
-    "reference_count": 500,
-    "reference_digest": "def",
-    "conditions": "123",
-    "versions": {"teacher": 30, "dmd": 20},
-    "nfe": {"teacher": 35, "dmd": 1},
-    "seconds_per_image": {"teacher": 0.02, "dmd": 0.001},
-    "training_seconds": {"teacher": 100.0, "dmd": None},
-    "speedup": 20.0,
+PROTOCOL = {
+    "name": "digits",
+    "count": 64,
+    "ranges": 1,
+    "quantisation": "none",
+    "source": "here",
 }
+ASKED = {"protocol": PROTOCOL, "conditions": "123", "versions": {"teacher": 30, "dmd": 20}}
+
+
+def write_result(path, scores, **changes):
+    """Writes an evaluation of a run; changes are of the result, or of what it asked."""
+    asked = {key: changes.pop(key, value) for key, value in ASKED.items()}
+    costs = {
+        "teacher": dict(nfe=35, seconds_per_image=0.02, training_seconds=100.0),
+        "dmd": dict(nfe=1, seconds_per_image=0.001),
+    }
+    found = result.Result(
+        asked=asked,
+        rows=tuple(result.Row(name=name, scores=scores[name], **costs[name]) for name in costs),
+        real=scores.get("real", {}),
+        reference={"count": 500, "digest": changes.pop("digest", "def")},
+        networks=changes.pop("networks", {"mlp@8": "abc"}),
+        packages={},
+        device="1 x cpu",
+    )
+    (path / "evaluate").mkdir(parents=True)
+    changed = dataclasses.replace(found, **changes)
+    storage.write_json(path / "evaluate/evaluation.json", changed.to_json())
 
 
 def write_run(path, *, seed=0, scores=1.0, config=(), **changes):
-    """A run's directory with a config and an evaluation; scores of the teacher are `scores`, of the student twice that."""
+    """Writes a run's directory; the teacher has these scores, and the student twice as many."""
     settings = smoke()
     settings.seed = seed
     settings.update(dict(config))
-    (path / "evaluate").mkdir(parents=True)
-    (path / "config.json").write_text(settings.to_json_best_effort())
     found = {
         "real": {"FD": 0.5, "recall": 1.0},
         "teacher": {"FD": scores, "recall": 0.5},
         "dmd": {"FD": 2 * scores, "recall": 0.25},
     }
-    (path / "evaluate/evaluation.json").write_text(json.dumps(RESULT | {"scores": found} | changes))
+    write_result(path, found, **changes)
+    (path / "config.json").write_text(settings.to_json_best_effort())
     return path
 
 
@@ -115,18 +125,18 @@ def test_an_imported_teacher_is_the_same_whatever_the_seed(tmp_path, version, ro
     ("changes", "told"),
     [
         ({"networks": {"mlp@8": "xyz"}}, r'networks \({"mlp@8": "abc"}, {"mlp@8": "xyz"}\)'),
-        ({"reference_digest": "other"}, r'reference_digest \("def", "other"\)'),
+        ({"digest": "other"}, r'reference digest \("def", "other"\)'),
         ({"conditions": "456"}, r'conditions \("123", "456"\)'),
         (
-            {"protocol": RESULT["protocol"] | {"count": 32, "ranges": 3}},
+            {"protocol": PROTOCOL | {"count": 32, "ranges": 3}},
             r"protocol count \(64, 32\), protocol ranges \(1, 3\)",
         ),
         (
-            {"protocol": RESULT["protocol"] | {"name": "digits:train"}},
+            {"protocol": PROTOCOL | {"name": "digits:train"}},
             r'protocol name \("digits", "digits:train"\)',
         ),
         (
-            {"protocol": RESULT["protocol"] | {"quantisation": "round"}},
+            {"protocol": PROTOCOL | {"quantisation": "round"}},
             r'protocol quantisation \("none", "round"\)',
         ),
     ],
@@ -143,7 +153,7 @@ def test_what_does_not_change_the_meaning_is_not_asked(tmp_path):
     write_run(tmp_path / "a")
     write_run(
         tmp_path / "b",
-        protocol=RESULT["protocol"] | {"source": "elsewhere"},
+        protocol=PROTOCOL | {"source": "elsewhere"},
         device="8 x TPU",
         packages={"jax": "9"},
     )
@@ -160,10 +170,14 @@ def test_directories_that_are_no_runs(tmp_path):
         cells(f"z={tmp_path}/z-*")
     with pytest.raises(ValueError, match="two rows are named a; name them, such as other="):
         cells(run, f"a={run}")
-    storage.write_json(run / "evaluate/evaluation.json", {"protocol": {}, "nfe": {}})
+    file = run / "evaluate/evaluation.json"
+    values = storage.read_json(file)
+    storage.write_json(file, values | {"rows": values["rows"][:1]})
+    with pytest.raises(ValueError, match=r"has no dmd, which the config asks for; evaluate the"):
+        cells(run)
+    storage.write_json(file, {"protocol": {}, "nfe": {}})
     with pytest.raises(
-        ValueError,
-        match="has no nfe, scores, seconds_per_image, speedup, training_seconds, versions: an older version wrote it",
+        ValueError, match=r"json: this is no result of an evaluation by this version"
     ):
         cells(run)
     (run / "evaluate/evaluation.json").unlink()
@@ -243,11 +257,9 @@ def test_the_picture_of_a_run(finished, tmp_path, capsys, monkeypatch):
 
 
 def test_weights_that_are_not_those_of_the_scores(workdir):
-    result = storage.read_json(workdir / "evaluate/evaluation.json")
-    storage.write_json(
-        workdir / "evaluate/evaluation.json",
-        result | {"versions": result["versions"] | {"dmd": 10}},
-    )
+    values = storage.read_json(workdir / "evaluate/evaluation.json")
+    values["asked"]["versions"]["dmd"] = 10
+    storage.write_json(workdir / "evaluate/evaluation.json", values)
     with pytest.raises(
         ValueError,
         match=r"the evaluation of .* is of dmd at 10, which is now at 20; evaluate the run again",
@@ -285,10 +297,7 @@ def test_the_prompts_of_a_run_stand_above(tmp_path):
     (workdir / "config.json").write_text(config.to_json_best_effort())
     versions = {stage: workdir_lib.version(workdir / stage) for stage in ("teacher", "dmd")}
     scores = {"teacher": {"FD": 1.0}, "dmd": {"FD": 2.0}}
-    (workdir / "evaluate").mkdir()
-    storage.write_json(
-        workdir / "evaluate/evaluation.json", RESULT | {"scores": scores, "versions": versions}
-    )
+    write_result(workdir, scores, versions=versions)
     rows = compare.open_rows([str(workdir)])
     conditions, images = compare.sampled(rows, 3, 1)
     assert (

@@ -4,7 +4,8 @@ import pytest
 
 from dmd_jax import __main__, lookup, main
 from dmd_jax.experiment import configs
-from dmd_jax.runtime import log, storage
+from dmd_jax.runtime import log
+from tests.helpers import runs
 
 FILES = {
     "method.py": """
@@ -163,9 +164,9 @@ def test_a_config_runs_to_its_report_with_nothing_but_the_users_own_package(
 ):
     workdir = tmp_path / "run"
     main.run(config, workdir)
-    result = storage.read_json(workdir / "evaluate/evaluation.json")
-    assert result["scores"]["student"]["brightness apart"] > 0
-    assert "FD-pixels" in result["scores"]["student"] and result["nfe"]["student"] == 1
+    student = runs.result_of(workdir).row("student")
+    assert student.scores["brightness apart"] > 0
+    assert "FD-pixels" in student.scores and student.nfe == 1
     assert [row["step"] for row in log.read(workdir / "student")] == [2, 4]
     assert (workdir / "evaluate/report.png").exists()
     monkeypatch.setattr(lookup, "_plugins", set())
@@ -183,8 +184,9 @@ def test_two_evaluations_have_two_results(config, tmp_path):
     workdir = tmp_path / "run"
     main.run(config, workdir)
     for name, count in (("evaluate", 24), ("second", 16)):
-        result = storage.read_json(workdir / name / "evaluation.json")
-        assert result["protocol"]["count"] == count and (workdir / name / "report.png").exists()
+        result = runs.result_of(workdir, name)
+        assert result.asked["protocol"]["count"] == count
+        assert (workdir / name / "report.png").exists()
 
 
 def test_a_name_that_the_package_does_not_have(config, tmp_path):

@@ -11,7 +11,7 @@ from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 from dmd_jax.stages import import_weights
 from dmd_jax.weights import edm, published
-from tests.helpers.runs import params_of, smoke, stage_of
+from tests.helpers.runs import nfe_of, params_of, result_of, smoke, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,7 @@ def test_a_file_becomes_a_one_step_generator(finished, teacher_file, tmp_path, c
     chex.assert_trees_all_equal(
         params_of(config, tmp_path, "teacher"), params_of(smoke(), finished, "teacher")
     )
-    result = storage.read_json(tmp_path / "evaluate/evaluation.json")
-    assert result["nfe"] == {"teacher": 7, "dmd": 1}
+    assert nfe_of(result_of(tmp_path)) == {"teacher": 7, "dmd": 1}
     assert storage.read_json(tmp_path / "teacher/source.json")["sha256"] == published.sha256(
         teacher_file
     )

@@ -1,6 +1,5 @@
 """Runs of several processes: they give what one gives, and end together. These start processes."""
 
-import json
 import pathlib
 import shutil
 import signal
@@ -17,7 +16,7 @@ from dmd_jax.data import records
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import checkpoint, distributed, log
 from dmd_jax.stages import train
-from tests.helpers import processes, small
+from tests.helpers import processes, runs, small
 from tests.helpers.runs import params_of, stage_of, values_of
 
 ENDLESS = "--config.teacher.num_steps=1000000"
@@ -73,10 +72,11 @@ def test_two_processes_give_what_one_gives(one, two):
     for i in range(len(theirs)):
         np.testing.assert_array_equal(ours[i]["noise"], theirs[i]["noise"])
         np.testing.assert_allclose(ours[i]["image"], theirs[i]["image"], atol=1e-5)
-    ours, theirs = (json.loads((d / "evaluate/evaluation.json").read_text()) for d in (two, one))
-    assert ours["protocol"] == theirs["protocol"]
-    for name in ("scores", "straightness"):
-        chex.assert_trees_all_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+    ours, theirs = (runs.result_of(directory) for directory in (two, one))
+    assert ours.asked["protocol"] == theirs.asked["protocol"]
+    chex.assert_trees_all_close(ours.straightness, theirs.straightness, rtol=1e-5, atol=1e-6)
+    scores = [runs.scores_of(result) for result in (ours, theirs)]
+    chex.assert_trees_all_close(*scores, rtol=1e-5, atol=1e-6)
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same(killed, two, tmp_path):

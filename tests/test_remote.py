@@ -297,10 +297,9 @@ def test_a_run(bucket, tmp_path, monkeypatch, capfd):
     chex.assert_trees_all_equal(
         [ours[i] for i in range(len(ours))], [expected[i] for i in range(len(expected))]
     )
-    ours, expected = (
-        storage.read_json(directory / "evaluate/evaluation.json") for directory in (remote, local)
-    )
-    assert ours["protocol"] == expected["protocol"] and ours["scores"] == expected["scores"]
+    ours, expected = (runs.result_of(directory) for directory in (remote, local))
+    assert ours.asked["protocol"] == expected.asked["protocol"]
+    assert runs.scores_of(ours) == runs.scores_of(expected)
     assert (
         bucket["run/teacher/samples/0000006.png"][0]
         == (local / "teacher/samples/0000006.png").read_bytes()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dmd_jax.commands import score
-from dmd_jax.evals import protocols
+from dmd_jax.evals import protocols, suite
 
 RNG = np.random.default_rng(0)
 SMALL = dataclasses.replace(
@@ -73,6 +73,10 @@ def run(*arguments, **settings):
     )
 
 
+def scores_of(result):
+    return result.rows[0].scores
+
+
 def test_the_result_says_all_that_it_follows_from(real, fake, tmp_path, capsys):
     result = run(
         images=fake,
@@ -80,18 +84,15 @@ def test_the_result_says_all_that_it_follows_from(real, fake, tmp_path, capsys):
         out=tmp_path / "scores.json",
         save_statistics=tmp_path / "fake.npz",
     )
-    assert result == json.loads((tmp_path / "scores.json").read_text())
+    assert result.to_json() == json.loads((tmp_path / "scores.json").read_text())
     assert (
-        result["protocol"]["name"] == "small"
-        and result["protocol"]["count"] == 40
-        and result["protocol"]["neighbours"] == 30
+        result.asked["protocol"]["name"] == "small"
+        and result.asked["protocol"]["count"] == 40
+        and result.asked["protocol"]["neighbours"] == 30
     )
-    assert (
-        result["reference"]["count"] == 48
-        and result["images"]["there"] == 40
-        and "EffNetLite0@32" in result["networks"]
-    )
-    scores, floor = result["scores"]["images"], result["scores"]["real"]
+    assert result.reference["count"] == 48 and "EffNetLite0@32" in result.networks
+    scores = scores_of(result)
+    floor = result.real
     assert (
         scores.keys()
         == floor.keys()
@@ -99,7 +100,7 @@ def test_the_result_says_all_that_it_follows_from(real, fake, tmp_path, capsys):
     )
     assert "FD-EffNetLite0@32" in capsys.readouterr().out
     for reference in (fake, tmp_path / "fake.npz"):  # against itself
-        again = run(images=fake, reference=reference)["scores"]["images"]
+        again = scores_of(run(images=fake, reference=reference))
         assert again["FD-EffNetLite0@32"] == pytest.approx(0, abs=1e-6)
     archive = tmp_path / "fake.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -107,17 +108,17 @@ def test_the_result_says_all_that_it_follows_from(real, fake, tmp_path, capsys):
             file.write(path, path.name)
     again = run(images=archive, reference=real, batch_size="40")
     assert (
-        again["scores"]["images"] == pytest.approx(scores, rel=1e-6, abs=1e-8)
-        and again["reference"] == result["reference"]
+        scores_of(again) == pytest.approx(scores, rel=1e-6, abs=1e-8)
+        and again.reference == result.reference
     )
 
 
 def test_statistics_of_a_reference_are_kept(real, fake, monkeypatch):
     run(images=fake, reference=real)
     collected = []
-    collect = score.suite.collect
+    collect = suite.collect
     monkeypatch.setattr(
-        score.suite,
+        suite,
         "collect",
         lambda *args, **settings: collected.append(1) or collect(*args, **settings),
     )
@@ -126,7 +127,7 @@ def test_statistics_of_a_reference_are_kept(real, fake, monkeypatch):
 
 
 def test_another_count_stands_in_the_names(real, fake):
-    scores = run(images=fake, reference=real, count="20")["scores"]["images"]
+    scores = scores_of(run(images=fake, reference=real, count="20"))
     assert all(name.endswith("-20") for name in scores) and "FD-EffNetLite0@32-20" in scores
 
 
@@ -149,7 +150,7 @@ def test_images_of_any_size(real, fake, tmp_path):
                 tmp_path / "b" / path.name
             )
     a, b = (run(images=tmp_path / name, reference=real, protocol="cropped") for name in "ab")
-    assert a["scores"] == b["scores"] == run(images=tmp_path / "b", reference=real)["scores"]
+    assert scores_of(a) == scores_of(b) == scores_of(run(images=tmp_path / "b", reference=real))
 
 
 def test_digits_need_no_reference(tmp_path):
@@ -158,8 +159,8 @@ def test_digits_need_no_reference(tmp_path):
     for i, pixels in enumerate(datasets.load_digits().images[:200]):
         Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(tmp_path / f"{i:05d}.png")
     result = run(images=tmp_path, protocol="digits", count="200")
-    assert result["reference"]["count"] == 500 and result["scores"]["real"]["FD-mlp@8"] < 1
-    assert 0 < result["scores"]["images"]["FD-mlp@8-200"] < 10
+    assert result.reference["count"] == 500 and result.real["FD-mlp@8"] < 1
+    assert 0 < scores_of(result)["FD-mlp@8-200"] < 10
     with pytest.raises(
         ValueError, match=r"the protocol digits has real images of its own, expected no --reference"
     ):

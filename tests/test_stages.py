@@ -1,6 +1,5 @@
 """The stages of configs/digits.py:smoke, run in this process."""
 
-import json
 import pathlib
 import shutil
 import subprocess
@@ -20,9 +19,18 @@ from dmd_jax.data import labels as labels_lib
 from dmd_jax.experiment import build
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
-from dmd_jax.runtime import checkpoint, log, storage
+from dmd_jax.runtime import checkpoint, log
 from dmd_jax.stages import evaluate, pairs, train
-from tests.helpers.runs import check_of, params_of, smoke, stage_of, values_of
+from tests.helpers.runs import (
+    check_of,
+    nfe_of,
+    params_of,
+    result_of,
+    scores_of,
+    smoke,
+    stage_of,
+    values_of,
+)
 
 
 def test_a_finished_workdir_holds_everything(finished):
@@ -41,10 +49,10 @@ def test_a_finished_workdir_holds_everything(finished):
     assert Image.open(finished / "evaluate/report.png").size[0] > 1000
     rows = log.read(finished / "dmd")
     assert {"matching", "regression", "fake_score", "grad_norm", "skipped"} <= rows[0].keys()
-    result = json.loads((finished / "evaluate/evaluation.json").read_text())
-    assert result["nfe"] == {"teacher": 35, "dmd": 1}
-    scores = result["scores"]
-    assert scores["real"]["agreement"] > 0.99 and result["reference_agreement"] > 0.97
+    result = result_of(finished)
+    assert nfe_of(result) == {"teacher": 35, "dmd": 1}
+    scores = scores_of(result)
+    assert scores["real"]["agreement"] > 0.99 and result.reference["agreement"] > 0.97
     assert (
         scores["teacher"].keys()
         == scores["dmd"].keys()
@@ -496,20 +504,14 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
     config.evaluate.others.int8 = dict(stage="dmd", sampler=dict(name="one_step"), quantize="int8")
     config.evaluate.straightness = dict(stages=("teacher", "flow"), num_steps=10, count=32)
     main.run(config, workdir, "evaluate")
-    result = storage.read_json(workdir / "evaluate/evaluation.json")
-    assert list(result["nfe"]) == ["teacher", "dmd", "adaptive", "two", "eight", "int8"]
-    assert (result["nfe"]["two"], result["nfe"]["eight"]) == (2, 8) and 8 < result["nfe"][
-        "adaptive"
-    ] < 200
-    assert (
-        result["scores"]["int8"] != result["scores"]["dmd"]
-        and result["scores"]["int8"].keys() == result["scores"]["dmd"].keys()
-    )
-    assert (
-        result["straightness"]["teacher"] == pytest.approx(result["straightness"]["flow"])
-        and result["straightness"]["flow"] > 0
-    )
-    assert result["training_seconds"]["teacher"] > 0
+    result = result_of(workdir)
+    nfe = nfe_of(result)
+    assert list(nfe) == ["teacher", "dmd", "adaptive", "two", "eight", "int8"]
+    assert (nfe["two"], nfe["eight"]) == (2, 8) and 8 < nfe["adaptive"] < 200
+    scores = scores_of(result)
+    assert scores["int8"] != scores["dmd"] and scores["int8"].keys() == scores["dmd"].keys()
+    assert result.straightness["teacher"] == pytest.approx(result.straightness["flow"])
+    assert result.straightness["flow"] > 0 and result.row("teacher").training_seconds > 0
     text = capsys.readouterr().out
     assert "straightness of flow: 0." in text and text.index("adaptive ") < text.index(
         "two "

@@ -13,9 +13,9 @@ from dmd_jax.data import pixels
 from dmd_jax.evals import frechet, protocols, references, suite
 from dmd_jax.experiment import evaluation
 from dmd_jax.features import efficientnet, inception
-from dmd_jax.runtime import log, storage
+from dmd_jax.runtime import log
 from dmd_jax.stages import evaluate
-from tests.helpers.runs import check_of, smoke, stage_of
+from tests.helpers.runs import check_of, result_of, smoke, stage_of
 
 RNG = np.random.default_rng(0)
 COUNT = 2048
@@ -295,23 +295,20 @@ def test_edms_protocol(workdir, monkeypatch):
     monkeypatch.setitem(
         protocols.PROTOCOLS, "three", dataclasses.replace(protocols.DIGITS, name="three", ranges=3)
     )
-    one, config = storage.read_json(workdir / "evaluate/evaluation.json"), smoke()
+    one = result_of(workdir)
+    config = smoke()
     config.evaluate.protocol = "three"
     assert not evaluate.done(stage_of(config, "evaluate"), workdir)
     evaluate.run(stage_of(config, "evaluate"), workdir)
-    result, name = storage.read_json(workdir / "evaluate/evaluation.json"), "FD-mlp@8-64"
-    for model in ("teacher", "dmd"):
-        ranges = [scores[name] for scores in result["seed_ranges"][model]]
-        assert len(set(ranges)) == 3 and ranges[0] == pytest.approx(
-            one["scores"][model][name], rel=1e-6
-        )
-        assert result["scores"][model][name] == min(ranges) and result["scores"][model][
-            f"{name} mean"
-        ] == pytest.approx(np.mean(ranges))
-    assert (
-        result["networks"] == one["networks"]
-        and result["reference_digest"] == one["reference_digest"]
-    )
+    result = result_of(workdir)
+    name = "FD-mlp@8-64"
+    for row in result.rows:
+        ranges = [scores[name] for scores in row.seed_ranges]
+        assert len(set(ranges)) == 3
+        assert ranges[0] == pytest.approx(one.row(row.name).scores[name], rel=1e-6)
+        assert row.scores[name] == min(ranges)
+        assert row.scores[f"{name} mean"] == pytest.approx(np.mean(ranges))
+    assert result.networks == one.networks and result.reference == one.reference
     assert evaluate.done(stage_of(config, "evaluate"), workdir)
 
 
@@ -323,7 +320,7 @@ def test_the_scores_of_training_are_an_evaluation(workdir):
     config = smoke()
     config.evaluate.protocol = "digits:train"
     evaluate.run(stage_of(config, "evaluate"), workdir)
-    scores = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
+    scores = result_of(workdir).row("dmd").scores
     assert {name: row[name] for name in scores} == pytest.approx(scores, rel=1e-5)
 
 
@@ -340,10 +337,10 @@ def test_statistics_as_a_reference(workdir, monkeypatch):
     measuring = evaluation.make_suite(stage, "open", workdir, parallel)
     real = evaluation.reference(stage, measuring, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
-    before = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
+    before = result_of(workdir).row("dmd").scores
     config.evaluate.statistics = str(workdir / "ref.npz")
     evaluate.run(stage_of(config, "evaluate"), workdir)
-    scores = storage.read_json(workdir / "evaluate/evaluation.json")["scores"]["dmd"]
+    scores = result_of(workdir).row("dmd").scores
     assert scores == pytest.approx(before)  # single images from the reference, too
     config.evaluate.protocol, config.evaluate.reference = "digits", {}
     with pytest.raises(

@@ -8,7 +8,7 @@ from dmd_jax import main
 from dmd_jax.data import records, twemoji
 from dmd_jax.experiment import configs
 from dmd_jax.experiment import model as model_lib
-from dmd_jax.runtime import storage
+from tests.helpers import runs
 
 
 def toy():
@@ -46,12 +46,12 @@ def test_every_stage_leaves_what_the_next_one_reads(workdir):
 
 
 def test_the_report_says_whether_images_show_their_captions(workdir):
-    scores = storage.read_json(workdir / "evaluate/evaluation.json")
+    result = runs.result_of(workdir)
     names = {f"R@{k} {kind}" for k in (1, 10) for kind in ("seen", "unseen")}
     for model in ("teacher", "dmd"):
-        found = scores["scores"][model]
+        found = result.row(model).scores
         assert names <= found.keys() and all(0 <= found[name] <= 1 for name in names)
-    assert scores["nfe"] == {"teacher": 3, "dmd": 1}
+    assert runs.nfe_of(result) == {"teacher": 3, "dmd": 1}
     assert (
         Image.open(workdir / "evaluate/captions.png").size[0] > 800
         and (workdir / "evaluate/report.png").exists()

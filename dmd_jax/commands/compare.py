@@ -24,6 +24,7 @@ import numpy as np
 from dmd_jax import commands, generate
 from dmd_jax.data import pixels as pixels_lib
 from dmd_jax.evals import report
+from dmd_jax.evals import result as result_lib
 from dmd_jax.experiment import build, workdir
 from dmd_jax.experiment import evaluation as evaluation_lib
 from dmd_jax.experiment import model as model_lib
@@ -43,14 +44,14 @@ PROTOCOL = (
     "diversity",
 )
 # What scores in one column have in common, by its place in evaluation.json.
-SAME = tuple(("protocol", key) for key in PROTOCOL)
-SAME += (
+SAME = (
+    *(("asked", "protocol", key) for key in PROTOCOL),
+    ("asked", "conditions"),
+    ("asked", "seed"),
+    ("asked", "extras", "retrieval"),
     ("networks",),
-    ("reference_count",),
-    ("reference_digest",),
-    ("conditions",),
-    ("seed",),
-    ("extras", "retrieval"),
+    ("reference", "count"),
+    ("reference", "digest"),
 )
 
 
@@ -65,7 +66,7 @@ class Run(NamedTuple):
 
     path: storage.Path
     evaluation: build.Stage
-    result: dict
+    result: result_lib.Result
 
 
 class Row(NamedTuple):
@@ -85,9 +86,10 @@ class Row(NamedTuple):
         """The name of the stage that is the row's model in a run."""
         return getattr(run.evaluation.settings, self.role)
 
-    def values(self, key: str) -> list:
-        """What evaluation.json has of the model under `key`, for each run."""
-        return [run.result[key].get(self.stage(run)) for run in self.runs]
+    @property
+    def results(self) -> list[result_lib.Row]:
+        """The results of the model, one for each run."""
+        return [run.result.row(self.stage(run)) for run in self.runs]
 
 
 def open_run(path: storage.Path) -> Run:
@@ -102,21 +104,14 @@ def open_run(path: storage.Path) -> Run:
     file = path / evaluation.name / "evaluation.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist; let the run come to its evaluation first.")
-    run = Run(path, evaluation, storage.read_json(file))
-    of_rows = ("scores", "nfe", "seconds_per_image")
-    stages = {evaluation.settings.teacher, evaluation.settings.student}
-    missing = {"training_seconds", "versions", "speedup"} - run.result.keys()
-    missing |= {
-        key
-        for key in of_rows
-        if not isinstance(run.result.get(key), dict) or stages - run.result[key].keys()
-    }
-    if missing:
+    result = result_lib.read(file)
+    roles = {evaluation.settings.teacher, evaluation.settings.student}
+    if missing := roles - {row.name for row in result.rows}:
         raise ValueError(
-            f"{file} has no {', '.join(sorted(missing))}: an older version wrote it; evaluate the "
+            f"{file} has no {', '.join(sorted(missing))}, which the config asks for; evaluate the "
             "run again."
         )
-    return run
+    return Run(path, evaluation, result)
 
 
 def matching(pattern: str) -> list[storage.Path]:
@@ -182,7 +177,7 @@ def refuse_unlike(runs: Sequence[Run]):
         differing = [keys for keys in SAME if _get(run, keys) != _get(first, keys)]
         if differing:
             values = ", ".join(
-                f"{' '.join(keys)} ({_short(_get(first, keys))}, {_short(_get(run, keys))})"
+                f"{' '.join(keys).removeprefix('asked ')} ({_short(_get(first, keys))}, {_short(_get(run, keys))})"
                 for keys in differing
             )
             told.append(f"{first.path} and {run.path} differ in {values}")
@@ -202,44 +197,22 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     The row "real images" is of real ones, measured as if they were generated.
     """
     several = any(len(row.runs) > 1 for row in rows)
-    real = [run.result["scores"].get("real", {}) for run in rows[-1].runs]
-    scored = [found for row in rows for found in row.values("scores")]
-    names = list(dict.fromkeys(name for found in scored for name in found))
-    lines = [
-        (
-            "mean (standard deviation)" if several else "",
-            *names,
-            "NFE",
-            "ms an image",
-            "s of training",
-        )
-    ]
+    real = [run.result.real for run in rows[-1].runs]
+    names = list(dict.fromkeys(n for row in rows for model in row.results for n in model.scores))
+    first = "mean (standard deviation)" if several else ""
+    lines = [(first, *names, "NFE", "ms an image", "s of training")]
     if any(real):
-        lines.append(
-            (
-                "real images",
-                *(_mean([report.value_of(found, name) for found in real], 3) for name in names),
-                "",
-                "",
-                "",
-            )
-        )
+        floors = [_mean([report.value_of(scores, name) for scores in real], 3) for name in names]
+        lines.append(("real images", *floors, "", "", ""))
     for row in rows:
-        name = f"{row.name}, {len(row.runs)} runs" if len(row.runs) > 1 else row.name
-        ms = [1e3 * seconds for seconds in row.values("seconds_per_image")]
-        costs = (
-            f"{np.mean(row.values('nfe')):.0f}",
-            _mean(ms, 3),
-            _mean(row.values("training_seconds"), 0),
-        )
+        models = row.results
         lines.append(
             (
-                name,
-                *(
-                    _mean([found.get(score) for found in row.values("scores")], 3)
-                    for score in names
-                ),
-                *costs,
+                f"{row.name}, {len(models)} runs" if len(models) > 1 else row.name,
+                *(_mean([model.scores.get(name) for model in models], 3) for name in names),
+                f"{np.mean([model.nfe for model in models]):.0f}",
+                _mean([1e3 * model.seconds_per_image for model in models], 3),
+                _mean([model.training_seconds for model in models], 0),
             )
         )
     return lines
@@ -319,7 +292,7 @@ def _find(row):
     """The model of the row's first run, as it was evaluated."""
     run = row.runs[0]
     stage = row.stage(run)
-    then = run.result["versions"].get(stage)
+    then = run.result.asked["versions"].get(stage)
     now = workdir.version(run.path / stage)
     if then != now:
         raise ValueError(
@@ -338,9 +311,10 @@ def _conditions(run, model, count):
 
 
 def _label(row):
-    scores, nfe = row.values("scores")[0], row.values("nfe")[0]
-    name, value = next(iter(scores.items()))
-    return "\n".join((*textwrap.wrap(row.name, 20), f"NFE {nfe:.0f}", f"{name} {value:.3f}"))
+    model = row.results[0]
+    name, value = next(iter(model.scores.items()))
+    lines = textwrap.wrap(row.name, 20)
+    return "\n".join((*lines, f"NFE {model.nfe:.0f}", f"{name} {value:.3f}"))
 
 
 def _distils(run):
@@ -355,7 +329,7 @@ def _identity(run):
     Of an imported one it is its file, of a trained one everything that it follows from.
     """
     teacher = run.evaluation.stages[run.evaluation.settings.teacher]
-    version = run.result["versions"].get(teacher.name)
+    version = run.result.asked["versions"].get(teacher.name)
     identity = [version, dict(teacher.settings.sampler)]
     if not isinstance(version, str):
         settings = settings_lib.to_dict(teacher.settings)
@@ -366,7 +340,9 @@ def _identity(run):
 def _get(run, keys):
     """None if it is not there."""
     return functools.reduce(
-        lambda found, key: found.get(key) if isinstance(found, dict) else None, keys, run.result
+        lambda found, key: found.get(key) if isinstance(found, dict) else None,
+        keys,
+        run.result.to_json(),
     )
 
 
@@ -425,7 +401,10 @@ def run(arguments: argparse.Namespace):
     rows = open_rows(arguments.runs)
     print(arguments.tell(table(rows)))
     speedups = [
-        found.result["speedup"] for row in rows if row.role == "student" for found in row.runs
+        run.result.speedup(run.evaluation.settings.teacher, row.stage(run))
+        for row in rows
+        if row.role == "student"
+        for run in row.runs
     ]
     print(
         f"\nStudents are {np.mean(speedups):.1f} times as fast per image as their teachers "

@@ -11,15 +11,12 @@ import argparse
 import dataclasses
 import hashlib
 import inspect
-import json
-import time
-
-import jax
 
 from dmd_jax import commands, lookup, sharding
 from dmd_jax.data import folder
-from dmd_jax.evals import protocols, references, report, suite
-from dmd_jax.experiment import evaluation
+from dmd_jax.evals import protocols, references, report
+from dmd_jax.evals import result as result_lib
+from dmd_jax.evals import suite as suite_lib
 from dmd_jax.runtime import storage
 from dmd_jax.weights import published
 
@@ -67,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(arguments: argparse.Namespace) -> dict:
+def run(arguments: argparse.Namespace) -> result_lib.Result:
     """Measures, prints and writes.
 
     Returns:
@@ -86,51 +83,40 @@ def run(arguments: argparse.Namespace) -> dict:
     count = protocol.count if arguments.count is None else arguments.count
     source = _images(protocol, arguments.images, count)
     texts = _captions(arguments, len(source))
-    parallel = sharding.Parallel(sharding.make_mesh())
-    suited = _suite(protocol, parallel, arguments)
-    began, cache = time.perf_counter(), storage.cache("statistics")
+    suite = _suite(protocol, sharding.Parallel(sharding.make_mesh()), arguments)
+    cache = storage.cache("statistics")
     statistics = arguments.reference if arguments.reference.endswith(".npz") else ""
-    reference = (
-        None
-        if statistics
-        else _real(protocol.name, protocol.reference, arguments.reference, source)
-    )
-    real = references.reference(suited, reference, statistics, cache)
-    floor = real.floor
+    images = None
+    if not statistics:
+        images = _real(protocol.name, protocol.reference, arguments.reference, source)
+    real = references.reference(suite, images, statistics, cache)
+    held_out = None
     if protocol.floor:
         held_out = _real(protocol.name, protocol.floor, arguments.reference, source)
-        floor = suite.compare(
-            suited, real, references.collect_source(suited, held_out, cache, name="floor")
-        )
-    ranges = []
-    for r in range(protocol.ranges):
-        indices = range(r * count, (r + 1) * count)
-        fake = suite.collect(
-            suited, _batches(protocol, source, indices, texts), count, name="images"
-        )
-        ranges.append(protocol.named(suite.compare(suited, real, fake), count))
-        if r == 0 and arguments.save_statistics:
-            references.write(arguments.save_statistics, suited, fake)
-    result = {
+    asked = {
         "protocol": dataclasses.asdict(protocol) | {"count": count},
-        "images": {
-            "path": arguments.images,
-            "digest": references.content(source),
-            "there": len(source),
-        },
-        "reference": {"path": arguments.reference, "count": real.count, "digest": real.origin},
+        "images": {"path": arguments.images, "digest": references.content(source)},
+        "reference": arguments.reference,
         "captions": hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else None,
-        "networks": suited.digests,
-        "scores": {"images": suite.over_ranges(ranges)} | ({"real": floor} if floor else {}),
-        "seed_ranges": ranges,
-        "packages": evaluation.packages(),
-        "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
-        "seconds": time.perf_counter() - began,
     }
-    result = json.loads(json.dumps(result))
+
+    def keep(collected):
+        if arguments.save_statistics:
+            references.write(arguments.save_statistics, suite, collected)
+
+    result = suite_lib.evaluate(
+        suite,
+        real,
+        [(result_lib.Row(name="images"), lambda r: _batches(protocol, source, r, texts))],
+        count=count,
+        ranges=protocol.ranges,
+        floor=references.floor(suite, real, held_out, cache),
+        asked=asked,
+        keep=keep,
+    )
     if arguments.out:
-        storage.write_json(storage.path(arguments.out), result)
-    print(report.scores_table(result["scores"]))
+        storage.write_json(storage.path(arguments.out), result.to_json())
+    print(report.scores_table(result))
     return result
 
 
@@ -148,8 +134,8 @@ def _images(protocol, path, count):
             f"{' or '.join(map(str, protocol.sizes))} for the protocol "
             f"{protocol.name}; choose another one."
         )
-    if count < suite.LEAST:
-        raise ValueError(f"--count is {count}; expected at least {suite.LEAST}.")
+    if count < suite_lib.LEAST:
+        raise ValueError(f"--count is {count}; expected at least {suite_lib.LEAST}.")
     needed = count * protocol.ranges
     if len(source) < needed:
         ranges = f", {count} of each of {protocol.ranges} ranges of seeds" * (protocol.ranges > 1)
@@ -195,7 +181,7 @@ def _suite(protocol, parallel, arguments):
         features = {
             "path": str(storage.cache("statistics") / f"{protocol.name.partition(':')[0]}.npz")
         }
-    return suite.make(
+    return suite_lib.make(
         protocol,
         parallel,
         features=features,

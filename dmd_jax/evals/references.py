@@ -10,9 +10,11 @@ from concurrent import futures
 import jax
 import numpy as np
 
+from dmd_jax import data
 from dmd_jax import features as features_lib
 from dmd_jax.data import pipeline, pixels
-from dmd_jax.evals import drift, frechet, protocols, suite
+from dmd_jax.evals import drift, frechet, protocols
+from dmd_jax.evals import suite as suite_lib
 from dmd_jax.runtime import distributed, storage
 from dmd_jax.weights import published
 
@@ -20,22 +22,25 @@ READ = 500  # real images at a time
 
 
 def reference(
-    measuring: suite.Suite, source, statistics: str, directory: str | os.PathLike
-) -> suite.Collected:
-    """The real images to compare with.
+    suite: suite_lib.Suite,
+    source: data.Source | None,
+    statistics: str,
+    directory: str | os.PathLike,
+) -> suite_lib.Collected:
+    """Measures the real images, or reads their statistics.
 
     Args:
-      measuring: what to measure with.
-      source: of them; None for none.
-      statistics: a file of their features' statistics, which take the place of those of `source`;
-        "" for none.
+      suite: the networks to measure with.
+      source: the real images; None for none.
+      statistics: a file of the statistics of their features, which take the place of those of
+        `source`; "" for none.
       directory: where statistics of sources are kept.
 
     Raises:
-      ValueError: there are none, or another number than the protocol's; see `collect_source` and
-        `read`.
+      ValueError: there are no real images, or another number than the protocol's; see
+        `collect_source` and `read`.
     """
-    protocol = measuring.protocol
+    protocol = suite.protocol
     if statistics and protocol.reference and not protocol.crop_to:
         raise ValueError(
             f"the protocol {protocol.name} has real images of its own, expected none, got "
@@ -46,7 +51,7 @@ def reference(
             f"the protocol {protocol.name} needs a reference; name real images, or a file of their "
             "statistics."
         )
-    given = read(published.find(statistics), measuring.features) if statistics else None
+    given = read(published.find(statistics), suite.features) if statistics else None
     count = given.count if source is None else len(source)  # 0 if the file does not say
     if protocol.reference_count and count not in (0, protocol.reference_count):
         expected = f"that of the protocol {protocol.name} has {protocol.reference_count}"
@@ -55,60 +60,78 @@ def reference(
         given = dataclasses.replace(given, origin=published.sha256(statistics))
     if source is None:
         return given
-    real = collect_source(measuring, source, directory, with_floor=not protocol.floor)
-    return (
-        dataclasses.replace(
-            real, moments=given.moments, floor={}, origin=f"{given.origin} {real.origin}"
-        )
-        if given
-        else real
-    )
+    real = collect_source(suite, source, directory, with_floor=not protocol.floor)
+    if given:
+        origin = f"{given.origin} {real.origin}"
+        return dataclasses.replace(real, moments=given.moments, floor={}, origin=origin)
+    return real
+
+
+def floor(
+    suite: suite_lib.Suite,
+    real: suite_lib.Collected,
+    source: data.Source | None,
+    directory: str | os.PathLike,
+) -> dict[str, float]:
+    """Scores real images as if they were generated; see `Protocol.floor`.
+
+    Args:
+      suite: the networks to measure with.
+      real: the real images that the others are compared with.
+      source: the others; None for one half of `real` against the other.
+      directory: where statistics of sources are kept.
+
+    Returns:
+      The scores; {} where there are no single real images.
+    """
+    if source is None:
+        return real.floor
+    held_out = collect_source(suite, source, directory, name="floor")
+    return suite_lib.compare(suite, real, held_out)
 
 
 def collect_source(
-    measuring: suite.Suite,
-    source,
+    suite: suite_lib.Suite,
+    source: data.Source,
     directory: str | os.PathLike,
     *,
     name: str = "reference",
     with_floor: bool = False,
-) -> suite.Collected:
-    """As `suite.collect`, for a whole data source; kept in a file of `directory`, by the digests of
-    all that it follows from.
+) -> suite_lib.Collected:
+    """Measures a whole data source as `suite.collect` does, and keeps what was collected.
+
+    It lies in a file of `directory`, whose name has a digest of all that it follows from.
 
     Raises:
       ValueError: an image cannot be read.
     """
-    protocol, count, origin = measuring.protocol, len(source), content(source)
-    wanted = f"{measuring.features.digest} {protocol.quantisation == 'none'} {protocol.neighbours} {with_floor} {origin}"
-    path = (
-        storage.path(directory)
-        / f"reference-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.npz"
-    )
+    protocol = suite.protocol
+    count = len(source)
+    origin = content(source)
+    as_floats = protocol.quantisation == "none"
+    wanted = f"{suite.features.digest} {as_floats} {protocol.neighbours} {with_floor} {origin}"
+    digest = hashlib.sha256(wanted.encode()).hexdigest()[:16]
+    path = storage.path(directory) / f"reference-{digest}.npz"
     if not distributed.gather(path.exists()).all():
-        real = suite.collect(
-            measuring,
-            batches(protocol, source, range(count)),
-            count,
-            name=name,
-            with_floor=with_floor,
-        )
+        images = batches(protocol, source, range(count))
+        real = suite_lib.collect(suite, images, count, name=name, with_floor=with_floor)
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, measuring, real)
+            write(path, suite, real)
         distributed.barrier(f"{path} is there")
-    return dataclasses.replace(read(path, measuring.features), origin=origin)
+    return dataclasses.replace(read(path, suite.features), origin=origin)
 
 
-def content(source) -> str:
-    """A digest of a source: of everything in it if it knows that, else of its length and a sample."""
-    return getattr(source, "digest", None) or pipeline.fingerprint(
-        {"": pipeline.Stream(source, 1)}, seed=0
-    )
+def content(source: data.Source) -> str:
+    """Returns a digest of a source: of its whole content, or of its length and a sample."""
+    streams = {"": pipeline.Stream(source, 1)}
+    return data.digest(source) or pipeline.fingerprint(streams, seed=0)
 
 
-def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[suite.Batch]:
-    """The images of these rows of a data source, whose bytes they are.
+def batches(
+    protocol: protocols.Protocol, source: data.Source, indices: range
+) -> Iterator[suite_lib.Batch]:
+    """Yields the images of these rows of a data source, which came from bytes.
 
     Threads read them: Pillow decodes without Python's lock.
     """
@@ -116,35 +139,37 @@ def batches(protocol: protocols.Protocol, source, indices: range) -> Iterator[su
         for start in range(0, len(indices), READ):
             rows = list(pool.map(source.__getitem__, indices[start : start + READ]))
             images = np.stack([row["image"] for row in rows])
+            if protocol.quantisation != "none":
+                images = pixels.to_uint8(images)
             labels = np.stack([row["cond"] for row in rows]) if "cond" in rows[0] else None
-            yield suite.Batch(
-                images if protocol.quantisation == "none" else pixels.to_uint8(images), labels
-            )
+            yield suite_lib.Batch(images, labels)
 
 
-def write(path: str | os.PathLike, measuring: suite.Suite, collected: suite.Collected):
-    """Writes an `.npz` that pytorch-fid and EDM read as well: "mu" [D] and "sigma" [D, D], and what
-    else was collected.
+def write(path: str | os.PathLike, suite: suite_lib.Suite, collected: suite_lib.Collected):
+    """Writes what was collected as an `.npz`.
+
+    It has "mu" [D] and "sigma" [D, D], which pytorch-fid and EDM read as well, and more.
     """
-    arrays = dict(
-        mu=collected.moments.mean,
-        sigma=collected.moments.covariance,
-        count=collected.count,
-        kept=collected.features,
-    )
-    rest = {"features": measuring.features.digest, "name": measuring.features.name}
-    rest |= {
+    rest = {
+        "features": suite.features.digest,
+        "name": suite.features.name,
         "colours": collected.colours,
         "agreement": collected.agreement,
         "floor": collected.floor,
     }
     with storage.writing(path) as file:
-        np.savez(file, **arrays, rest=json.dumps(rest))
+        np.savez(
+            file,
+            mu=collected.moments.mean,
+            sigma=collected.moments.covariance,
+            count=collected.count,
+            kept=collected.features,
+            rest=json.dumps(rest),
+        )
 
 
-def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Collected:
-    """Statistics from an `.npz` of "mu" [D] and "sigma" [D, D], as EDM and pytorch-fid have them,
-    or one of our own.
+def read(path: str | os.PathLike, features: features_lib.Features) -> suite_lib.Collected:
+    """Reads an `.npz` of "mu" [D] and "sigma" [D, D], of EDM, of pytorch-fid or of `write`.
 
     Raises:
       ValueError: the file is damaged, or of another feature network.
@@ -152,24 +177,12 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
     try:
         with np.load(storage.local(path)) as file:
             arrays = dict(file)
-        if any(np.iscomplexobj(arrays[key]) for key in ("mu", "sigma")):
-            raise ValueError("they are complex")
-        mean, covariance = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
-        if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
-            raise ValueError(f"mu has shape {np.shape(mean)} and sigma {np.shape(covariance)}")
-        if (
-            not np.isfinite(mean).all()
-            or not np.isfinite(covariance).all()
-            or np.diag(covariance).min() < 0
-        ):
-            raise ValueError("not all are finite, or variances below 0")
-        kept, count, rest = (
-            arrays.get("kept"),
-            int(arrays.get("count", 0)),
-            json.loads(str(arrays.get("rest", "{}"))),
-        )
+        mean, covariance = _moments(arrays)
+        kept = arrays.get("kept")
         if kept is not None and kept.shape[1:] != mean.shape:
             raise ValueError(f"kept has shape {kept.shape}")
+        count = int(arrays.get("count", 0))
+        rest = json.loads(str(arrays.get("rest", "{}")))
         sums = drift.Sums(*rest["colours"]) if rest else None
     except Exception as error:  # numpy, zipfile and zlib raise all kinds for damaged files
         raise ValueError(
@@ -182,11 +195,24 @@ def read(path: str | os.PathLike, features: features_lib.Features) -> suite.Coll
             f"{features.name} ({features.digest}); make it "
             "again, or choose the protocol that it is of."
         )
-    return suite.Collected(
-        count,
-        frechet.Moments(mean, covariance),
-        kept,
-        sums,
-        rest.get("agreement"),
+    return suite_lib.Collected(
+        count=count,
+        moments=frechet.Moments(mean, covariance),
+        features=kept,
+        colours=sums,
+        agreement=rest.get("agreement"),
         floor=rest.get("floor", {}),
     )
+
+
+def _moments(arrays):
+    if any(np.iscomplexobj(arrays[key]) for key in ("mu", "sigma")):
+        raise ValueError("they are complex")
+    mean = np.float64(arrays["mu"])
+    covariance = np.float64(arrays["sigma"])
+    if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
+        raise ValueError(f"mu has shape {np.shape(mean)} and sigma {np.shape(covariance)}")
+    finite = np.isfinite(mean).all() and np.isfinite(covariance).all()
+    if not finite or np.diag(covariance).min() < 0:
+        raise ValueError("not all are finite, or variances below 0")
+    return mean, covariance

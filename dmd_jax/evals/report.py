@@ -3,56 +3,57 @@
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 
 from dmd_jax.data import pixels
+from dmd_jax.evals import result as result_lib
 
 
-def table(result: dict, teacher: str, student: str) -> str:
-    """The scores as a table of text, a row a set of images."""
-    scores = result["scores"]
-    names = list(scores[student])
+def table(result: result_lib.Result, teacher: str, student: str) -> str:
+    """Returns the scores and the costs as a table of text, a row a set of images."""
+    names = list(result.row(student).scores)
     rows = [("", "NFE", "ms/image", "s of its stage", *names)]
-    for name in ("real", *result["nfe"]):
-        if name in scores:
-            label, cost = (
-                ("real images", ("", "", "")) if name == "real" else (name, _costs(name, result))
-            )
-            rows.append((label, *cost, *_cells(scores[name], names)))
+    if result.real:
+        rows.append(("real images", "", "", "", *_cells(result.real, names)))
+    rows += [(row.name, *_costs(row), *_cells(row.scores, names)) for row in result.rows]
     straightness = [
-        f"straightness of {name}: {value:.4f}" for name, value in result["straightness"].items()
+        f"straightness of {name}: {value:.4f}" for name, value in result.straightness.items()
     ]
-    return (
-        "\n".join([aligned(rows), *straightness])
-        + f"\n{student} is {result['speedup']:.1f} times faster per image than {teacher} ({result['device']})"
+    faster = (
+        f"{student} is {result.speedup(teacher, student):.1f} times faster per image than "
+        f"{teacher} ({result.device})"
     )
+    return "\n".join([aligned(rows), *straightness, faster])
 
 
-def scores_table(scores: dict[str, dict[str, float]]) -> str:
-    """Scores of sets of images as a table of text, a column a set."""
-    names = list(next(iter(scores.values())))
-    columns = [("", *names), *((label, *_cells(of, names)) for label, of in scores.items())]
+def scores_table(result: result_lib.Result) -> str:
+    """Returns the scores alone as a table of text, a column a set of images."""
+    names = list(result.rows[0].scores)
+    columns = [("", *names), *((row.name, *_cells(row.scores, names)) for row in result.rows)]
+    if result.real:
+        columns.append(("real images", *_cells(result.real, names)))
     return aligned(list(zip(*columns, strict=True)))
 
 
 def value_of(scores: dict[str, float], name: str) -> float | None:
-    """The score of that name; those of real images have no number of images in their names."""
+    """Returns the score of that name; names of real images' scores have no number of images."""
     return scores.get(name, scores.get(re.sub(r"-\d+$", "", name)))
 
 
 def _cells(scores, names):
-    return ["" if (value := value_of(scores, name)) is None else f"{value:.3f}" for name in names]
+    values = [value_of(scores, name) for name in names]
+    return ["" if value is None else f"{value:.3f}" for value in values]
 
 
 def draw(
     path: str | os.PathLike,
-    result: dict,
-    images: dict,
-    curves: dict,
-    losses: dict,
+    result: result_lib.Result,
+    images: Mapping[str, np.ndarray],
+    curves: Mapping[str, Sequence[dict]],
+    losses: Mapping[str, Sequence[str]],
     *,
     teacher: str,
     student: str,
@@ -61,9 +62,9 @@ def draw(
 
     Args:
       path: of the PNG file.
-      result: what evaluation.json holds.
+      result: of the evaluation.
       images: of each model, [N, H, W, C]; the first 100 are shown.
-      curves: rows of each model's metrics.jsonl.
+      curves: the rows of each model's metrics.jsonl.
       losses: names of the metrics of each model that are drawn.
       teacher: name of a model.
       student: name of a model.
@@ -79,28 +80,15 @@ def draw(
     )
     for key, name in (("a", teacher), ("b", student)):
         axes[key].imshow(pixels.grid(images[name][:100]))
-        axes[key].set_title(
-            f"{_describe(name, result)}, {1e3 * result['seconds_per_image'][name]:.3f} ms an image"
-        )
+        axes[key].set_title(_title(result.row(name)))
         axes[key].axis("off")
     _plot(axes["c"], curves[teacher], losses[teacher], f"{teacher}: loss")
     _plot(axes["d"], curves[student], losses[student], f"{student}: losses")
-    scored = next(
-        (
-            list(row)
-            for row in curves[student]
-            if any(name.startswith(("FID", "FD-")) for name in row)
-        ),
-        [],
-    )
-    _plot(
-        axes["e"],
-        curves[student],
-        [name for name in scored if name.startswith(("FID", "FD-"))],
-        f"{student}: distance in training",
-    )
-    shown = [name for name in scored if name.startswith(("precision", "recall", "agreement"))]
-    _plot(axes["f"], curves[student], shown, f"{student}: scores in training")
+    names = dict.fromkeys(name for row in curves[student] for name in row)
+    distances = [name for name in names if name.startswith(("FID", "FD-"))]
+    others = [name for name in names if name.startswith(("precision", "recall", "agreement"))]
+    _plot(axes["e"], curves[student], distances, f"{student}: distance in training")
+    _plot(axes["f"], curves[student], others, f"{student}: scores in training")
     axes["e"].set_yscale("log")
     axes["t"].axis("off")
     axes["t"].text(
@@ -111,7 +99,7 @@ def draw(
 
 
 def draw_captions(path: str | os.PathLike, captioned: dict, credit: str, columns: int = 10):
-    """For some prompts of each kind the real image and every model's, under one another.
+    """Draws the real image and every model's under one another, for some prompts of each kind.
 
     Args:
       path: of the PNG file.
@@ -150,18 +138,14 @@ def draw_captions(path: str | os.PathLike, captioned: dict, credit: str, columns
     pyplot.close(figure)
 
 
-def _describe(name, result):
-    nfe = result["nfe"][name]
-    return f"{name}, {nfe:.0f} network call{'s' * (nfe > 1)}"
+def _title(row):
+    calls = "1 network call" if row.nfe == 1 else f"{row.nfe:.0f} network calls"
+    return f"{row.name}, {calls}, {1e3 * row.seconds_per_image:.3f} ms an image"
 
 
-def _costs(name, result):
-    seconds = result["training_seconds"][result["models"][name]["stage"]]
-    return (
-        f"{result['nfe'][name]:.0f}",
-        f"{1e3 * result['seconds_per_image'][name]:.3f}",
-        f"{seconds:.0f}" if seconds else "",
-    )
+def _costs(row):
+    seconds = f"{row.training_seconds:.0f}" if row.training_seconds else ""
+    return f"{row.nfe:.0f}", f"{1e3 * row.seconds_per_image:.3f}", seconds
 
 
 def _plot(ax, rows, names, title):
@@ -177,7 +161,7 @@ def _plot(ax, rows, names, title):
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """For a terminal: the first column to the left, the others to the right."""
+    """Lays out a table for a terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join((first.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))).rstrip()
@@ -186,6 +170,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """For a page."""
+    """Lays out a table for a Markdown page."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], f"| {' | '.join(['---'] * len(rows[0]))} |", *lines[1:]])

@@ -5,18 +5,15 @@ stage with scores or previews has as `stage.evaluation`.
 """
 
 import hashlib
-import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dmd_jax import lookup, sharding
+from dmd_jax import data, lookup, sharding
 from dmd_jax.evals import protocols, references
 from dmd_jax.evals import suite as suite_lib
 from dmd_jax.experiment import build
 from dmd_jax.runtime import storage
-
-PACKAGES = ("dmd_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
 
 
 def check(stage: build.Stage, name: str, count: int | None, where: str):
@@ -119,73 +116,50 @@ def reference(
 def floor(
     stage: build.Stage, suite: suite_lib.Suite, real: suite_lib.Collected, workdir: storage.Path
 ) -> dict[str, float]:
-    """Scores real images, as low as can be expected of generated ones: see `Protocol.floor`.
-
-    Returns:
-      The scores; {} where there are no single real images.
-    """
+    """Scores real images as if they were generated: see `references.floor`."""
     settings = filled(stage, suite.protocol, "floor")
-    if not settings:
-        return real.floor
-    source = build.checked_source(stage, settings, workdir)
-    held_out = references.collect_source(suite, source, workdir, name="floor")
-    return suite_lib.compare(suite, real, held_out)
+    source = build.checked_source(stage, settings, workdir) if settings else None
+    return references.floor(suite, real, source, workdir)
 
 
-def conditions(stage: build.Stage, workdir: storage.Path):
+def conditions(stage: build.Stage, workdir: storage.Path) -> data.Source:
     """Opens the data source of what generated images are to show."""
     settings = filled(stage, protocols.find(stage.settings.protocol), "conditions")
     return build.checked_source(stage, settings, workdir)
 
 
-def score(
-    stage: build.Stage,
-    suite: suite_lib.Suite,
-    real: suite_lib.Collected,
-    draw: Callable,
-    indices: range,
-    conditions,
-    name: str = "",
-) -> dict[str, float]:
-    """Scores the generated images of some indices.
+def metrics(stage: build.Stage) -> list[Callable]:
+    """Finds the further metrics of an evaluation."""
+    return [lookup.find("evals", metric) for metric in stage.settings.metrics]
+
+
+def batches(
+    stage: build.Stage, protocol: protocols.Protocol, draw: Callable, conditions: data.Source
+) -> Callable[[range], Iterator[suite_lib.Batch]]:
+    """Returns a function that makes the images of a range of seeds, as a protocol sees them.
 
     Args:
       stage: the evaluation.
-      suite: what to measure with.
-      real: the real images.
+      protocol: which says how images become bytes.
       draw: `inputs -> images`.
-      indices: of the images.
-      conditions: what they are to show.
-      name: of the model, on the progress bar.
+      conditions: what the images are to show.
     """
-    batches = _batches(stage, suite.protocol, indices, draw, conditions)
-    fake = suite_lib.collect(suite, batches, len(indices), name=name)
-    scores = suite_lib.compare(suite, real, fake)
-    for metric in stage.settings.metrics:
-        scores |= lookup.find("evals", metric)(real, fake)
-    return suite.protocol.named(scores, len(indices))
-
-
-def _batches(stage, protocol, indices, draw, conditions):
-    """The images as the protocol sees them."""
-    texts = getattr(conditions, "texts", None)
+    texts = data.texts(conditions)
     batch_size = stage.settings.batch_size
-    for start in range(0, len(indices), batch_size):
-        chosen = indices[start : start + batch_size]
-        inputs = build.inputs(stage, chosen, conditions)
-        labels = inputs["cond"] if np.ndim(inputs["cond"]) == 1 else None
-        described = [texts[i % len(texts)] for i in chosen] if texts else None
-        yield suite_lib.Batch(protocol.bytes(draw(inputs)), labels, described)
+
+    def images(indices):
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            inputs = build.inputs(stage, chosen, conditions)
+            labels = inputs["cond"] if np.ndim(inputs["cond"]) == 1 else None
+            described = [texts[i % len(texts)] for i in chosen] if texts else None
+            yield suite_lib.Batch(protocol.bytes(draw(inputs)), labels, described)
+
+    return images
 
 
-def digest_of(source) -> str:
+def digest_of(source: data.Source) -> str:
     """Returns a fingerprint of conditions: of their texts if they have any."""
-    texts = getattr(source, "texts", None)
-    if texts:
+    if texts := data.texts(source):
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
     return references.content(source)
-
-
-def packages() -> dict[str, str]:
-    """Returns the versions of the packages that scores depend on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dmd_jax import generate
+from dmd_jax import data, generate
 from dmd_jax.data import captions
 from dmd_jax.encoders import autoencoder as autoencoder_lib
 from dmd_jax.evals import protocols, report, retrieval
+from dmd_jax.evals import result as result_lib
 from dmd_jax.evals import suite as suite_lib
 from dmd_jax.experiment import build, evaluation
 from dmd_jax.experiment import settings as settings_lib
@@ -47,8 +48,7 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
     """Returns whether the result is of the checkpoints that are there, by the same protocol."""
     path = workdir / stage.name / RESULT
     written = path.exists() and (workdir / stage.name / REPORT).exists()
-    result = storage.read_json(path) if written else {}
-    return all(result.get(key) == value for key, value in _asked(stage, workdir).items())
+    return written and storage.read_json(path).get("asked") == _asked(stage, workdir)
 
 
 def run(stage: build.Stage, workdir: storage.Path):
@@ -63,52 +63,47 @@ def run(stage: build.Stage, workdir: storage.Path):
     asked = _asked(stage, workdir)
     real = evaluation.reference(stage, suite, workdir)
     conditions = evaluation.conditions(stage, workdir)
-    count = asked["protocol"]["count"]
     decode = autoencoder_lib.make_decode(stage.run.autoencoder, parallel, settings.batch_size)
     retrieve = _retrieval(stage, suite.features, workdir) if settings.retrieval else None
-
-    models = _models(stage)
-    scores = {}
-    images = {}
-    captioned = {}
-    seconds = {}
-    nfe = {}
     first = build.inputs(stage, range(settings.batch_size), conditions)
     # Rows of one stage follow one another.
     load = functools.lru_cache(1)(lambda name: _load(stage, name, workdir))
-    for name, model in models.items():
-        sample, nfe[name] = _make_sample(stage, model, load(model.stage), first, parallel, workdir)
-        draw = lambda inputs, sample=sample: decode(sample(inputs))
-        images[name] = draw(first)[:SHOWN]
-        batch = functools.partial(draw, first)
-        seconds[name] = timing.median_seconds(batch, settings.timing_repeats) / settings.batch_size
-        ranges = [range(r * count, (r + 1) * count) for r in range(suite.protocol.ranges)]
-        scores[name] = [
-            evaluation.score(stage, suite, real, draw, indices, conditions, name)
-            for indices in ranges
-        ]
-        if retrieve:
-            retrieved, captioned[name] = retrieve(draw)
-            scores[name] = [score | retrieved for score in scores[name]]
+    images = {}
+    captioned = {}
 
-    trained = dict.fromkeys(model.stage for model in models.values())
-    result = asked | {
-        "networks": suite.digests,
-        "reference_count": real.count,
-        "reference_digest": real.origin,
-        "reference_agreement": real.agreement,
-        "packages": evaluation.packages(),
-        "scores": {name: suite_lib.over_ranges(scores[name]) for name in scores},
-        "straightness": _straightness(stage, conditions, parallel, workdir),
-        "training_seconds": {name: log.seconds(workdir / name) for name in trained},
-        "seed_ranges": scores,
-        "nfe": nfe,
-        "seconds_per_image": seconds,
-        "speedup": seconds[settings.teacher] / seconds[settings.student],
-        "device": f"{parallel.mesh.size} x {jax.devices()[0].device_kind}",
-    }
-    if floor := evaluation.floor(stage, suite, real, workdir):
-        result["scores"]["real"] = floor
+    def models():
+        for name, model in _models(stage).items():
+            params = load(model.stage)
+            sample, nfe = _make_sample(stage, model, params, first, parallel, workdir)
+            draw = lambda inputs, sample=sample: decode(sample(inputs))
+            images[name] = draw(first)[:SHOWN]
+            once = functools.partial(draw, first)
+            seconds = timing.median_seconds(once, settings.timing_repeats)
+            scores = {}
+            if retrieve:
+                scores, captioned[name] = retrieve(draw)
+            row = result_lib.Row(
+                name=name,
+                scores=scores,
+                stage=model.stage,
+                nfe=nfe,
+                seconds_per_image=seconds / settings.batch_size,
+                training_seconds=log.seconds(workdir / model.stage),
+            )
+            yield row, evaluation.batches(stage, suite.protocol, draw, conditions)
+
+    result = suite_lib.evaluate(
+        suite,
+        real,
+        models(),
+        count=asked["protocol"]["count"],
+        ranges=suite.protocol.ranges,
+        metrics=evaluation.metrics(stage),
+        floor=evaluation.floor(stage, suite, real, workdir),
+        asked=asked,
+    )
+    straightness = _straightness(stage, conditions, parallel, workdir)
+    result = dataclasses.replace(result, straightness=straightness)
     if jax.process_index() == 0:
         _write(stage, workdir, result, images, captioned)
 
@@ -130,7 +125,7 @@ def _write(stage, workdir, result, images, captioned):
             report.draw_captions(file, captioned, stage.settings.retrieval.credit)
     with storage.writing(directory / REPORT) as file:
         report.draw(file, result, images, curves, losses, teacher=teacher, student=student)
-    storage.write_json(directory / RESULT, result)
+    storage.write_json(directory / RESULT, result.to_json())
     print(report.table(result, teacher, student), f"\n{directory / REPORT}")
 
 
@@ -260,7 +255,7 @@ def _content(settings, workdir):
     """What identifies a source: its content if it knows that, else its settings."""
     if not settings or settings.get("path") == "":
         return settings
-    digest = getattr(build.open_source(settings, workdir), "digest", None)
+    digest = data.digest(build.open_source(settings, workdir))
     return {"source": settings["source"], "digest": digest} if digest else settings
 
 

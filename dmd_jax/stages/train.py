@@ -11,6 +11,7 @@ import jax
 from dmd_jax import generate, lookup, recipes, sharding, state
 from dmd_jax.data import pipeline, pixels
 from dmd_jax.encoders import autoencoder
+from dmd_jax.evals import result as result_lib
 from dmd_jax.evals import suite as suite_lib
 from dmd_jax.experiment import build, evaluation
 from dmd_jax.experiment import workdir as workdir_lib
@@ -244,7 +245,8 @@ def _scorer(stage, workdir, parallel):
     suite = evaluation.make_suite(measured, scores.protocol, workdir, parallel)
     real = evaluation.reference(measured, suite, workdir)
     conditions = evaluation.conditions(measured, workdir)
-    names = suite.protocol.named(suite_lib.distances(suite, real), scores.count)
+    distances = dict.fromkeys(suite_lib.distances(suite, real), 0.0)
+    names = suite.protocol.named(distances, scores.count)
     best = stage.settings.best_metric
     if best not in ("", *names):
         raise ValueError(
@@ -253,10 +255,17 @@ def _scorer(stage, workdir, parallel):
         )
     draw = _make_draw(stage, workdir, parallel, measured.settings.batch_size)
 
+    metrics = evaluation.metrics(measured)
+
     def score(params):
-        of_params = functools.partial(draw, params)
-        indices = range(scores.count)
-        return evaluation.score(measured, suite, real, of_params, indices, conditions)
+        images = evaluation.batches(
+            measured, suite.protocol, functools.partial(draw, params), conditions
+        )
+        models = [(result_lib.Row(name=""), images)]
+        result = suite_lib.evaluate(
+            suite, real, models, count=scores.count, ranges=1, metrics=metrics
+        )
+        return result.rows[0].scores
 
     return score
 

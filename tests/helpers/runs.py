@@ -4,6 +4,7 @@ import json
 
 import jax
 
+from dmd_jax.evals import result
 from dmd_jax.experiment import build, check, configs, settings
 from dmd_jax.experiment import workdir as workdir_lib
 
@@ -23,6 +24,20 @@ def check_of(config):
 def values_of(config):
     """The config as main writes it."""
     return json.loads(settings.complete(config.copy_and_resolve_references()).to_json())
+
+
+def result_of(workdir, stage="evaluate"):
+    return result.read(workdir / stage / "evaluation.json")
+
+
+def scores_of(result):
+    """Of each model, and of the real images where there are such."""
+    real = {"real": result.real} if result.real else {}
+    return {row.name: row.scores for row in result.rows} | real
+
+
+def nfe_of(result):
+    return {row.name: row.nfe for row in result.rows}
 
 
 def params_of(config, workdir, name, step=None):
