@@ -1,5 +1,6 @@
 """Eight CPU devices, strict numerics, and compiled programs kept from run to run."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -10,9 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(devices=8)}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/dmd_jax_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault(
-    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
-)  # our networks take longer to compile than to run
+# Our networks take longer to compile than to run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers would wait for one another's threads
 
 import jax
 import pytest
@@ -25,6 +26,16 @@ from tests.helpers import gcs, runs
 flags.FLAGS.mark_as_parsed()  # chex.variants asks it
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# They take longest, so they come first: no worker is left alone with one of them at the end.
+LONGEST = ("stages", "coco_instaflow", "processes", "resume", "recipes", "unet_edm", "bench")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}" for name in LONGEST]
+    order = {name: i for i, name in enumerate(names)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,10 +72,14 @@ def network(tiny):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A workdir with all stages done."""
-    workdir = tmp_path_factory.mktemp("finished")
-    main.run(runs.smoke(), workdir)
+def finished(tmp_path_factory, worker_id):
+    """A workdir with all stages done; all workers have the same."""
+    root = tmp_path_factory.getbasetemp()
+    workdir = (root if worker_id == "master" else root.parent) / "finished"
+    with open(f"{workdir}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "evaluate/evaluation.json").exists():
+            main.run(runs.smoke(), workdir)
     return workdir
 
 

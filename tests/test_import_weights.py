@@ -11,7 +11,7 @@ from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 from dmd_jax.stages import import_weights
 from dmd_jax.weights import edm, published
-from tests.helpers.runs import nfe_of, params_of, result_of, smoke, stage_of
+from tests.helpers.runs import nfe_of, params_of, put_classifier, result_of, smoke, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def importing(path, **network):
 
 def test_a_file_becomes_a_one_step_generator(finished, teacher_file, tmp_path, capsys):
     config = importing(teacher_file)
+    put_classifier(finished, tmp_path)
     main.run(config, tmp_path)
     chex.assert_trees_all_equal(
         params_of(config, tmp_path, "teacher"), params_of(smoke(), finished, "teacher")

@@ -59,6 +59,6 @@ def test_a_full_disk_is_heard(writer, monkeypatch):
     def full(record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer._events._py_recordio_writer, "write", full)
+    monkeypatch.setattr(writer._events._writer._py_recordio_writer, "write", full)
     with pytest.raises(OSError, match="No space left on device"):
         writer.write(3, {"loss": 0.5})

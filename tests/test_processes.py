@@ -23,17 +23,19 @@ ENDLESS = "--config.teacher.num_steps=1000000"
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(finished, tmp_path_factory):
     """All stages by this process, with its 8 devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
+    runs.put_classifier(finished, workdir)
     main.run(small.get_config(), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(finished, tmp_path_factory):
     """All stages by two processes of 4 devices each."""
     workdir = tmp_path_factory.mktemp("two") / "run"
+    runs.put_classifier(finished, workdir)
     processes.run(workdir, processes=2, devices=4)
     return workdir
 

@@ -35,6 +35,7 @@ FITS = {
 RECTIFIED = "rectified"
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 EVALUATION_SEED = 2**32  # far from the seeds of runs
+_networks = {}  # by their functions and arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +162,13 @@ def _build(model, run, name):
 
 
 def make_network(settings: dict) -> layers.Network:
-    """Builds the network that settings describe by `name` and arguments."""
+    """Builds the network that settings describe by `name` and arguments, once for equal settings."""
     settings = dict(settings)
-    return lookup.find("models", settings.pop("name"))(**settings)
+    make = lookup.find("models", settings.pop("name"))
+    key = make, json.dumps(settings, sort_keys=True)
+    if key not in _networks:
+        _networks[key] = make(**settings)
+    return _networks[key]
 
 
 def make_process(settings: dict):

@@ -12,8 +12,6 @@ import jax
 import numpy as np
 import tqdm
 from PIL import Image
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
 
 from dmd_jax.runtime import storage
 
@@ -31,11 +29,7 @@ class Writer:
             kept = [row for row in read(directory) if row["step"] <= start]
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
-            # Not SummaryWriter: its thread dies on a full disk, and its queue then waits for ever.
-            self._events = event_file_writer.EventsWriter(str(self._files.path / "events"))
-            # TensorBoard forgets the steps from here on.
-            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._events.write_event(event_pb2.Event(step=start + 1, session_log=restart))
+            self._events = _Events(self._files.path / "events", start + 1)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             desc=name,
@@ -52,7 +46,7 @@ class Writer:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._write_event(step, summary.scalar(name, value))
+            self._events.scalar(step, name, value)
         self._events.flush()
         self._files.grown()
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -67,11 +61,8 @@ class Writer:
             path = self._files.path / "samples" / f"{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
-            self._write_event(step, summary.image("samples", picture, dataformats="HWC"))
+            self._events.picture(step, "samples", picture)
             self._events.flush()
-
-    def _write_event(self, step, what):
-        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=what))
 
     def advance(self, step: int):
         """Moves the progress bar to `step`."""
@@ -93,6 +84,37 @@ class Writer:
             self._file.close()
             self._events.close()
             self._files.close()
+
+
+class _Events:
+    """The events of TensorBoard, which forgets those of the first step and later ones."""
+
+    def __init__(self, path, first):
+        # Here, because it takes more than a second where PyTorch is installed.
+        import tensorboardX
+
+        self._summary = tensorboardX.summary
+        self._proto = tensorboardX.proto.event_pb2
+        # Not SummaryWriter: its thread dies on a full disk, and its queue then waits for ever.
+        self._writer = tensorboardX.event_file_writer.EventsWriter(str(path))
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._writer.write_event(self._proto.Event(step=first, session_log=start))
+
+    def scalar(self, step, name, value):
+        self._write(step, self._summary.scalar(name, value))
+
+    def picture(self, step, name, picture):
+        self._write(step, self._summary.image(name, picture, dataformats="HWC"))
+
+    def _write(self, step, summary):
+        event = self._proto.Event(wall_time=time.time(), step=step, summary=summary)
+        self._writer.write_event(event)
+
+    def flush(self):
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
 
 
 def read(directory: str | os.PathLike) -> list[dict]:

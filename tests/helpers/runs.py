@@ -1,6 +1,7 @@
 """Runs of configs/digits.py:smoke, and what tests need of configs."""
 
 import json
+import shutil
 
 import jax
 
@@ -24,6 +25,12 @@ def check_of(config):
 def values_of(config):
     """The config as main writes it."""
     return json.loads(settings.complete(config.copy_and_resolve_references()).to_json())
+
+
+def put_classifier(finished, workdir):
+    """Saves a run the training of the classifier that its evaluation uses."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    shutil.copy(finished / "classifier.npz", workdir)
 
 
 def result_of(workdir, stage="evaluate"):
