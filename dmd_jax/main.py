@@ -118,8 +118,8 @@ def _fail(error):
     line, code = f"error: {error}", 1
     if "No space left on device" in str(error) and not storage.is_remote(WORKDIR.value):
         line = (
-            f"error: the disk of {WORKDIR.value} is full; make room and run the same command again: "
-            "what is whole is kept."
+            f"error: the disk of {WORKDIR.value} is full; make room and run the same command "
+            "again: what is whole is kept."
         )
     elif not isinstance(error, ValueError | OSError | FloatingPointError):
         if not jax.distributed.is_initialized():

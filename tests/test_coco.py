@@ -53,7 +53,10 @@ def protocol():
 
 
 def write_coco(path):
-    """Crops of real photographs in COCO's layout: one is cut short, one is not there, one caption is empty."""
+    """Writes crops of real photographs in COCO's layout.
+
+    One image is cut short, one is missing, and one caption is empty.
+    """
     from sklearn import datasets
 
     for folder in ("val2014", "whole", "annotations"):
@@ -268,7 +271,7 @@ def test_embeddings_go_on_where_they_stopped(files, tmp_path):
     assert [path.read_bytes() for path in shards] == whole and shards[1].stat().st_mtime_ns == kept
     assert embed.done(stage_of(config, "captions"), tmp_path)
     config.captions.captions.limit = 8
-    with pytest.raises(ValueError, match="holds others than the config asks for"):
+    with pytest.raises(ValueError, match="holds other records than the config asks for"):
         embed.run(stage_of(config, "captions"), tmp_path)
 
 
@@ -277,11 +280,13 @@ def test_embeddings_go_on_where_they_stopped(files, tmp_path):
     [
         (
             dict(size=32),
-            r"^captions: expected latents \(8, 8, 4\) as the network's, got \(16, 16, 4\) of images \(32, 32, 3\)",
+            r"^captions: expected latents \(8, 8, 4\) as the network's, got "
+            r"\(16, 16, 4\) of images \(32, 32, 3\)",
         ),
         (
             dict(size=0),
-            r"^captions: expected images of one shape, got \(64, \d+, 3\) in row \d+, unlike \(64, 80, 3\) in row 0",
+            r"^captions: expected images of one shape, got \(64, \d+, 3\) in row \d+, "
+            r"unlike \(64, 80, 3\) in row 0",
         ),
         (dict(images=""), r"^captions: expected captions with images for latents, got texts alone"),
     ],
@@ -322,7 +327,9 @@ def test_embeddings_are_of_these_captions_wherever_they_lie(files, tmp_path):
         assert embed.done(stage_of(config, "prompts"), tmp_path)
     (tmp_path / "b.txt").write_text("a red flower\nblue skies\n")
     for call in (embed.done, embed.run):
-        with pytest.raises(ValueError, match="holds others than the config asks for: captions is"):
+        with pytest.raises(
+            ValueError, match="holds other records than the config asks for: captions is"
+        ):
             call(stage_of(config, "prompts"), tmp_path)
 
 
@@ -358,7 +365,9 @@ def test_latents_are_of_this_autoencoder_wherever_it_lies(run, files, tmp_path):
     path = next((tmp_path / "sd/vae").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"1234")
     assert not evaluate.done(stage_of(moved, "evaluate"), workdir)
-    with pytest.raises(ValueError, match="holds others than the config asks for: autoencoder is"):
+    with pytest.raises(
+        ValueError, match="holds other records than the config asks for: autoencoder is"
+    ):
         embed.done(stage_of(config, "captions"), tmp_path)
 
 
@@ -380,7 +389,8 @@ def test_the_first_records(run):
     for limit in (-1, 24):
         with pytest.raises(
             ValueError,
-            match=f"expected a limit of 1 to 23, the records that there are, or 0 for all, got {limit}",
+            match="expected a limit of 1 to 23, the records that there are, "
+            f"or 0 for all, got {limit}",
         ):
             records.read(directory=directory, limit=limit)
 
@@ -486,7 +496,8 @@ def test_settings_override_the_models_own_one_by_one(files, changes, nfe):
         ),
         (
             ["--prompt=a", "--stage=dmdd"],
-            r"'dmdd' is no stage with a sampler in .* \(did you mean 'dmd'\?\); there are: teacher, dmd",
+            r"'dmdd' is no stage with a sampler in .* \(did you mean 'dmd'\?\); there are: "
+            "teacher, dmd",
         ),
         (["--prompt=a", "--sampler=euler", "--num_steps=0"], "num_steps is 0; expected at least 1"),
         (["--prompt=a", "--sampler=ddim"], "the sampler ddim needs num_steps; give it"),

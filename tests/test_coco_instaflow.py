@@ -1,4 +1,7 @@
-"""configs/coco.py:tiny_instaflow, from a Stable Diffusion directory to one step of two UNets in series."""
+"""Runs configs/coco.py:tiny_instaflow.
+
+It goes from a Stable Diffusion directory to one step of two UNets in series.
+"""
 
 import jax
 import numpy as np

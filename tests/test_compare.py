@@ -144,7 +144,10 @@ def test_an_imported_teacher_is_the_same_whatever_the_seed(tmp_path, version, ro
 def test_scores_that_mean_something_else_are_refused(tmp_path, changes, told):
     """Each pair is named, in one line."""
     a, b, c = (write_run(tmp_path / name, **(changes if name == "c" else {})) for name in "abc")
-    match = rf"^scores that do not mean the same: {a} and {c} differ in {told}\. Compare runs of one protocol, or evaluate them by one\.$"
+    match = (
+        rf"^scores that do not mean the same: {a} and {c} differ in {told}\. "
+        r"Compare runs of one protocol, or evaluate them by one\.$"
+    )
     with pytest.raises(ValueError, match=match):
         compare.open_rows([str(a), str(b), str(c)])
 
@@ -271,7 +274,10 @@ def test_models_of_other_shapes_are_not_in_one_picture(tmp_path):
     versions = {"versions": {"teacher": None, "dmd": None}}
     a = write_run(tmp_path / "a", **versions)
     b = write_run(tmp_path / "b", config={"network": {"size": 16}}, **versions)
-    match = r"^teacher of a and teacher of b cannot stand in one picture: shapes \(8, 8, 1\) of noise, .* and \(16, 16, 1\) of noise"
+    match = (
+        r"^teacher of a and teacher of b cannot stand in one picture: shapes \(8, 8, 1\) of noise, "
+        r".* and \(16, 16, 1\) of noise"
+    )
     with pytest.raises(ValueError, match=match):
         compare.sampled(compare.open_rows([str(a), str(b)]), 1, 1)
 

@@ -181,7 +181,7 @@ def test_stable_diffusion_at_the_papers_settings():
 
 
 def test_instaflow_at_the_papers_settings():
-    """InstaFlow, arXiv 2309.06380: what is published of the recipe, and the sizes of both generators."""
+    """The configs have the published recipe of InstaFlow (arXiv 2309.06380), and both sizes."""
     config, large = configs.load("coco:instaflow"), configs.load("coco:instaflow_1_7b")
     assert config.teacher.sampler.to_dict() == dict(
         name="dpm_solver_pp", num_steps=25, guidance_scale=5.0, last="sigma_min"

@@ -34,7 +34,7 @@ OTHERS = {"all-files", "no-deps", "cpus-per-task", "signal", "nodes", "STAGE"}
 
 
 def commands(page):
-    """The commands of this package on a page, from blocks and from running text, as lists of words."""
+    """Yields the commands of this package on a page, in blocks and in text, as lists of words."""
     for line in re.findall(r"python -m dmd_jax[^`\n]*(?:\n  ?--[^`\n]*`)?", PAGES[page]):
         for name, value in VARIABLES.items():
             line = line.replace(name, value)

@@ -1,4 +1,4 @@
-"""The statistics on features against formulas, SciPy and pytorch-fid; the same on any number of devices."""
+"""The statistics on features agree with formulas, SciPy and pytorch-fid, on any devices."""
 
 import functools
 
@@ -64,7 +64,7 @@ def test_frechet_distance_to_itself_is_zero(features):
     [(A, B), (few_of_many(0), few_of_many(1)), (A[:20], B), (A, np.ones((9, 24), np.float32))],
 )
 def test_frechet_distance_is_that_of_any_batches(features):
-    """Also where rounding makes eigenvalues of 1e-16 of those that are 0, whose roots are not small."""
+    """This also holds if rounding turns eigenvalues 0 into 1e-16, whose roots are not small."""
     first, second = features
     expected = frechet.frechet_distance(moments(first), moments(second))
     batches = frechet.moments(frechet.sums(first[:7]) + frechet.sums(first[7:]))
@@ -140,7 +140,7 @@ def test_precision_recall_against_itself_and_against_something_far():
 
 
 def test_precision_recall_of_copies():
-    """Where all radii are 0 but for rounding, copies are in the manifold all the same, and in no open ball."""
+    """If only rounding keeps all radii from 0, copies are in the manifold and in no open ball."""
     images = np.repeat(1000 + RNG.standard_normal((50, 24)).astype(np.float32), 6, axis=0)
     found = precision_recall.precision_recall(images, images[:150][::-1], devices(8))
     assert found == {"precision": 1, "recall": 0.5, "density": 0, "coverage": 0}
@@ -163,7 +163,7 @@ def test_too_few_images():
 
 
 def test_fid_is_pytorch_fids(tmp_path, monkeypatch):
-    """Features of PNG files; and the distance, of more images than these 8, where its covariances are regular."""
+    """Compares features of PNG files, and the distance of more images, with regular covariances."""
     torch = pytest.importorskip("torch")
     from tests import test_features
 

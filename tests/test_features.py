@@ -21,7 +21,10 @@ F = torch.nn.functional
 
 
 def import_torchvision():
-    """A build of torchvision for another build of torch lacks two operators, which nothing here uses."""
+    """Imports torchvision.
+
+    If it was built for another torch, two operators are missing, which nothing here uses.
+    """
     for _ in range(3):
         try:
             return importlib.import_module("torchvision")
@@ -70,7 +73,10 @@ def relative_error(a, b):
 
 @pytest.fixture(scope="module")
 def images():
-    """Large enough for Inception's last pool to see 3 x 2 pixels: of 96 x 96 it would see one, where any pool is right."""
+    """Returns images that are so large that Inception's last pool sees 3 x 2 pixels.
+
+    It sees one pixel of 96 x 96 images, for which any pool is right.
+    """
     return np.random.default_rng(0).integers(0, 256, (2, 139, 107, 3)).astype(np.float32)
 
 

@@ -21,7 +21,8 @@ def flat(changes):
     [
         (
             {"reflow_1.prediction": "flow"},
-            "reflow_2.prediction is 'rectified', but it starts from reflow_1, whose is 'flow'; give both",
+            "reflow_2.prediction is 'rectified', but it starts from reflow_1, whose is 'flow'; "
+            "give both",
         ),
         ({"reflow_1.recipe.name": "reflw"}, "dmd_jax/recipes has no file 'reflw'"),
         (
@@ -76,7 +77,8 @@ def test_a_stage_that_continues_needs_more_steps():
     config.reflow_2.num_steps = config.reflow_1.num_steps
     with pytest.raises(
         ValueError,
-        match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, has 70000; give it more",
+        match=r"reflow_2\.num_steps is 70000, but reflow_1, which it continues, "
+        "has 70000; give it more",
     ):
         check_of(config)
 

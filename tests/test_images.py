@@ -162,7 +162,8 @@ PAIRS = [list(p) for p in zip(NAMES, LABELS, strict=True)]
 FIRST = {
     "no_images": (
         {"notes.txt": b""},
-        r"photos(\.zip)?: no images; expected files that end in \.png, \.jpg, .*got 1 others; check the path",
+        r"photos(\.zip)?: no images; expected files that end in \.png, \.jpg, .*got 1 others; "
+        "check the path",
     ),
     "size_of_the_first": (
         replaced(**{NAMES[0]: encode(PIXELS[0, :3])}),
@@ -190,7 +191,8 @@ FIRST = {
     ),
     "labels_out_of_range": (
         replaced(**labels_json([[n, -1 if n == "z.png" else c] for n, c in PAIRS])),
-        r"expected labels 0 to 2, got 2 others in dataset\.json: 00000/a\.png \(3\), z\.png \(-1\); set num_classes",
+        r"expected labels 0 to 2, got 2 others in dataset\.json: 00000/a\.png \(3\), "
+        r"z\.png \(-1\); set num_classes",
     ),
     "json_cut_short": (
         replaced(**{"dataset.json": b'{"labels": [["a'}),
@@ -260,7 +262,8 @@ def test_paths_that_hold_no_folder(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"garbage")
     with pytest.raises(
         ValueError,
-        match=r"nowhere: expected a directory or a \.zip of images, got nothing there; check the path",
+        match=r"nowhere: expected a directory or a \.zip of images, got nothing there; "
+        "check the path",
     ):
         folder.read(path=str(tmp_path / "nowhere"), size=4)
     with pytest.raises(
@@ -377,8 +380,10 @@ def test_fashion_mnist_of_debian():
 def test_fashion_mnist_is_missing(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"no Fashion-MNIST in .*train-images-idx3-ubyte\.gz does not exist\. Run: apt-get install dataset-fashion-mnist; "
-        r"or without root: apt-get download dataset-fashion-mnist && dpkg-deb -x .* and set path='DIR/usr/share/datasets/fashion-mnist'",
+        match=r"no Fashion-MNIST in .*train-images-idx3-ubyte\.gz does not exist\. "
+        "Run: apt-get install dataset-fashion-mnist; "
+        "or without root: apt-get download dataset-fashion-mnist && dpkg-deb -x .* "
+        "and set path='DIR/usr/share/datasets/fashion-mnist'",
     ):
         fashion_mnist.make(split="train", path=write_idx(tmp_path))
 
@@ -404,7 +409,8 @@ def test_fashion_mnist_arguments(tmp_path):
 def test_another_mnist(tmp_path, pixels, labels):
     with pytest.raises(
         ValueError,
-        match=r"expected images \[N, 28, 28\] and N labels 0 to 9, got \[7, 2.*is this Fashion-MNIST\?",
+        match=r"expected images \[N, 28, 28\] and N labels 0 to 9, "
+        r"got \[7, 2.*is this Fashion-MNIST\?",
     ):
         fashion_mnist.make(split="test", path=write_idx(tmp_path, pixels, labels))
 
@@ -537,7 +543,10 @@ def test_tfds_is_not_prepared(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorflow_datasets.core.DatasetBuilder, "download_and_prepare", refuse)
     with pytest.raises(ValueError) as error:
         tfds.read(name="cifar10", split="train", data_dir=str(tmp_path))
-    command = f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_record').download_and_prepare()"
+    command = (
+        f"tfds.builder('cifar10', data_dir='{tmp_path}', file_format='array_record')"
+        ".download_and_prepare()"
+    )
     assert f'prepare it: python -c "import tensorflow_datasets as tfds; {command}"' in str(
         error.value
     )
@@ -580,7 +589,8 @@ def test_tfds_versions(prepared, tmp_path):
     prepare(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"several versions of tiny_cifar in .*: 3\.0\.1, 3\.0\.2; choose one with name='tiny_cifar:<version>'",
+        match=r"several versions of tiny_cifar in .*: 3\.0\.1, 3\.0\.2; "
+        "choose one with name='tiny_cifar:<version>'",
     ):
         read(path)
     check(tfds.read(name="tiny_cifar:3.0.2", split="train", data_dir=path), PIXELS, LABELS)

@@ -1,4 +1,4 @@
-"""A teacher that comes as a file: the stage that imports it, what is refused, and the way back to a file."""
+"""A teacher from a file: the stage that imports it, its errors, and the way back to a file."""
 
 import chex
 import jax
@@ -69,7 +69,8 @@ def test_all_misfits_between_checkpoint_and_config_are_listed(teacher_file, tmp_
 def test_a_missing_file_is_named_before_anything_runs(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"edm-cifar10-32x32-cond-vp\.pkl does not exist.*published at https://nvlabs-fi-cdn\.nvidia\.com",
+        match=r"edm-cifar10-32x32-cond-vp\.pkl does not exist.*published at "
+        r"https://nvlabs-fi-cdn\.nvidia\.com",
     ):
         main.run(importing(tmp_path / "edm-cifar10-32x32-cond-vp.pkl"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -37,7 +37,10 @@ def row(model, batch_size, ms, network=None):
 
 
 def found_by(monkeypatch, took, sizes, ready=lambda name, batch_size: None):
-    """What `search` finds where a model's batches take so many ms an image: {name: {batch size: ms}}; and its calls."""
+    """Returns what `search` finds, and its calls.
+
+    `took` says how many ms an image takes in a model's batches: {name: {batch size: ms}}.
+    """
     calls = []
 
     def measure(ready, batch_size, repeats):
@@ -265,6 +268,7 @@ def test_images_of_other_sizes_are_refused():
     }
     with pytest.raises(
         ValueError,
-        match=r"the images have the shapes \(64, 64, 3\) \(t\), \(32, 32, 3\) \(s\); expected the same",
+        match=r"the images have the shapes \(64, 64, 3\) \(t\), \(32, 32, 3\) \(s\); "
+        "expected the same",
     ):
         latency.compare(found, [1], 1)

@@ -1,4 +1,7 @@
-"""The scripts of launch/ with stand-ins for gcloud, srun, squeue, scontrol and the program, which write down how they were called."""
+"""The scripts of launch/, run with stand-ins for gcloud, srun, squeue, scontrol and the program.
+
+The stand-ins write down how they were called.
+"""
 
 import json
 import math
@@ -23,7 +26,8 @@ PROGRAM = ("--config=configs/digits.py", "--workdir=/tmp/it's here", '--config.n
 SLICE = ("--tpu_name=dmd", "--zone=us-west4-a")
 TYPE = ("--accelerator_type=v5litepod-32", "--runtime_version=v2-alpha-tpuv5-lite")
 
-# What a stand-in says ("late": it waits instead) and its exit code, "TEXT|CODE", are the next line of its own file; after the last: "|0".
+# A stand-in reads its text and its exit code, "TEXT|CODE", from the next line of its own file, and
+# "|0" after the last line. For the text "late" it waits instead.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys, time
 here = pathlib.Path({here!r})
@@ -31,7 +35,8 @@ name = os.path.basename(sys.argv[0])
 with open(here / "calls", "a") as file:
     file.write(json.dumps([name, *sys.argv[1:]]) + chr(10))
 words = " ".join(sys.argv[1:])
-key = "python" if "dmd_jax.main" in words else next((k for k in ("nodes", "queue", "ssh") if {tests}[k] in words), name)
+key = next((k for k in ("nodes", "queue", "ssh") if {tests}[k] in words), name)
+key = "python" if "dmd_jax.main" in words else key
 answers = here / key
 lines = answers.read_text().splitlines() if answers.exists() else []
 answers.write_text(chr(10).join(lines[1:]))

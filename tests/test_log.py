@@ -9,7 +9,7 @@ from dmd_jax.runtime import log
 
 
 def events(directory):
-    """What TensorBoard would read: records of a length, its checksum, the event and its checksum."""
+    """Reads records as TensorBoard does: a length, its checksum, the event and its checksum."""
     (path,) = directory.glob("events.out.tfevents.*")
     data, found = path.read_bytes(), []
     while data:

@@ -192,7 +192,7 @@ def test_pipelines_that_no_library_has(copy, file, tmp_path):
 
 
 def test_the_sign_of_the_last_convolution(copy, plain, custom, tmp_path):
-    """A directory whose UNet was written as -F takes what is added to F with the other sign there, and only there."""
+    """A directory with the UNet -F takes what is added to F with the other sign, and only there."""
     change(copy / "scheduler/scheduler_config.json", **{diffusers_write.NEGATED: True})
     tensors = safetensors.numpy.load_file(copy / UNET)
     turned = {
@@ -318,7 +318,8 @@ def test_tensors_that_differ_are_all_listed(plain, custom, copy, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"conv_in.bias is missing in the base .*new.bias is only in the base .*conv_out.bias has shape",
+        match=r"conv_in.bias is missing in the base .*new.bias is only in the base "
+        r".*conv_out.bias has shape",
     ):
         personalise.personalise(plain, tmp_path / "out", custom=custom, base=copy)
 

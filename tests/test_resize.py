@@ -31,7 +31,10 @@ def pillow_floats(images, size, filter):
 
 
 def extremes(height, width):
-    """Noise, the two extremes at random, a checkerboard, ramps and a white image: what overshoots, and what is rounded at a half."""
+    """Returns noise, the two extremes at random, a checkerboard, ramps and a white image.
+
+    Filters overshoot on some of them, and round at a half on others.
+    """
     rng = np.random.default_rng(height)
     down, right = np.indices((height, width))
     ramps = np.stack([down * 255 // height, right * 255 // width, (down + right) % 256], axis=-1)
@@ -90,7 +93,10 @@ def test_sides_of_their_own(height, width, target):
 
 @pytest.mark.parametrize("height, width", [(512, 512), (480, 640)])
 def test_the_chain_of_coco(height, width):
-    """512 (or 640 x 480) to 256 by Lanczos in bytes, to 299 bicubically in float: as clean-fid does, which clips the overshoot."""
+    """Images of 512 x 512 or 640 x 480 become 256 by Lanczos in bytes, then 299 bicubically.
+
+    As in clean-fid, the second step is in float and the overshoot is clipped.
+    """
     images = extremes(height, width)
     left = (width - height) // 2
     small = np.stack(

@@ -56,7 +56,7 @@ def run(*arguments, workdir):
 
 
 def content(workdir):
-    """Everything that has to come out the same: the parameters of all checkpoints, and the pairs."""
+    """Reads what must be equal: the parameters of all checkpoints, and the pairs."""
     source = records.read(directory=workdir / "pairs")
     params = [params_of(smoke(), workdir, stage) for stage in ("teacher", "dmd")]
     return params, [source[i] for i in range(len(source))]
@@ -97,7 +97,8 @@ def test_a_bad_flag(tmp_path):
         ),
         (
             "--config=configs/digits.py:fast",
-            "^error: configs/digits.py has no variant 'fast'; there are: no_matching, no_regression, ",
+            "^error: configs/digits.py has no variant 'fast'; there are: "
+            "no_matching, no_regression, ",
         ),
         (
             "--config=configs/digit.py",

@@ -185,7 +185,8 @@ def another_size(path):
         (broken, r"image 00020\.png cannot be read .*replace it"),
         (
             another_mode,
-            r"image 00020\.png: mixed modes: expected RGB as in 00000\.png, got L; convert the images first",
+            r"image 00020\.png: mixed modes: expected RGB as in 00000\.png, got L; "
+            "convert the images first",
         ),
         (
             another_size,
@@ -206,11 +207,13 @@ def test_one_bad_image_in_the_middle(real, tmp_path, change, message):
     [
         (
             dict(count="41"),
-            r"has 40 images, but small measures 41; make more of them, or give another --count, which then stands",
+            "has 40 images, but small measures 41; make more of them, "
+            "or give another --count, which then stands",
         ),
         (
             dict(protocol="edm50k"),
-            r"the images have 16x16 pixels, expected 32 or 64 for the protocol edm50k; choose another one",
+            "the images have 16x16 pixels, expected 32 or 64 for the protocol edm50k; "
+            "choose another one",
         ),
         (dict(count="5"), r"--count is 5; expected at least 6"),
         (dict(protocol="fid"), r"no protocol 'fid'; there are: edm50k, edm50k:dmd2"),
@@ -252,7 +255,8 @@ def test_fid_wants_its_weights(tmp_path, monkeypatch):
     write(tmp_path / "images", 18, size=(32, 32))
     with pytest.raises(
         ValueError,
-        match=r"pt_inception-2015-12-05-6726825d\.pth does not exist.*published at https://github\.com/mseitzer",
+        match=r"pt_inception-2015-12-05-6726825d\.pth does not exist.*published at "
+        r"https://github\.com/mseitzer",
     ):
         run(images="images", reference="images", protocol="edm50k", count="6", batch_size="8")
 

@@ -89,7 +89,8 @@ def test_one_stage(workdir):
 def test_unknown_stage(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"no stage 'techer' \(did you mean 'teacher'\?\); there are: teacher, pairs, dmd, evaluate\.",
+        match=r"no stage 'techer' \(did you mean 'teacher'\?\); there are: "
+        r"teacher, pairs, dmd, evaluate\.",
     ):
         main.run(smoke(), tmp_path, "techer")
 
@@ -101,7 +102,8 @@ def test_more_steps_go_on_from_the_last(workdir):
     assert [row["step"] for row in log.read(workdir / "teacher")] == [10, 20, 30, 35]
     with pytest.raises(
         ValueError,
-        match=r"pairs holds others than the config asks for: teacher is .*use another workdir",
+        match=r"pairs holds other records than the config asks for: "
+        r"teacher is .*use another workdir",
     ):
         pairs.run(stage_of(config, "pairs"), workdir)
 
@@ -111,7 +113,8 @@ def test_another_config_is_refused(finished):
     config.teacher.batch_size = 32
     with pytest.raises(
         ValueError,
-        match=r"belongs to another config: teacher.batch_size is 32, there 64; use another --workdir",
+        match=r"belongs to another config: teacher.batch_size is 32, there 64; "
+        r"use another --workdir",
     ):
         main.run(config, finished)
 
@@ -150,7 +153,8 @@ def test_missing_dataset_extra(monkeypatch):
 def test_not_images():
     with pytest.raises(
         ValueError,
-        match=r"photos: expected images \[N, H, W, C\].*got an array of shape \(3,\) and type <U1 with 3 labels",
+        match=r"photos: expected images \[N, H, W, C\].*got an array of shape \(3,\) "
+        "and type <U1 with 3 labels",
     ):
         images_lib.from_arrays(np.array(["a", "b", "c"]), np.arange(3), origin="photos")
 
@@ -217,7 +221,8 @@ def test_no_whole_checkpoint(workdir):
     config.teacher.num_steps = 40
     with pytest.raises(
         ValueError,
-        match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); delete the directory to start again",
+        match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); "
+        "delete the directory to start again",
     ):
         train.run(stage_of(config, "teacher"), workdir)
 
@@ -237,7 +242,8 @@ def test_disk_full(workdir, monkeypatch):
     config.teacher.num_steps = 40
     with pytest.raises(
         ValueError,
-        match=r"the checkpoint of step 40 needs .* MB, but .* has 0.0 MB free; make room and run the same command again",
+        match=r"the checkpoint of step 40 needs .* MB, but .* has 0.0 MB free; "
+        r"make room and run the same command again",
     ):
         train.run(stage_of(config, "teacher"), workdir)
 
@@ -248,13 +254,17 @@ def test_too_many_skipped_updates(tmp_path):
     config.teacher.recipe.optimizer.update(learning_rate=float("inf"), warmup_steps=1)
     with pytest.raises(
         FloatingPointError,
-        match=r"updates up to step 10 had gradients that were not finite, more than max_skipped_updates = 5",
+        match="updates up to step 10 had gradients that were not finite, "
+        "more than max_skipped_updates = 5",
     ):
         train.run(stage_of(config, "teacher"), tmp_path)
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(finished, tmp_path, capsys):
-    """Twenty teacher steps on 8 devices, the last ten on others: the same parameters up to the order of float32 sums."""
+    """Twenty teacher steps give the same parameters if other devices make the last ten.
+
+    They are equal up to the order of float32 sums.
+    """
     reference = params_of(smoke(), finished, "teacher")
     for data, fsdp in ((2, 4), (1, 1)):
         workdir = pathlib.Path(shutil.copytree(finished, tmp_path / f"{data}x{fsdp}"))
@@ -294,7 +304,8 @@ def test_images_do_not_depend_on_the_batch(finished, sampler):
 def test_lookup_names_what_exists():
     with pytest.raises(
         ValueError,
-        match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: distil, dmd, reflow, teacher\.",
+        match=r"dmd_jax/recipes has no file 'dmb' \(did you mean 'dmd'\?\); there are: "
+        r"distil, dmd, reflow, teacher\.",
     ):
         lookup.find("recipes", "dmb")
     with pytest.raises(
@@ -320,13 +331,15 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
         (
             "dmd.program",
             "trian",
-            r"^stage 'dmd' needs a key of that name with a program, one of import_weights, embed, pairs, train, evaluate; its",
+            "^stage 'dmd' needs a key of that name with a program, one of "
+            "import_weights, embed, pairs, train, evaluate; its",
         ),
         ("network.name", "unet", r"^dmd_jax/models has no file 'unet'"),
         (
             "teacher.sampler.name",
             "huen",
-            r"dmd_jax/samplers.py has no 'huen' \(did you mean 'heun'\?\); there are: one_step, euler, heun, st",
+            r"dmd_jax/samplers.py has no 'huen' \(did you mean 'heun'\?\); there are: "
+            "one_step, euler, heun, st",
         ),
         (
             "dmd.recipe.distance.name",
@@ -336,7 +349,8 @@ def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):
         (
             "features.name",
             "clasifier",
-            r"^features\.name is 'clasifier', but the protocol has 'classifier'; leave it out, or choose",
+            r"^features\.name is 'clasifier', but the protocol has 'classifier'; leave it out, "
+            "or choose",
         ),
         (
             "teacher.best_metric",
@@ -382,7 +396,8 @@ def test_a_best_metric_that_is_not_measured(finished):
     config.dmd.update(best_metric="FD-mlp@8", num_steps=30)
     with pytest.raises(
         ValueError,
-        match=r"^no distance 'FD-mlp@8' for best_metric, which keeps the lowest \(did you mean 'FD-mlp@8-64'\?\); there are",
+        match=r"^no distance 'FD-mlp@8' for best_metric, which keeps the lowest "
+        r"\(did you mean 'FD-mlp@8-64'\?\); there are",
     ):
         train.run(stage_of(config, "dmd"), finished)
 
@@ -415,7 +430,8 @@ def test_data_that_the_network_does_not_take(tmp_path):
     config.network.size = 16
     with pytest.raises(
         ValueError,
-        match=r"^digits: image \d+ has shape \(8, 8, 1\), the network makes \(16, 16, 1\); change one",
+        match=r"^digits: image \d+ has shape \(8, 8, 1\), the network makes "
+        r"\(16, 16, 1\); change one",
     ):
         train.run(stage_of(config, "teacher"), tmp_path)
 
@@ -490,7 +506,7 @@ def as_flow(config, workdir):
 
 
 def test_further_rows_of_an_evaluation(workdir, capsys):
-    """Another sampler, eight bits, steps without a fixed number; they stand in the order of stages and steps."""
+    """Rows of another sampler, eight bits or free steps are in the order of stages and steps."""
     config = smoke()
     as_flow(config, workdir)
     rows = {
@@ -583,7 +599,8 @@ def test_a_stage_trained_on_other_pairs_is_not_done(workdir):
     main.run(config, workdir, "pairs")
     with pytest.raises(
         ValueError,
-        match="dmd was trained on other data than its sources have now; use another workdir, or delete it",
+        match="dmd was trained on other data than its sources have now; "
+        "use another workdir, or delete it",
     ):
         main.run(config, workdir, "dmd")
 

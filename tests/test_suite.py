@@ -1,4 +1,7 @@
-"""Protocols, features and statistics: the same whatever the batch and the devices, and refused when they do not fit."""
+"""Protocols, features and statistics.
+
+They do not depend on the batch and the devices, and are refused if they do not fit.
+"""
 
 import dataclasses
 
@@ -166,13 +169,15 @@ def test_statistics_that_do_not_fit(tmp_path):
     np.savez(path, mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(
         ValueError,
-        match=r"reference statistics have 7 dimensions, linear has 5: they are of another feature network",
+        match="reference statistics have 7 dimensions, linear has 5: "
+        "they are of another feature network",
     ):
         suite.compare(measuring, references.read(path, measuring.features), fake)
     references.write(path, measuring, fake)
     with pytest.raises(
         ValueError,
-        match=r"was made with the features linear \(\w+\), expected other \(1234\); make it again, or choose",
+        match=r"was made with the features linear \(\w+\), expected other \(1234\); "
+        "make it again, or choose",
     ):
         references.read(path, measuring.features._replace(name="other", digest="1234"))
     np.savez(path, mu=np.zeros(5), sigma=np.eye(4))
@@ -192,7 +197,8 @@ def test_a_reference_of_another_size_than_the_protocols(tmp_path):
     measuring = linear(protocol=dataclasses.replace(PROTOCOL, reference_count=40_504))
     with pytest.raises(
         ValueError,
-        match="the reference has 2048 images, that of the protocol test has 40504; give it all of them",
+        match="the reference has 2048 images, that of the protocol test has 40504; "
+        "give it all of them",
     ):
         references.reference(measuring, source(), "", tmp_path)
     with pytest.raises(
@@ -248,7 +254,8 @@ def test_efficientnet_from_its_package():
         (
             "reference",
             {"split": "train"},
-            "^evaluate.reference.split is 'train', but the protocol has 'held_out'; leave it out, or choose",
+            "^evaluate.reference.split is 'train', but the protocol has 'held_out'; "
+            "leave it out, or choose",
         ),
         (
             "conditions",
@@ -263,12 +270,14 @@ def test_efficientnet_from_its_package():
         (
             "clip",
             "model",
-            "^evaluate.clip is 'model', but the protocol digits:train has no CLIP score; leave it out",
+            "^evaluate.clip is 'model', but the protocol digits:train has no CLIP score; "
+            "leave it out",
         ),
         (
             "protocol",
             "edm50k",
-            "features of the protocol edm50k does not fit: missing a required argument: 'batch_size'",
+            "features of the protocol edm50k does not fit: "
+            "missing a required argument: 'batch_size'",
         ),
         ("protocol", "fashion_mnist", "features of the protocol fashion_mnist does not fit"),
     ],
@@ -345,7 +354,8 @@ def test_statistics_as_a_reference(workdir, monkeypatch):
     config.evaluate.protocol, config.evaluate.reference = "digits", {}
     with pytest.raises(
         ValueError,
-        match=r"the protocol digits has real images of its own, expected none, got .*ref\.npz; leave it out",
+        match="the protocol digits has real images of its own, expected none, "
+        r"got .*ref\.npz; leave it out",
     ):
         evaluate.run(stage_of(config, "evaluate"), workdir)
     config.evaluate.statistics = str(workdir / "absent.npz")

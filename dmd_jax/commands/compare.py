@@ -176,10 +176,7 @@ def refuse_unlike(runs: Sequence[Run]):
     for run in runs[1:]:
         differing = [keys for keys in SAME if _get(run, keys) != _get(first, keys)]
         if differing:
-            values = ", ".join(
-                f"{' '.join(keys).removeprefix('asked ')} ({_short(_get(first, keys))}, {_short(_get(run, keys))})"
-                for keys in differing
-            )
+            values = ", ".join(_difference(first, run, keys) for keys in differing)
             told.append(f"{first.path} and {run.path} differ in {values}")
     if told:
         raise ValueError(
@@ -344,6 +341,11 @@ def _get(run, keys):
         keys,
         run.result.to_json(),
     )
+
+
+def _difference(first, run, keys):
+    name = " ".join(keys).removeprefix("asked ")
+    return f"{name} ({_short(_get(first, keys))}, {_short(_get(run, keys))})"
 
 
 def _short(value):

@@ -4,8 +4,8 @@ python -m dmd_jax latency --workdir=/data/coco --out=latency.json
 python -m dmd_jax latency --model=student --teacher_model=stable-diffusion-v1-5 --dtype=bfloat16
 
 Text encoder, network and decoder are timed, each alone and all together, from what is on the host
-to what is there again; the noise is drawn before. The first call of every shape compiles and does not
-count; then the median of some runs counts, the models in turn. Batch 1, on one device, gives
+to what is there again; the noise is drawn before. The first call of every shape compiles and does
+not count; then the median of some runs counts, the models in turn. Batch 1, on one device, gives
 milliseconds an image. Then the batch size is raised, on as many devices as divide it, until two
 sizes in a row are no faster per image, or memory runs out; the best gives images per second.
 """
@@ -191,8 +191,8 @@ def summary(rows: Sequence[Row], teacher: str, student: str) -> dict:
 
     Returns:
       {"batch 1" or "best": {"batch_size": {model: n}, "ms": {model: {part: an image}},
-      "images_per_second": {model: of all parts}, "ratio": {"together" or "network": the teacher's ms
-      over the student's}}}
+      "images_per_second": {model: of all parts}, "ratio": {"together" or "network": the teacher's
+      ms over the student's}}}
     """
     of = {name: [row for row in rows if row.model == name] for name in (teacher, student)}
     chosen = {

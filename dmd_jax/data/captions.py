@@ -1,10 +1,9 @@
-"""Captions, with images or without, as random-access sources of {"text": str, "image": [H, W, 3]
-float32 in [-1, 1]}.
+"""Random-access sources of captions, with or without images.
 
-Images are read when they are asked for, cropped to the square in their middle and resized by
-Lanczos' filter to `size`; 0 = they stay as they are. Runs of blanks in a text become one. A row
-that cannot be given raises BadRow, and only then; a source that cannot be given raises ValueError
-at once.
+A row is {"text": str, "image": [H, W, 3] float32 in [-1, 1]}. A source reads an image when its row
+is read, crops it to the square in its middle and resizes it to `size` by Lanczos' filter; with the
+size 0 images stay as they are. Several blanks in a text become one. A source that cannot be opened
+raises ValueError at once; a row that cannot be read raises BadRow when it is read.
 """
 
 import dataclasses
@@ -28,46 +27,50 @@ from dmd_jax.weights import published
 CHOICES = ("coco", "tfds", "folder", "prompts", "without")  # what a config may name
 
 LINES = ('"name, tab, caption"', '{"file_name": "9.jpg", "text": "A cat."}')
-FIRST = 16  # rows; if the images of none of them are there, the path is wrong
-# Examples of a prepared dataset, which has a version; to read the captions of all takes minutes.
+FIRST = 16  # rows; if none of them has its image, the path is wrong
+# Examples of a prepared dataset in its digest: its version says the rest, and reading the captions
+# of all examples takes minutes.
 SAMPLED = 16
-# Bad rows beyond both are no accident: COCO and LAION as downloaded have a few in a thousand.
-FEW, SHARE = (
-    10,
-    0.05,
+# More bad rows than both of these are no accident: COCO and LAION have a few in a thousand.
+FEW = 10
+SHARE = 0.05
+COCO = (
+    '{"images": [{"id": 9, "file_name": "9.jpg"}, ...], '
+    '"annotations": [{"id": 1, "image_id": 9, "caption": "A cat."}, ...]}'
 )
-COCO = '{"images": [{"id": 9, "file_name": "9.jpg"}, ...], "annotations": [{"id": 1, "image_id": 9, "caption": "A cat."}, ...]}'
 
 
 class BadRow(ValueError):
-    """A row that cannot be given: its image is missing or damaged, or its caption is empty."""
+    """A row that cannot be read: its image is missing or damaged, or its caption is empty."""
 
 
 class Rows(Protocol):
-    """What `Captions` reads, one row at a time; at least one."""
+    """The rows of `Captions`, at least one, which are read one at a time."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What errors call the row."""
+        """Returns the name of the row in error messages."""
 
     def read(self, index: int) -> dict:
-        """The "text", the file "image" if it is asked for, and whatever else the row says."""
+        """Returns the "text", the file "image" if the source has images, and any other fields."""
 
     def told(self) -> Iterable:
-        """What the rows follow from, wherever it lies; without opening every image."""
+        """Yields what the digest covers; paths and the content of images are no part of it."""
 
 
 class Captions:
     """A source of captions."""
 
     def __init__(self, rows: Rows, *, origin: str, size: int = 0):
-        """`origin` names the source, with all that it depends on."""
+        """Keeps the rows; `origin` names the source and its settings, in errors and in logs."""
         if size < 0:
             raise ValueError(
                 f"{origin}: expected a size of at least 1, or 0 for images as they are, got {size}."
             )
-        self._rows, self._origin, self._size = rows, origin, size
+        self._rows = rows
+        self._origin = origin
+        self._size = size
 
     def __len__(self):
         return len(self._rows)
@@ -77,28 +80,24 @@ class Captions:
             raise IndexError(f"{self._origin}: no row {index} of {len(self)}")
         try:
             row = self._rows.read(int(index))
-            # A byte order mark, also of files put together.
+            # Files that were joined have a byte order mark in their middle.
             row["text"] = " ".join(row["text"].replace("\ufeff", "").split())
             if not row["text"]:
                 raise ValueError("the caption is empty")
-            return row | (
-                {"image": pixels.to_float(images_lib.cropped(row["image"], self._size))}
-                if "image" in row
-                else {}
-            )
+            if "image" in row:
+                image = images_lib.cropped(row["image"], self._size)
+                row = row | {"image": pixels.to_float(image)}
+            return row
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (
-                None,
-                errno.ENOENT,
-            ):
-                raise  # the machine's fault
-            raise BadRow(
-                f"{self._origin}: row {index} ({self._rows.name(index)}): {error}"
-            ) from error
+            number = getattr(error, "errno", None)
+            if isinstance(error, MemoryError) or number not in (None, errno.ENOENT):
+                raise  # the machine is at fault, not the row
+            name = self._rows.name(index)
+            raise BadRow(f"{self._origin}: row {index} ({name}): {error}") from error
 
     @property
     def digest(self) -> str:
-        """Of texts and names, not of where they lie, nor of the images' content."""
+        """The digest of texts and names; paths and the content of images do not change it."""
         digest = hashlib.sha256(f"{len(self)} {self._size}".encode())
         for item in self._rows.told():
             digest.update(repr(item).encode())
@@ -110,7 +109,7 @@ class Captions:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """Rows in memory; their images, if asked for, are `files` of these names."""
+    """Rows in memory, with the names of their images in `files`, which is None without images."""
 
     names: list[str]
     texts: list[str]
@@ -127,7 +126,9 @@ class Listed:
         row = {"text": self.texts[index]}
         if self.categories:
             row["category"] = self.categories[index]
-        return row | ({"image": self.files.read(self.names[index])} if self.files else {})
+        if self.files:
+            row["image"] = self.files.read(self.names[index])
+        return row
 
     def told(self):
         return zip(self.texts, self.names, self.categories or self.names, strict=True)
@@ -135,7 +136,7 @@ class Listed:
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """Images, each with a .txt of its name beside it."""
+    """Images with their captions in .txt files of the same names."""
 
     names: list[str]
     files: folder_lib.Directory | folder_lib.Archive
@@ -152,7 +153,9 @@ class Beside:
         row = {"text": self.files.read(_stem(name) + ".txt").decode("utf-8-sig")}
         if self.with_images and name.endswith(".txt"):
             raise ValueError("there is no image of this name")
-        return row | ({"image": self.files.read(name)} if self.with_images else {})
+        if self.with_images:
+            row["image"] = self.files.read(name)
+        return row
 
     def told(self):
         there = set(self.files.names())
@@ -163,7 +166,7 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The first captions of each example of a prepared dataset."""
+    """The first `per_image` captions of each example of a prepared dataset."""
 
     examples: Sequence
     per_image: int
@@ -182,7 +185,9 @@ class Examples:
         if index % self.per_image >= len(texts):
             raise ValueError(f"the image has {len(texts)} captions")
         row = {"text": texts[index % self.per_image].decode()}
-        return row | ({"image": example["image"]} if self.with_images else {})
+        if self.with_images:
+            row["image"] = example["image"]
+        return row
 
     def told(self):
         yield self.name_and_split, self.per_image
@@ -191,9 +196,10 @@ class Examples:
 
 
 def readable(source: Captions, indices: Iterable[int]) -> tuple[dict[int, dict], list[str]]:
-    """The rows that can be given, by their indices, and why the others cannot.
+    """Reads rows in threads, since Pillow decodes without Python's lock.
 
-    Threads read them: Pillow decodes without Python's lock.
+    Returns:
+      The rows that can be read, by their indices; and for each other row, why it cannot.
     """
 
     def read(i):
@@ -205,18 +211,17 @@ def readable(source: Captions, indices: Iterable[int]) -> tuple[dict[int, dict],
     indices = list(indices)
     with futures.ThreadPoolExecutor() as pool:
         found = list(zip(indices, pool.map(read, indices), strict=True))
-    return {i: row for i, row in found if isinstance(row, dict)}, [
-        why for _, why in found if isinstance(why, str)
-    ]
+    rows = {i: row for i, row in found if isinstance(row, dict)}
+    reasons = [why for _, why in found if isinstance(why, str)]
+    return rows, reasons
 
 
 def refuse_if_many(skipped: Sequence[str], count: int):
-    """Raises ValueError if of `count` rows too many, or all, were `skipped`."""
+    """Raises ValueError if all of `count` rows, or too many of them, were `skipped`."""
     if len(skipped) == count or len(skipped) > max(FEW, SHARE * count):
         raise ValueError(
             f"{len(skipped)} of {count} rows of the captions cannot be read, expected at most "
-            f"{SHARE:.0%}; mend or remove them. "
-            f"The first: {'; '.join(skipped[:3])}."
+            f"{SHARE:.0%}; repair or remove them. The first: {'; '.join(skipped[:3])}."
         )
 
 
@@ -228,14 +233,14 @@ def coco(
     limit: int = 0,
     one_per_image: bool = False,
 ) -> Captions:
-    """COCO's captions, in the order of their ids.
+    """Returns COCO's captions, in the order of their ids.
 
     Args:
       annotations: captions_train2017.json, or another file in the layout of COCO's captions.
       images: the directory of the images; "" = texts only.
       size: height and width of the images.
-      limit: only the first captions; 0 = all.
-      one_per_image: only the first caption of each image.
+      limit: how many captions to keep, the first ones; 0 = all.
+      one_per_image: whether to keep only the first caption of each image.
 
     Raises:
       ValueError: the file is missing, damaged or of another layout; the images are not there.
@@ -244,6 +249,7 @@ def coco(
     files = _open_both(path, images)
     try:
         listed = json.loads(storage.local(path).read_bytes())
+        # + "" raises TypeError for a name that is no string.
         names = {image["id"]: image["file_name"] + "" for image in listed["images"]}
         rows = sorted((a["id"], a["image_id"], a["caption"]) for a in listed["annotations"])
         rows = [
@@ -257,10 +263,8 @@ def coco(
             "copy it again."
         ) from error
     if not rows or not whole:
-        raise ValueError(
-            f"{path}: expected {COCO}, got "
-            f"{'captions that are no text' if rows else 'no captions'}; use captions_*.json."
-        )
+        got = "captions that are no text" if rows else "no captions"
+        raise ValueError(f"{path}: expected {COCO}, got {got}; use captions_*.json.")
     if one_per_image:
         first = {}
         for row in rows:
@@ -268,9 +272,8 @@ def coco(
         rows = list(first.values())
     rows = _first(rows, limit, path)
     origin = f"coco {path}, images {images or 'none'}" + ", one per image" * one_per_image
-    return _checked(
-        Listed([name for name, *_ in rows], [text for *_, text in rows], files), origin, size
-    )
+    rows = Listed([name for name, *_ in rows], [text for *_, text in rows], files)
+    return _checked(rows, origin, size)
 
 
 def tfds(
@@ -282,18 +285,17 @@ def tfds(
     per_image: int = 5,
     with_images: bool = True,
 ) -> Captions:
-    """A dataset of images with "captions" that tensorflow-datasets has prepared as ArrayRecord
-    files.
+    """Returns the captions of a dataset that tensorflow-datasets has prepared as ArrayRecord files.
 
-    TensorFlow is not needed.
+    The dataset needs the features "image" and "captions". TensorFlow is not needed.
 
     Args:
-      split: as tensorflow-datasets writes it, "train[:1000]" too.
-      data_dir: where it was prepared.
-      name: "coco_captions"; ":1.1.0" at the end chooses among several versions.
+      split: as tensorflow-datasets writes it, such as "train" or "train[:1000]".
+      data_dir: the directory in which the dataset was prepared.
+      name: such as "coco_captions"; ":1.1.0" at the end chooses among several versions.
       size: height and width of the images.
-      per_image: how many captions of each image; COCO's have 5 to 7, which only a pass over all
-        images could count.
+      per_image: how many captions of each image to read; COCO's images have 5 to 7, and counting
+        them would mean reading all images.
       with_images: False = texts only.
 
     Raises:
@@ -303,32 +305,32 @@ def tfds(
     kind = getattr(features.get("captions"), "feature", None)
     if not isinstance(kind, tensorflow_datasets.features.FeaturesDict) or "text" not in kind:
         raise ValueError(
-            f'{origin}: expected a feature "captions", a sequence of "text", got {", ".join(features)}; use coco_captions.'
+            f'{origin}: expected a feature "captions", a sequence of "text", '
+            f"got {', '.join(features)}; use coco_captions."
         )
     if per_image < 1:
         raise ValueError(f"{origin}: expected a per_image of at least 1, got {per_image}; use 5.")
     rows = Examples(examples, per_image, with_images, f"{name} {split}")
-    return Captions(
-        rows, origin=f"{origin}, {per_image} per image{without(with_images)}", size=size
-    )
+    origin = f"{origin}, {per_image} per image{without(with_images)}"
+    return Captions(rows, origin=origin, size=size)
 
 
 def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True) -> Captions:
-    """The images of a directory or a .zip, with captions in one file at its top or in a .txt beside
-    each image.
+    """Returns the images of a directory or a .zip with their captions.
 
-    The file is captions.txt or captions.tsv with lines "name, tab, caption", in its order; or
-    metadata.jsonl with lines {"file_name": ..., "text": ...} as Hugging Face's imagefolder has it.
-    Without one, rows are in the order of the images' names.
+    The captions are in one file at the top, or in a .txt beside each image. The file is
+    captions.txt or captions.tsv with lines "name, tab, caption", or metadata.jsonl with lines
+    {"file_name": ..., "text": ...} as Hugging Face's imagefolder has it. Rows are in the order of
+    that file; without such a file they are in the order of the images' names.
 
     Args:
-      path: of the directory or the .zip.
+      path: the directory or the .zip.
       size: height and width of the images.
-      limit: only the first rows; 0 = all.
+      limit: how many rows to keep, the first ones; 0 = all.
       with_images: False = texts only.
 
     Raises:
-      ValueError: there is nothing of the kind, a line is damaged, or the images are not there.
+      ValueError: there are no captions, a line is damaged, or the images are not there.
     """
     files = folder_lib.open_files(path)
     everything = set(files.names())
@@ -339,43 +341,32 @@ def folder(*, path: str, size: int = 0, limit: int = 0, with_images: bool = True
         )
     origin = f"{path}{without(with_images)}"
     if lists:
-        rows = _first(
-            _lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}"), limit, path
-        )
-        return _checked(
-            Listed(
-                [name for name, _ in rows],
-                [text for _, text in rows],
-                files if with_images else None,
-            ),
-            origin,
-            size,
-        )
+        rows = _lines(files.read(lists[0]), PARSERS[lists[0]], f"{path}: {lists[0]}")
+        rows = _first(rows, limit, path)
+        names = [name for name, _ in rows]
+        texts = [text for _, text in rows]
+        return _checked(Listed(names, texts, files if with_images else None), origin, size)
     names = folder_lib.image_names(everything)
     texts = {name for name in everything if name.endswith(".txt")}
     if not texts & {_stem(name) + ".txt" for name in names}:
         raise ValueError(
             f"{path}: no captions among {len(everything)} files, {len(names)} of them images; "
-            f"expected {', '.join(sorted(PARSERS))}, or "
-            "a .txt beside each image."
+            f"expected {', '.join(sorted(PARSERS))}, or a .txt beside each image."
         )
-    alone = texts - {_stem(name) + ".txt" for name in names}
-    return Captions(
-        Beside(_first(sorted([*names, *alone]), limit, path), files, with_images),
-        origin=origin,
-        size=size,
-    )
+    alone = texts - {_stem(name) + ".txt" for name in names}  # rows without an image
+    rows = _first(sorted([*names, *alone]), limit, path)
+    return Captions(Beside(rows, files, with_images), origin=origin, size=size)
 
 
 def prompts(*, path: str, limit: int = 0) -> Captions:
-    """A text file with a prompt a line; an empty line is a bad row.
+    """Returns the prompts of a text file, one a line; an empty line is a bad row.
 
     Args:
-      path: of the file, UTF-8.
-      limit: only the first lines; 0 = all.
+      path: the file, in UTF-8.
+      limit: how many lines to keep, the first ones; 0 = all.
 
     Raises:
-      ValueError: the file is missing, empty or no text.
+      ValueError: the file is missing or empty, or it is no text.
     """
     try:
         texts = storage.local(path).read_text(encoding="utf-8-sig").split("\n")
@@ -383,17 +374,19 @@ def prompts(*, path: str, limit: int = 0) -> Captions:
         raise ValueError(
             f"{path}: expected a text file in UTF-8 with a prompt a line ({error}); check the path."
         ) from error
-    texts = _first(texts[: -1 if not texts[-1] else None], limit, path)
+    if not texts[-1]:  # what follows the last line's end
+        texts = texts[:-1]
+    texts = _first(texts, limit, path)
     if not texts:
         raise ValueError(f"{path}: expected a prompt a line, got an empty file; write some.")
-    return Captions(
-        Listed([f"line {i + 1}" for i in range(len(texts))], texts, None), origin=f"prompts {path}"
-    )
+    names = [f"line {i + 1}" for i in range(len(texts))]
+    return Captions(Listed(names, texts, None), origin=f"prompts {path}")
 
 
 def _open_both(path, images):
-    """The images, or None; says at once if annotations and images are missing."""
-    problems, opened = [], None
+    """Opens the images, or returns None for none; one error names all files that are missing."""
+    problems = []
+    opened = None
     if not path.is_file():
         problems.append(
             f"{path} does not exist; expected COCO's captions_*.json{published.published(path)}."
@@ -408,7 +401,7 @@ def _open_both(path, images):
 
 
 def _first(rows, limit, origin):
-    """The first `limit` rows, or all."""
+    """Returns the first `limit` rows, or all of them for the limit 0."""
     if limit < 0:
         raise ValueError(
             f"{origin}: expected a limit of at least 1, or 0 for all rows, got {limit}."
@@ -417,8 +410,9 @@ def _first(rows, limit, origin):
 
 
 def _checked(rows, origin, size):
-    """The source, if any of its first images can be read."""
-    first, problems = range(min(FIRST, len(rows))), []
+    """Returns the source if one of its first images can be read."""
+    first = range(min(FIRST, len(rows)))
+    problems = []
     for index in first:
         try:
             rows.read(index)
@@ -434,8 +428,9 @@ def _checked(rows, origin, size):
 
 
 def _lines(data, parse, origin):
-    """The pairs of name and caption; empty lines are passed over."""
-    rows, number = [], 1
+    """Returns the pairs of name and caption; skips empty lines."""
+    rows = []
+    number = 1
     try:
         for line in data.decode("utf-8-sig").split("\n"):
             if line.strip():
@@ -469,5 +464,5 @@ def _stem(name):
 
 
 def without(with_images: bool) -> str:
-    """What the origin of a source says where images are left out."""
+    """Returns what the name of a source adds if it has no images."""
     return "" if with_images else ", texts only"

@@ -6,12 +6,15 @@ from dmd_jax.data import images
 
 
 def make(*, split: str, seed: int = 0, held_out: int = 500):
-    """scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, 10 classes.
+    """Returns scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, 10 classes.
 
     Args:
-      split: "train", or "held_out" for the `held_out` images kept apart.
-      seed: of the split.
-      held_out: how many images are kept apart.
+      split: "train" or "held_out".
+      seed: the seed of the split.
+      held_out: how many images the split "held_out" has.
+
+    Raises:
+      ValueError: scikit-learn is not installed, or there is no such split.
     """
     try:
         from sklearn import datasets
@@ -25,6 +28,5 @@ def make(*, split: str, seed: int = 0, held_out: int = 500):
     if split not in splits:
         raise ValueError(f"digits have no split {split!r}; use one of {', '.join(splits)}.")
     chosen = splits[split]
-    return images.from_arrays(
-        pixels[chosen].reshape(-1, 8, 8, 1) / 8 - 1, label[chosen], origin="scikit-learn's digits"
-    )
+    image = pixels[chosen].reshape(-1, 8, 8, 1) / 8 - 1
+    return images.from_arrays(image, label[chosen], origin="scikit-learn's digits")

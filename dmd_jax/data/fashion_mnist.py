@@ -1,4 +1,4 @@
-"""Datasets in the IDX format of MNIST."""
+"""Fashion-MNIST, a dataset in the IDX format of MNIST."""
 
 import gzip
 import math
@@ -17,24 +17,24 @@ PREFIXES = {"train": "train", "test": "t10k"}
 def make(
     *, split: str, path: str = FASHION_MNIST, size: int = 32, limit: int = 0, x_flips: bool = False
 ):
-    """Fashion-MNIST: grey images of 28x28 pixels in a black frame, 10 classes.
+    """Returns Fashion-MNIST: grey images of 28x28 pixels in a black frame, 10 classes.
 
     Args:
       split: "train" (60,000 images) or "test" (10,000).
-      path: directory of the four files, with or without .gz.
-      size: height and width, frame included; 16 is 32 with each 2x2 pixels averaged.
-      limit: only the first images; 0 = all.
-      x_flips: also the mirror images, after all others.
+      path: the directory of the four files, with or without .gz.
+      size: height and width with the frame, in pixels; 16 averages each 2x2 pixels of size 32.
+      limit: how many images to keep, the first ones; 0 = all.
+      x_flips: whether to append the mirror images.
 
     Raises:
-      ValueError: no such split or size; the files are missing, damaged or something else.
+      ValueError: there is no such split or size; the files are missing, damaged or something else.
     """
     if split not in PREFIXES:
         raise ValueError(f"Fashion-MNIST has no split {split!r}; use one of {', '.join(PREFIXES)}.")
     if size != 16 and (size < 28 or size % 2):
         raise ValueError(
-            f"Fashion-MNIST: expected 16 or an even size of at least 28, got {size}; use 16, 28 or "
-            "32."
+            f"Fashion-MNIST: expected 16 or an even size of at least 28, got {size}; "
+            "use 16, 28 or 32."
         )
     directory = storage.local(path)
     pixels = read(_find(directory, f"{PREFIXES[split]}-images-idx3-ubyte"), ndim=3)
@@ -42,10 +42,11 @@ def make(
     if pixels.shape != (len(labels), 28, 28) or labels.max(initial=0) > 9:
         raise ValueError(
             f"{path}: expected images [N, 28, 28] and N labels 0 to 9, got {list(pixels.shape)} "
-            f"and {len(labels)} labels up to "
-            f"{labels.max(initial=0)}; is this Fashion-MNIST? Install it again."
+            f"and {len(labels)} labels up to {labels.max(initial=0)}; is this Fashion-MNIST? "
+            "Install it again."
         )
-    pixels, labels = pixels[: limit or None], labels[: limit or None]
+    pixels = pixels[: limit or None]
+    labels = labels[: limit or None]
     frame = 2 if size == 16 else (size - 28) // 2
     pixels = np.pad(pixels, ((0, 0), (frame, frame), (frame, frame)))
     if size == 16:
@@ -55,7 +56,7 @@ def make(
 
 
 def read(path: pathlib.Path, *, ndim: int) -> np.ndarray:
-    """An array of bytes with `ndim` dimensions, from an IDX file.
+    """Reads an array of bytes with `ndim` dimensions from an IDX file.
 
     Raises:
       ValueError: the file is damaged or something else.
@@ -85,8 +86,8 @@ def _find(path, name):
         if file.exists():
             return file
     raise ValueError(
-        f"no Fashion-MNIST in {path}: {name}.gz does not exist. Run: apt-get install "
-        "dataset-fashion-mnist; or without root: "
+        f"no Fashion-MNIST in {path}: {name}.gz does not exist. "
+        "Run: apt-get install dataset-fashion-mnist; or without root: "
         "apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR, "
         f"and set path='DIR{FASHION_MNIST}'."
     )

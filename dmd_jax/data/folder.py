@@ -15,19 +15,22 @@ CHOICES = ("read", "cropped")  # what a config may name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "dataset.json"
-EXPECTED = 'expected {"labels": [["00000/img00000000.png", 6], ...]} with every image once, or {"labels": null}'
+EXPECTED = (
+    'expected {"labels": [["00000/img00000000.png", 6], ...]} with every image once, '
+    'or {"labels": null}'
+)
 
 
 class Directory:
-    """Files below a directory."""
+    """The files below a directory."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
 
     def names(self) -> list[str]:
-        found = (
-            pathlib.Path(folder, file) for folder, _, files in os.walk(self._path) for file in files
-        )
+        found = []
+        for folder, _, files in os.walk(self._path):
+            found += [pathlib.Path(folder, file) for file in files]
         return [path.relative_to(self._path).as_posix() for path in found]
 
     def read(self, name: str) -> bytes:
@@ -35,10 +38,11 @@ class Directory:
 
 
 class Archive:
-    """Files of a .zip. Every process opens its own handle, which threads may share."""
+    """The files of a .zip. Every process opens its own handle, which threads may share."""
 
     def __init__(self, path: pathlib.Path):
-        self._path, self._opened = path, (None, None)
+        self._path = path
+        self._opened = (None, None)
         self._handle()
 
     def names(self) -> list[str]:
@@ -62,7 +66,9 @@ class Labelled:
     """The records of `images.Files`."""
 
     def __init__(self, files: Directory | Archive, names: list[str], cond: np.ndarray):
-        self._files, self._names, self._cond = files, names, cond
+        self._files = files
+        self._names = names
+        self._cond = cond
 
     def __len__(self):
         return len(self._names)
@@ -75,49 +81,49 @@ class Labelled:
 
 
 def read(*, path: str, size: int | None, num_classes: int = 0, x_flips: bool = False):
-    """The PNG, JPEG and WebP images of a directory or a .zip, however nested, in the order of their
-    names; other files are left out.
+    """Returns the PNG, JPEG and WebP images of a directory or a .zip, in the order of their names.
+
+    Images may be in folders at any depth. Other files are ignored.
 
     Args:
-      path: of the directory or the .zip.
-      size: height and width of the images; None = those of the first.
-      num_classes: labels are 0 to num_classes - 1, of dataset.json; 0 = labels are not read, every
-        cond is 0.
-      x_flips: also the mirror images, after all others.
+      path: the directory or the .zip.
+      size: height and width of the images; None = those of the first image.
+      num_classes: dataset.json has labels from 0 to num_classes - 1; 0 = labels are not read, and
+        every cond is 0.
+      x_flips: whether to append the mirror images.
 
     Raises:
-      ValueError: no images; labels missing, out of range or damaged; an image is unlike the others
-        or corrupt (when it is reached).
+      ValueError: there are no images; labels are missing, out of range or damaged; or an image is
+        unlike the others or corrupt (when it is read).
     """
     files, names, everything = _listed(path)
     cond = np.zeros(len(names), np.int32)
     if num_classes:
-        cond = _labels(
-            files.read(LABELS) if LABELS in everything else None, names, num_classes, path
-        )
+        text = files.read(LABELS) if LABELS in everything else None
+        cond = _labels(text, names, num_classes, path)
     source = images.Files(Labelled(files, names, cond), origin=str(path), size=size)
     return images.Flipped(source) if x_flips else source
 
 
 def cropped(*, path: str, size: int):
-    """The PNG, JPEG and WebP images of a directory or a .zip, of any sizes, in the order of their
-    names, each as `images.cropped` gives it.
+    """Returns the PNG, JPEG and WebP images of a directory or a .zip, in the order of their names.
+
+    They may have any sizes; each is cropped and resized by `images.cropped`.
 
     Args:
-      path: of the directory or the .zip.
-      size: height and width that the images get.
+      path: the directory or the .zip.
+      size: height and width of the result, in pixels.
 
     Raises:
-      ValueError: no images; an image is corrupt (when it is reached).
+      ValueError: there are no images, or an image is corrupt (when it is read).
     """
     files, names, _ = _listed(path)
-    return images.Cropped(
-        Labelled(files, names, np.zeros(len(names), np.int32)), origin=str(path), size=size
-    )
+    records = Labelled(files, names, np.zeros(len(names), np.int32))
+    return images.Cropped(records, origin=str(path), size=size)
 
 
 def _listed(path):
-    """The files, the names of the images, and all names; at least one image."""
+    """Returns the files, the names of the images, and all names; there is at least one image."""
     files = open_files(path)
     everything = set(files.names())
     names = image_names(everything)
@@ -130,10 +136,10 @@ def _listed(path):
 
 
 def open_files(path: str | os.PathLike) -> Directory | Archive:
-    """A directory or a .zip.
+    """Opens a directory or a .zip.
 
     Raises:
-      ValueError: it is neither, or damaged.
+      ValueError: `path` is neither, or it is damaged.
     """
     path = storage.local(path)
     if path.is_dir():
@@ -150,7 +156,7 @@ def open_files(path: str | os.PathLike) -> Directory | Archive:
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """Those of images, sorted."""
+    """Returns those of `names` that are names of images, sorted."""
     return sorted(
         name
         for name in names
@@ -159,7 +165,7 @@ def image_names(names: Iterable[str]) -> list[str]:
 
 
 def _labels(text, names, num_classes, origin):
-    """The label of every name."""
+    """Returns the label of every name, [N] int32."""
     entries = None if text is None else _entries(text, origin)
     if entries is None:
         where = f"no {LABELS}" if text is None else f"null labels in {LABELS}"
@@ -190,7 +196,7 @@ def _labels(text, names, num_classes, origin):
 
 
 def _entries(text, origin):
-    """The pairs of name and label in dataset.json, or None."""
+    """Reads the pairs of name and label in dataset.json, or None."""
     try:
         entries = json.loads(text)["labels"]
         whole = entries is None or (

@@ -1,5 +1,6 @@
-"""Labelled images, as random-access sources of {"image": [H, W, C] float32 in [-1, 1], "cond":
-int32}, and labels alone.
+"""Random-access sources of labelled images.
+
+A row is {"image": [H, W, C] float32 in [-1, 1], "cond": int32}.
 """
 
 import dataclasses
@@ -10,12 +11,13 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from dmd_jax import data
 from dmd_jax.data import pixels as pixels_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A source held in memory: images [N, H, W, C], float32 in [-1, 1] or bytes, and labels [N]."""
+    """A source in memory: images [N, H, W, C], float32 in [-1, 1] or bytes, and labels [N]."""
 
     image: np.ndarray
     cond: np.ndarray
@@ -32,7 +34,7 @@ class Images:
 
     @property
     def digest(self) -> str:
-        """Of the content."""
+        """The digest of the content."""
         return hashlib.sha256(self.image.tobytes() + self.cond.tobytes()).hexdigest()[:16]
 
 
@@ -40,28 +42,38 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of 8 bits
 
 
 class Records(Protocol):
-    """Image files with labels, to be read one at a time; at least one."""
+    """Image files with labels, at least one, which are read one at a time."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What errors call the image."""
+        """Returns the name of the image in error messages."""
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The file and the label."""
+        """Returns the file and the label."""
 
 
 class Files:
-    """A source of image files, read and decoded when asked for.
+    """A source of image files, which are read and decoded when their rows are read.
 
-    All must be like the first, which is read at once.
+    All must have one size and one mode. The first is read at once.
     """
 
     def __init__(self, records: Records, *, origin: str, size: int | None = None):
-        """`origin` names the source in errors; images of another `size` are refused, None = that of
-        the first.
+        """Reads the first image.
+
+        Args:
+          records: the files and their labels.
+          origin: the name of the source in errors.
+          size: height and width of every image; None = those of the first.
+
+        Raises:
+          ValueError: the first image is corrupt, of another size or not square.
         """
-        self._records, self._origin, self._size, self._first = records, origin, size, None
+        self._records = records
+        self._origin = origin
+        self._size = size
+        self._first = None  # the mode of the first image
         height, width, _ = self._decode(0)[0].shape
         if size is None and height != width:
             raise ValueError(
@@ -81,7 +93,7 @@ class Files:
 
     @property
     def digest(self) -> str:
-        """Of names, labels and files."""
+        """The digest of names, labels and files."""
         return _digest(self._records)
 
     def __repr__(self):
@@ -93,15 +105,16 @@ class Files:
             data, cond = self._records.read(index)
             with Image.open(io.BytesIO(data)) as picture:
                 picture.load()
-                pixels, mode = np.asarray(picture), picture.mode
+                pixels = np.asarray(picture)
+                mode = picture.mode
         except Exception as error:  # Pillow and the archives raise a dozen kinds for damaged files
             raise ValueError(
                 f"{where} cannot be read ({error}); replace it, or remove it and its label."
             ) from error
         if mode not in ("L", "RGB"):
             raise ValueError(
-                f"{where}: expected mode RGB or L (8 bit grey), got {mode}; convert the images "
-                "first."
+                f"{where}: expected mode RGB or L (8 bit grey), got {mode}; "
+                "convert the images first."
             )
         self._first = self._first or mode
         if mode != self._first:
@@ -124,10 +137,12 @@ class Files:
 
 
 class Cropped:
-    """A source of image files of any sizes and modes, each as `cropped` gives it."""
+    """A source of image files of any sizes and modes; `cropped` reads each of them."""
 
     def __init__(self, records: Records, *, origin: str, size: int):
-        self._records, self._origin, self._size = records, origin, size
+        self._records = records
+        self._origin = origin
+        self._size = size
 
     def __len__(self):
         return len(self._records)
@@ -144,7 +159,7 @@ class Cropped:
 
     @property
     def digest(self) -> str:
-        """Of names, labels, files and size."""
+        """The digest of names, labels, files and size."""
         return _digest(self._records, self._size)
 
 
@@ -158,7 +173,7 @@ def _digest(records, *settings):
 
 @dataclasses.dataclass(frozen=True)
 class Flipped:
-    """A source twice as long: item i + N is item i with its image mirrored, as in EDM."""
+    """A source of twice the length: item i + N is item i with a mirrored image, as in EDM."""
 
     source: object
 
@@ -174,22 +189,26 @@ class Flipped:
 
     @property
     def digest(self) -> str | None:
-        """Of the content; None if that has none."""
-        found = getattr(self.source, "digest", None)
+        """The digest of the content; None if `source` has none."""
+        found = data.digest(self.source)
         return found and f"{found} flipped"
 
 
 def cropped(data: bytes, size: int) -> np.ndarray:
-    """An image file as bytes [H, W, 3]: what is transparent becomes white, grey becomes three
-    channels.
+    """Decodes an image file, and crops and resizes it.
+
+    Transparent areas become white, and grey images get three channels.
 
     Args:
       data: the file.
-      size: the square in the middle, where torchvision's center_crop sees it, is resized to so many
-        pixels by Lanczos' filter; 0 = the image stays as it is.
+      size: height and width, in pixels, to which Lanczos' filter resizes the square in the middle
+        (the one of torchvision's center_crop); 0 = the image stays as it is.
+
+    Returns:
+      Bytes [H, W, 3].
 
     Raises:
-      ValueError: more than 8 bits.
+      ValueError: the image has more than 8 bits.
     """
     with Image.open(io.BytesIO(data)) as picture:
         picture.load()
@@ -203,13 +222,18 @@ def cropped(data: bytes, size: int) -> np.ndarray:
         short = min(picture.size)
         left, top = (round((n - short) / 2) for n in picture.size)
         picture = picture.crop((left, top, left + short, top + short))
-        # As it is where it has that size.
+        # This changes nothing if the picture has the size already.
         picture = picture.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 
 def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:
-    """A source out of images [N, H, W, C] in [-1, 1] and labels [N]; `origin` names them in errors.
+    """Makes a source from arrays.
+
+    Args:
+      image: [N, H, W, C], floats in [-1, 1].
+      cond: labels [N].
+      origin: the name of the arrays in errors.
 
     Raises:
       ValueError: the arrays are something else.
@@ -223,8 +247,8 @@ def from_arrays(image: np.ndarray, cond: np.ndarray, *, origin: str) -> Images:
         or abs(image).max() > 1
     ):
         raise ValueError(
-            f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, got "
-            f"an array of shape {image.shape} and "
-            f"type {image.dtype} with {len(cond)} labels; convert the images first."
+            f"{origin}: expected images [N, H, W, C] of finite floats in [-1, 1] and N labels, "
+            f"got an array of shape {image.shape} and type {image.dtype} with {len(cond)} labels; "
+            "convert the images first."
         )
     return Images(image.astype(np.float32), np.asarray(cond, np.int32))

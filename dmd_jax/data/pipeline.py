@@ -1,6 +1,6 @@
-"""From sources to the devices.
+"""Moves batches from sources to the devices.
 
-Order is a function of (seed, step), so the position in the data is the step and nothing else.
+Their order is a function of (seed, step), so the step alone is the position in the data.
 """
 
 import hashlib
@@ -13,8 +13,11 @@ import numpy as np
 
 
 class Stream(NamedTuple):
-    """A source, anything with `__len__` and `__getitem__`, and how many of its items a global batch
-    holds.
+    """A source and the number of its items in a global batch.
+
+    Attributes:
+      source: anything with `__len__` and `__getitem__`.
+      batch_size: items of a batch, over all devices and processes.
     """
 
     source: object
@@ -24,11 +27,10 @@ class Stream(NamedTuple):
 def batches(
     streams: dict[str, Stream], *, seed: int, start: int, sharding: jax.sharding.Sharding
 ) -> Iterator[dict]:
-    """Endless global batches {name of the stream: tree of arrays [batch_size, ...]}, from step
-    `start` on, split as `sharding` says.
+    """Yields global batches without end, from step `start` on.
 
-    The global batch of a step is the same for any number of processes; each process reads its own
-    rows.
+    A batch is {name of the stream: tree of arrays [batch_size, ...]}, split as `sharding` says. The
+    batch of a step is the same for any number of processes; each process reads its own rows.
     """
     iterators = {name: _local_batches(stream, seed, start) for name, stream in streams.items()}
     while True:
@@ -37,9 +39,7 @@ def batches(
 
 
 def fingerprint(streams: dict[str, Stream], *, seed: int) -> str:
-    """A digest of everything that the order and the content of the batches follow from; the content
-    by a sample.
-    """
+    """Returns a digest of what the batches depend on: seed, sizes, and a sample of each source."""
     digest = hashlib.sha256(str(seed).encode())
     for name, (source, batch_size) in sorted(streams.items()):
         rows = [source[i] for i in np.linspace(0, len(source) - 1, 16).astype(int)]
@@ -49,9 +49,9 @@ def fingerprint(streams: dict[str, Stream], *, seed: int) -> str:
 
 
 def _local_batches(stream, seed, start):
-    processes, process = jax.process_count(), jax.process_index()
+    processes = jax.process_count()
+    process = jax.process_index()
     dataset = grain.MapDataset.source(stream.source).seed(seed).shuffle().repeat(None)
-    dataset = dataset.batch(stream.batch_size // processes, drop_remainder=True)[
-        process + start * processes :: processes
-    ]
+    dataset = dataset.batch(stream.batch_size // processes, drop_remainder=True)
+    dataset = dataset[process + start * processes :: processes]
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,19 +1,25 @@
-"""Pixels as bytes and as floats, and grids of images."""
+"""Conversions between pixels as bytes and as floats, and grids of images."""
 
 import numpy as np
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128); bytes stay as they are."""
+    """Converts [-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128).
+
+    Bytes stay as they are.
+    """
     if images.dtype == np.uint8:
         return images
     return np.clip(127.5 * np.asarray(images, np.float32) + 128, 0, 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int = 10, height: int = 32) -> np.ndarray:
-    """Images [N, H, W, C] side by side in rows of `columns`: [., ., 3] uint8.
+    """Puts images [N, H, W, C] side by side in rows of `columns`.
 
-    Small ones are enlarged to at least `height` pixels.
+    Images of less than `height` pixels are enlarged to at least that.
+
+    Returns:
+      [., ., 3] uint8.
     """
     images = to_uint8(images)
     if images.shape[-1] == 1:
@@ -28,5 +34,5 @@ def grid(images: np.ndarray, columns: int = 10, height: int = 32) -> np.ndarray:
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
-    """0..255 to float32 in [-1, 1]."""
+    """Converts 0..255 to float32 in [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1

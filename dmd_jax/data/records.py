@@ -1,8 +1,8 @@
-"""Rows of arrays that a stage has made, as ArrayRecord shards and a manifest.
+"""Rows of arrays that a stage has made, in ArrayRecord shards with a manifest.
 
 A record is the bytes of its arrays one after another, in the order of the manifest's "features".
-The manifest also says how many "shards" there are, the "count" of rows once all are there, and what
-made them: see dmd_jax/pairs.py and dmd_jax/embed.py.
+The manifest also has the number of "shards", the "count" of rows once all are written, and the
+settings that the rows were made with: see dmd_jax/stages/pairs.py and dmd_jax/stages/embed.py.
 """
 
 import json
@@ -16,24 +16,24 @@ from grain import sources
 from dmd_jax.runtime import storage
 
 CHOICES = ("read",)  # what a config may name
-
-MANIFEST, TEXTS = "manifest.json", "texts.json"
+MANIFEST = "manifest.json"
+TEXTS = "texts.json"
 
 
 def shard_paths(directory: str | os.PathLike, manifest: dict) -> list[storage.Path]:
-    """Every shard that `manifest` asks for."""
+    """Returns the path of every shard that `manifest` names."""
     n = manifest["shards"]
     return [storage.path(directory) / f"shard-{i:05d}-of-{n:05d}.arrayrecord" for i in range(n)]
 
 
 def missing_shards(directory: str | os.PathLike, manifest: dict) -> list[storage.Path]:
-    """Those of them that are not there."""
+    """Returns the paths of the shards that do not exist."""
     there = {path.name for path in storage.path(directory).iterdir()}
     return [path for path in shard_paths(directory, manifest) if path.name not in there]
 
 
 def write_shard(path: storage.Path, arrays: dict[str, np.ndarray]):
-    """Writes arrays of equal length as one shard; a shard that exists is whole."""
+    """Writes arrays of equal length as one shard; a shard that exists is complete."""
     with storage.writing(path) as file:
         writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
         for row in zip(*arrays.values(), strict=True):
@@ -42,21 +42,27 @@ def write_shard(path: storage.Path, arrays: dict[str, np.ndarray]):
 
 
 def read_manifest(directory: str | os.PathLike) -> dict:
-    """Raises ValueError if there are no records, or the manifest is damaged."""
+    """Reads the manifest.
+
+    Raises:
+      ValueError: there are no records, or the manifest is damaged.
+    """
     path = storage.path(directory) / MANIFEST
     if not path.exists():
         raise ValueError(
-            f"no records in {directory}: {path} does not exist; run the stage that makes them "
-            "first."
+            f"no records in {directory}: {path} does not exist; "
+            "run the stage that makes them first."
         )
     return storage.read_json(path)
 
 
 def claim(directory: storage.Path, manifest: dict):
-    """Writes `manifest` where there is none; what another one has besides may differ.
+    """Writes `manifest` if there is none, else compares it with the one that exists.
+
+    Keys that only the existing manifest has are not compared.
 
     Raises:
-      ValueError: there are records in `directory` that were made in another way.
+      ValueError: the records in `directory` were made with other settings.
     """
     manifest = json.loads(json.dumps(manifest))
     if (directory / MANIFEST).exists():
@@ -68,8 +74,8 @@ def claim(directory: storage.Path, manifest: dict):
         ]
         if differing:
             raise ValueError(
-                f"{directory} holds others than the config asks for: {'; '.join(differing)}; use "
-                "another workdir."
+                f"{directory} holds other records than the config asks for: "
+                f"{'; '.join(differing)}; use another workdir."
             )
     else:
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,18 +83,27 @@ def claim(directory: storage.Path, manifest: dict):
 
 
 class Records:
-    """A source of {name: array} for the manifest's "features", or those of them that `fields`
-    names, of all rows or the first `limit`.
-    """
+    """A source of rows {name: array} with the names of the manifest's "features"."""
 
     def __init__(self, directory: str, fields: tuple[str, ...] = (), limit: int = 0):
-        self.directory, self.manifest = str(directory), read_manifest(directory)
+        """Opens the records and checks that all shards are complete.
+
+        Args:
+          directory: where the records are.
+          fields: which features to read; () = all.
+          limit: how many rows to keep, the first ones; 0 = all.
+
+        Raises:
+          ValueError: records are missing or damaged, or `fields` or `limit` do not fit them.
+        """
+        self.directory = str(directory)
+        self.manifest = read_manifest(directory)
         features = self.manifest["features"]
         self._fields = tuple(fields) or tuple(features)
         if unknown := [name for name in self._fields if name not in features]:
             raise ValueError(
-                f"the records in {directory} have no {', '.join(unknown)}; there are: "
-                f"{', '.join(features)}."
+                f"the records in {directory} have no {', '.join(unknown)}; "
+                f"there are: {', '.join(features)}."
             )
         for path in missing_shards(directory, self.manifest):
             raise ValueError(f"shard {path} is missing; run the stage that makes it again.")
@@ -99,7 +114,7 @@ class Records:
         count = len(self._records)
         if count != self.manifest.get("count"):
             raise ValueError(
-                f"{directory} holds {count} records, its manifest says "
+                f"{directory} holds {count} records, but its manifest says "
                 f"{self.manifest.get('count')}; delete it and make them again."
             )
         if not 0 <= limit <= count:
@@ -111,14 +126,14 @@ class Records:
 
     @property
     def texts(self) -> list[str]:
-        """Of each row, where the rows are of texts."""
+        """The text of each row, if the rows were made from texts."""
         return storage.read_json(storage.path(self.directory) / TEXTS)["texts"][: self._count]
 
     def __len__(self):
         return self._count
 
     def __getitem__(self, index):
-        record, offset, row = self._records[index], 0, {}
+        record = self._records[index]
         expected = sum(
             math.prod(f["shape"]) * np.dtype(f["dtype"]).itemsize
             for f in self.manifest["features"].values()
@@ -126,33 +141,35 @@ class Records:
         if len(record) != expected:
             raise ValueError(
                 f"{self.directory}: record {index} has {len(record)} bytes, expected {expected} "
-                "from the manifest's features; "
-                "delete the directory and run the stage that makes it again."
+                "from the manifest's features; delete the directory and run the stage that makes "
+                "it again."
             )
+        row = {}
+        offset = 0
         for name, feature in self.manifest["features"].items():
-            dtype, shape = np.dtype(feature["dtype"]), tuple(feature["shape"])
+            dtype = np.dtype(feature["dtype"])
+            shape = tuple(feature["shape"])
             n = math.prod(shape)
             row[name] = np.frombuffer(record, dtype, n, offset).reshape(shape)
             offset += n * dtype.itemsize
         return {name: row[name] for name in self._fields}
 
     def __repr__(self):
-        return f"Records({json.dumps(self.manifest, sort_keys=True)}, {self._fields}, {self._count} rows)"
+        manifest = json.dumps(self.manifest, sort_keys=True)
+        return f"Records({manifest}, {self._fields}, {self._count} rows)"
 
 
 def read(*, directory: str, fields: tuple[str, ...] = (), limit: int = 0) -> Records:
-    """The records in `directory`, or the first `limit`; of each row all that there is, or `fields`
-    alone.
-    """
+    """Returns the records in `directory`, as `Records` does."""
     return Records(directory, fields, limit)
 
 
 def _check_shard(path):
-    """Raises ValueError unless the shard is whole."""
+    """Raises ValueError if the shard is not complete."""
     try:
         array_record_module.ArrayRecordReader(str(path)).close()
     except RuntimeError as error:
         raise ValueError(
-            f"shard {path} is truncated or corrupt; delete it and run the stage that makes it "
-            "again."
+            f"shard {path} is truncated or corrupt; "
+            "delete it and run the stage that makes it again."
         ) from error

@@ -1,4 +1,7 @@
-"""Datasets that tensorflow-datasets has prepared as ArrayRecord files. TensorFlow is not needed."""
+"""Reads datasets that tensorflow-datasets has prepared as ArrayRecord files.
+
+TensorFlow is not needed.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +18,8 @@ class Examples:
     """The records of `images.Files`."""
 
     def __init__(self, examples, *, labelled: bool):
-        self._examples, self._labelled = examples, labelled
+        self._examples = examples
+        self._labelled = labelled
 
     def __len__(self):
         return len(self._examples)
@@ -29,37 +33,38 @@ class Examples:
 
 
 def read(*, name: str, split: str, data_dir: str, size: int | None = None, x_flips: bool = False):
-    """The features "image" and "label" of a prepared dataset; without a "label", every cond is 0.
+    """Returns the features "image" and "label" of a prepared dataset.
 
-    Nothing is downloaded.
+    Without a feature "label", every cond is 0. Nothing is downloaded.
 
     Args:
-      name: "cifar10", "downsampled_imagenet/64x64", ...; ":3.0.2" at the end chooses among several
-        versions.
-      split: as tensorflow-datasets writes it, "train[:1000]" too.
-      data_dir: where it was prepared.
-      size: height and width of the images; None = those of the first.
-      x_flips: also the mirror images, after all others.
+      name: such as "cifar10" or "downsampled_imagenet/64x64"; ":3.0.2" at the end chooses among
+        several versions.
+      split: as tensorflow-datasets writes it, such as "train" or "train[:1000]".
+      data_dir: the directory in which the dataset was prepared.
+      size: height and width of the images; None = those of the first image.
+      x_flips: whether to append the mirror images.
 
     Raises:
-      ValueError: the dataset is not there as ArrayRecord files, or has no such split; an image is
-        unlike the others or corrupt.
+      ValueError: the dataset is not there as ArrayRecord files, or has no such split; or an image
+        is unlike the others or corrupt.
     """
     examples, features, origin = open_split(name, split, data_dir)
     label = features.get("label")
     if label is not None and (label.shape or not np.issubdtype(label.np_dtype, np.integer)):
         raise ValueError(
-            f'{origin}: expected a whole number as "label", got {label}; prepare it with class labels.'
+            f'{origin}: expected a whole number as "label", got {label}; '
+            "prepare it with class labels."
         )
     source = images.Files(Examples(examples, labelled=label is not None), origin=origin, size=size)
     return images.Flipped(source) if x_flips else source
 
 
 def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], dict, str]:
-    """The examples of a prepared dataset of images, which are left as files; its features; and what
-    errors call it.
+    """Opens a split of a prepared dataset of images; see `read` for the arguments.
 
-    See `read`.
+    Returns:
+      Its examples, whose images are not decoded; its features; and its name in errors.
 
     Raises:
       ValueError: the dataset is not there as ArrayRecord files, has no such split or no images.
@@ -67,10 +72,12 @@ def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], di
     builder = tensorflow_datasets.builder_from_directory(
         storage.local(_find(name, storage.path(data_dir)))
     )
-    origin, features = f"{name} in {data_dir}", dict(builder.info.features.items())
+    origin = f"{name} in {data_dir}"
+    features = dict(builder.info.features.items())
     if not isinstance(features.get("image"), tensorflow_datasets.features.Image):
         raise ValueError(
-            f'{origin}: expected a feature "image", got {", ".join(features)}; use a dataset of images.'
+            f'{origin}: expected a feature "image", got {", ".join(features)}; '
+            "use a dataset of images."
         )
     try:
         examples = builder.as_data_source(
@@ -83,14 +90,14 @@ def open_split(name: str, split: str, data_dir: str) -> tuple[Sequence[dict], di
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{origin} has no split {split!r} ({error}); there are: "
-            f"{', '.join(builder.info.splits)}."
+            f"{origin} has no split {split!r} ({error}); "
+            f"there are: {', '.join(builder.info.splits)}."
         ) from error
     return examples, features, f"{origin}, {split}"
 
 
 def _find(name, data_dir):
-    """The directory of the only version, or of the one that `name` has."""
+    """Returns the directory of the only version, or of the one in `name`."""
     directory = data_dir / name.replace(":", "/")
     if (directory / "features.json").exists():
         return directory
@@ -107,8 +114,8 @@ def _find(name, data_dir):
     if len(versions) > 1:
         there = ", ".join(sorted(version.name for version in versions))
         raise ValueError(
-            f"several versions of {name} in {data_dir}: {there}; choose one with "
-            f"name='{name}:<version>'."
+            f"several versions of {name} in {data_dir}: {there}; "
+            f"choose one with name='{name}:<version>'."
         )
     return versions[0]
 
@@ -116,7 +123,7 @@ def _find(name, data_dir):
 def _how(name, data_dir):
     builder = f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
     return (
-        f'prepare it: python -c "import tensorflow_datasets as tfds; {builder}.download_and_prepare()" '
-        "(this needs: pip install importlib_resources; for some datasets, cifar10 among them, also "
-        "tensorflow)."
+        'prepare it: python -c "import tensorflow_datasets as tfds; '
+        f'{builder}.download_and_prepare()" (this needs: pip install importlib_resources; '
+        "for some datasets, such as cifar10, also tensorflow)."
     )

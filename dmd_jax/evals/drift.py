@@ -1,9 +1,10 @@
-"""How much brighter, more saturated and richer in contrast generated images are than real ones, as
-guidance makes them.
+"""The differences of generated images from real ones in brightness, saturation and contrast.
 
-Of one image
+Guidance raises all three. For one image they are
 
-    brightness = mean Y,   saturation = mean (max - min) / max of (R, G, B), 0 for black,   contrast = sqrt(mean Y^2 - brightness^2),
+    brightness = mean Y,
+    saturation = mean (max - min) / max of (R, G, B), 0 for black,
+    contrast   = sqrt(mean Y^2 - brightness^2),
 
 with the luma Y = 0.2126 R + 0.7152 G + 0.0722 B (ITU-R BT.709) of R, G, B in [0, 1] as they are in
 a file; the saturation is that of HSV.
@@ -17,7 +18,7 @@ LUMA = np.float32([0.2126, 0.7152, 0.0722])
 
 
 class Sums(NamedTuple):
-    """Sums over a set of images; those of two sets add up."""
+    """Sums over a set of images; the sums of two sets can be added."""
 
     count: int
     brightness: float
@@ -29,19 +30,19 @@ class Sums(NamedTuple):
 
 
 def sums(images: np.ndarray) -> Sums:
-    """Of a set of images.
+    """Sums over a set of images.
 
     Args:
       images: bytes [N, H, W, C], C = 1 or 3.
 
     Raises:
-      ValueError: they are no bytes, or have other channels.
+      ValueError: the images are no bytes, or have other channels.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
             f"expected images as uint8 [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}."
         )
-    # One after another, to save memory.
+    # One image at a time needs less memory.
     return sum((_of_one(image) for image in images), start=Sums(0, 0.0, 0.0, 0.0))
 
 
@@ -49,33 +50,27 @@ def _of_one(image):
     channels = [image[..., c] for c in range(image.shape[-1])]
     if len(channels) == 1:
         channels *= 3
-    high, low = np.maximum.reduce(channels), np.minimum.reduce(channels)
+    high = np.maximum.reduce(channels)
+    low = np.minimum.reduce(channels)
     saturation = (high - low) / np.maximum(high, 1).astype(np.float32)
-    luma = sum(
-        weight * channel for weight, channel in zip(LUMA, channels, strict=True)
-    ) / np.float32(255)
+    luma = sum(weight * channel for weight, channel in zip(LUMA, channels, strict=True))
+    luma = luma / np.float32(255)
     return Sums(
-        1,
-        *(
-            float(value)
-            for value in (
-                luma.mean(dtype=np.float64),
-                saturation.mean(dtype=np.float64),
-                luma.std(dtype=np.float64),
-            )
-        ),
+        count=1,
+        brightness=float(luma.mean(dtype=np.float64)),
+        saturation=float(saturation.mean(dtype=np.float64)),
+        contrast=float(luma.std(dtype=np.float64)),
     )
 
 
 def drift(real: Sums, fake: Sums) -> dict[str, float]:
-    """Means of generated images less those of real ones, on the scale from 0 to 1: positive where
-    generated images have more of it.
+    """Returns the means of generated images minus those of real ones, on the scale from 0 to 1.
 
-    Grey images have no saturation, nor a drift of it.
+    If all images are grey, there is no drift of the saturation.
 
     Args:
-      real: of the real images.
-      fake: of the generated images.
+      real: sums over the real images.
+      fake: sums over the generated images.
 
     Raises:
       ValueError: a set is empty.

@@ -1,7 +1,10 @@
-"""Kernel Inception Distance's statistic on any features (Binkowski et al., arXiv 1801.01401): the
-squared maximum mean discrepancy
+"""The Kernel Inception Distance on any features (Binkowski et al., arXiv 1801.01401).
 
-E k(a, a') + E k(b, b') - 2 E k(a, b),   k(a, b) = (a.b / D + 1)^3,   a and a' different images.
+It is the squared maximum mean discrepancy
+
+    E k(a, a') + E k(b, b') - 2 E k(a, b),   k(a, b) = (a.b / D + 1)^3,
+
+where a and a' are different images, and b and b' also.
 """
 
 import numpy as np
@@ -11,19 +14,19 @@ from dmd_jax.evals import pairwise
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, parallel: sharding.Parallel) -> float:
-    """The unbiased estimate from all pairs; negative values are zero up to chance.
+    """Returns the unbiased estimate from all pairs.
 
-    The authors' code, clean-fid and torch-fidelity give the mean of the same estimate over random
-    subsets of 1,000 images instead (50 or 100 of them): the same expectation, so that figures
-    compare, with more noise, that of the draw included.
+    It can be negative by chance if the distance is near 0. The authors' code, clean-fid and
+    torch-fidelity give the mean of this estimate over 50 or 100 random subsets of 1,000 images
+    instead. That has the same expectation, so figures can be compared, but it has more noise.
 
     Args:
       a: features of one set, [N, D], N at least 2.
-      b: features of the other, [M, D], M at least 2.
+      b: features of the other set, [M, D], M at least 2.
       parallel: the devices.
 
     Returns:
-      The distance, as it is: papers often give 1,000 times as much.
+      The distance; papers often give it multiplied by 1,000.
 
     Raises:
       ValueError: a set has fewer than two images.
@@ -34,7 +37,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, parallel: sharding.Parallel) -
         raise ValueError(
             f"a kernel distance needs at least 2 images of each set, got {len(a)} and {len(b)}."
         )
-    a, b = np.float64(a), np.float64(b)
+    a = np.float64(a)
+    b = np.float64(b)
     across = pairwise.by_rows(_sums, b, a, parallel).sum() / (len(a) * len(b))
     return float(_mean_of_different(a, parallel) + _mean_of_different(b, parallel) - 2 * across)
 
@@ -45,6 +49,5 @@ def _sums(whole, rows):
 
 def _mean_of_different(a, parallel):
     with_themselves = ((a**2).mean(axis=1) + 1) ** 3
-    return (pairwise.by_rows(_sums, a, a, parallel) - with_themselves).sum() / (
-        len(a) * (len(a) - 1)
-    )
+    with_others = pairwise.by_rows(_sums, a, a, parallel) - with_themselves
+    return with_others.sum() / (len(a) * (len(a) - 1))

@@ -1,5 +1,5 @@
-"""Something of every row of one set against all rows of another, in float64 on all devices; all
-pairs at once fit into no memory.
+"""Applies a function to each row of one set and all rows of another, in float64 and in batches,
+because the matrix of all pairs would not fit in memory.
 """
 
 import functools
@@ -9,16 +9,16 @@ import jax
 
 from dmd_jax import sharding
 
-ROWS = 512  # at a time on each device
+ROWS = 512  # of a batch, on each device
 
 
 def by_rows(function: Callable, whole, rows, parallel: sharding.Parallel):
-    """`function(whole, rows)`, where `rows` is worked off in batches over the devices and each of
-    them has all of `whole`.
+    """Returns `function(whole, rows)`, computed over batches of `rows`.
 
-    Float64, since the metrics on features are small differences of large sums: then the devices'
-    number and the batches change nothing within 1e-9. Accelerators do that slowly, but two thousand
-    rows are a second even on two cores.
+    A batch of `rows` is split over the devices, and each device has all of `whole`. The metrics on
+    features are small differences of large sums; in float64 the number of devices and the batches
+    change them by less than 1e-9. Accelerators are slow in float64, but two thousand rows take a
+    second even on two cores.
 
     Args:
       function: `(whole, rows [B, ...]) -> [B, ...]`, trees of arrays.
@@ -27,7 +27,7 @@ def by_rows(function: Callable, whole, rows, parallel: sharding.Parallel):
       parallel: the devices.
 
     Returns:
-      What the function does for all rows, [N, ...], numpy.
+      The results for all rows, [N, ...], numpy.
     """
     pieces = parallel.mesh.size * parallel.accumulation
     count = len(jax.tree.leaves(rows)[0])
@@ -36,6 +36,6 @@ def by_rows(function: Callable, whole, rows, parallel: sharding.Parallel):
         return run(sharding.place(whole, parallel.replicated), rows)
 
 
-@functools.lru_cache(32)  # or every evaluation during training would compile it again
+@functools.lru_cache(32)  # without it every evaluation during training would compile again
 def _in_batches(function, batch_size, parallel):
     return parallel.in_batches("rows", function, batch_size)

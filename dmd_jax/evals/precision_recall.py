@@ -4,12 +4,13 @@ arXiv 2002.09797) on features.
 Around each image x of a set lies the ball B_k(x) that reaches to its k-th nearest neighbour in the
 set. With N real images x and M generated images y, and 1 where a condition holds, else 0,
 
-    precision = 1/M sum_j max_i 1[y_j in B_3(x_i)],     recall   = 1/N sum_i max_j 1[x_i in B_3(y_j)],
-    density = 1/(5 M) sum_ij 1[y_j in B_5(x_i)],        coverage = 1/N sum_i max_j 1[y_j in B_5(x_i)].
+    precision = 1/M     sum_j max_i 1[y_j in B_3(x_i)],
+    recall    = 1/N     sum_i max_j 1[x_i in B_3(y_j)],
+    density   = 1/(5 M) sum_ij      1[y_j in B_5(x_i)],
+    coverage  = 1/N     sum_i max_j 1[y_j in B_5(x_i)].
 
-Each has the k of its paper, so that a figure means the same as elsewhere. As in the authors'
-programs the balls of the first two have their surface and those of the others have not: then a set
-has the density 1 and the coverage 1 of itself.
+Each k is that of the paper. As in the authors' programs, the balls of the first two include their
+surface and those of the others do not. So the density and the coverage of a set by itself are 1.
 """
 
 import jax.numpy as jnp
@@ -20,15 +21,15 @@ from dmd_jax.evals import pairwise
 
 K_MANIFOLD = 3  # Kynkaanniemi et al., section 3
 K_DENSITY = 5  # Naeem et al., section 5
-# Of the images' mean squared norm: squared distances that differ by less are equal, or rounding
-# would decide for copies.
+# Squared distances that differ by less than this, times the images' mean squared norm, are equal.
+# Otherwise rounding would decide on copies of an image.
 TIE = 1e-10
 
 
 def precision_recall(
     real: np.ndarray, fake: np.ndarray, parallel: sharding.Parallel
 ) -> dict[str, float]:
-    """All four; fractions in [0, 1] but for the density, which can be larger.
+    """Returns all four measures.
 
     Args:
       real: features of real images, [N, D].
@@ -36,10 +37,11 @@ def precision_recall(
       parallel: the devices.
 
     Returns:
-      precision: generated images that are like real ones; recall: real images that are like
-        generated ones; density: how many real images'
-      balls a generated image lies in, against what is expected; coverage: real images that have a
-      generated one near.
+      "precision": the fraction of generated images that are like real ones.
+      "recall": the fraction of real images that are like generated ones.
+      "density": in how many balls of real images a generated image lies, divided by k; it can be
+        larger than 1.
+      "coverage": the fraction of real images that have a generated image near them.
 
     Raises:
       ValueError: a set has too few images to have neighbours.
@@ -49,7 +51,8 @@ def precision_recall(
             f"precision and recall need more than {K_DENSITY} images of each set, got {len(real)} "
             f"and {len(fake)}."
         )
-    mean = real.mean(axis=0, dtype=np.float64)  # distances far from 0 would cancel
+    # Far from 0, differences of squares would lose digits.
+    mean = real.mean(axis=0, dtype=np.float64)
     sets = [{"x": x} for x in (real - mean, fake - mean)]
     tie = TIE * np.mean([(s["x"] ** 2).sum(axis=1).mean() for s in sets])
     real, fake = (s | pairwise.by_rows(_radii, s["x"], s["x"], parallel) for s in sets)
@@ -64,9 +67,7 @@ def precision_recall(
 
 
 def _balls(whole, rows):
-    """Of each row: whether it is within a ball of the other set, how many of the open ones it is
-    in, whether its own open one holds any.
-    """
+    """Returns for each row if it is in a ball, in how many open balls, and if its own holds any."""
     distances = _distances(rows["x"], whole["x"])
     return {
         "within": (distances <= (whole["manifold"] + whole["tie"])[None]).any(axis=1),
@@ -76,8 +77,9 @@ def _balls(whole, rows):
 
 
 def _radii(whole, rows):
-    """Squared radii of the balls of both kinds."""
-    distances, columns = _distances(rows, whole), jnp.arange(len(whole))
+    """Returns the squared radii of the balls of both kinds."""
+    distances = _distances(rows, whole)
+    columns = jnp.arange(len(whole))
     radii = []
     for _ in range(K_DENSITY + 1):  # the nearest is the image itself
         nearest = distances.argmin(axis=1, keepdims=True)
@@ -87,5 +89,5 @@ def _radii(whole, rows):
 
 
 def _distances(a, b):
-    """Squared."""
+    """Returns the squared distances of all rows of `a` and `b`."""
     return jnp.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T, 0)

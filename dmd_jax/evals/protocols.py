@@ -1,9 +1,9 @@
-"""Evaluations by name: behind a name stands every choice that a score follows from, so that it
-means the same thing everywhere.
+"""Protocols of evaluation by name.
 
-A variant, named after a colon, is what one of the published evaluators does otherwise; its scores
-compare with its own alone. docs/evaluation.md has the protocols as a table, with the published
-figures that each of them stands for.
+A protocol fixes every choice that a score depends on, so a score means the same everywhere. A
+variant, whose name follows a colon, does what one of the published evaluators does differently; its
+scores can only be compared with its own. docs/evaluation.md has a table of the protocols, with the
+published figures for each.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from dmd_jax.data import pixels
 
 
 def truncated(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0..255 as DMD2's evaluators do: trunc(127.5 (x + 1)), half a grey level darker
-    than `metrics.to_uint8`.
+    """Converts [-1, 1] to 0..255 as DMD2's evaluators do: trunc(127.5 (x + 1)).
+
+    The result is half a grey level darker than that of `pixels.to_uint8`.
     """
     return np.clip(127.5 * (np.asarray(images, np.float32) + 1), 0, 255).astype(np.uint8)
 
@@ -33,31 +34,33 @@ QUANTISATIONS: dict[str, Callable | None] = {
 class Protocol:
     """One evaluation.
 
-    Of settings that are dicts, whoever evaluates adds what they leave open: where files are, and
-    sizes of batches.
+    Settings that are dicts can leave values open, such as paths and batch sizes, for the user.
 
     Attributes:
-      name: with the variant, if it is one.
-      source: where it is described.
+      name: the name, with that of the variant.
+      source: where the protocol is described.
       count: generated images of each range of seeds; scores of another number of images have that
         number in their names.
-      ranges: of seeds; of several the lowest Frechet distance counts.
-      features: arguments of one of dmd_jax/evals, the space in which images are compared.
-      quantisation: how generated images become bytes, by name; "none" for features of floats.
-      conditions: a data source, what the generated images are to show.
-      reference: a data source, the real images; {} for those that the user names.
-      reference_count: images that there must be; 0 = any number.
-      floor: a data source, real images that are measured as if they were generated; {} for half of
-        the reference against the other.
-      sizes: heights of the images, which are square; () = any.
-      crop_to: all images are cropped to the square in their middle and resized to so many pixels by
-        Lanczos' filter, as Pillow does it; 0 = they stay as they are, and must be equal in size and
+      ranges: how many ranges of seeds; the lowest Frechet distance of them counts.
+      features: the name of a file in dmd_jax/features, and arguments for its `make`.
+      quantisation: how generated images become bytes, a key of QUANTISATIONS; "none" for features
+        of floats.
+      conditions: the data source of labels or texts for the generated images.
+      reference: the data source of the real images; {} = the user names it.
+      reference_count: how many real images there must be; 0 = any number.
+      floor: the data source of real images that are measured as if they were generated; {} = one
+        half of the reference is measured against the other.
+      sizes: heights that images may have, which are square; () = any.
+      crop_to: height and width, in pixels, to which Lanczos' filter resizes the square in the
+        middle of each image, as in Pillow; 0 = images stay as they are, and must have one size and
         mode.
-      neighbours: images of each set, evenly spaced, that the scores which need single ones look at.
-      clip: the model of the CLIP score, "" for none.
-      prefix: of the captions that the CLIP score sees.
-      diversity: generated images whose distances by LPIPS are averaged over pairs, the number of
-        pairs, and the pixels to which images are resized before; 0 = they stay as they are.
+      neighbours: how many images of each set, evenly spaced, are used by scores that compare
+        single images.
+      clip: the model of the CLIP score; "" = none.
+      prefix: text before each caption for the CLIP score.
+      diversity: (images, pairs, pixels): how many generated images to use, how many pairs of them
+        to compare by LPIPS, and the size to which images are resized before; 0 pixels = they stay
+        as they are.
     """
 
     name: str
@@ -78,29 +81,27 @@ class Protocol:
     diversity: tuple[int, int, int] = (100, 200, 64)
 
     def bytes(self, images: np.ndarray) -> np.ndarray:
-        """Generated images [N, H, W, C] in [-1, 1] as the features see them: bytes, or what they
-        are.
-        """
+        """Converts images [N, H, W, C] in [-1, 1] to bytes, unless features need floats."""
         quantise = QUANTISATIONS[self.quantisation]
         return quantise(images) if quantise else images
 
     def named(self, scores: Mapping[str, float], count: int) -> dict[str, float]:
-        """Scores of `count` images under names that say so, if it is another number than the
-        protocol's.
-        """
-        return (
-            dict(scores)
-            if count == self.count
-            else {f"{name}-{count}": value for name, value in scores.items()}
-        )
+        """Returns `scores` with `count` in their names, if it is not the protocol's number."""
+        if count == self.count:
+            return dict(scores)
+        return {f"{name}-{count}": value for name, value in scores.items()}
 
 
 def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
-    """Settings of a protocol with those that it leaves open.
+    """Returns the settings of a protocol together with those that it leaves open.
+
+    Args:
+      pinned: the settings of the protocol.
+      given: the settings of the user.
+      where: the name of these settings in errors.
 
     Raises:
-      ValueError: `given` has another value than the protocol, under a name that begins with
-        `where`.
+      ValueError: `given` has another value than the protocol.
     """
     for key in pinned.keys() & given.keys():
         if pinned[key] != given[key]:
@@ -112,10 +113,10 @@ def fill(pinned: Mapping, given: Mapping, where: str) -> dict:
 
 
 def find(name: str) -> Protocol:
-    """Returns the protocol of that name, or what a function of the user's own package gives.
+    """Returns the protocol of that name, or calls a function of the user's own package.
 
     Raises:
-      ValueError: there is none; lists those that there are.
+      ValueError: there is no such protocol.
     """
     if name not in PROTOCOLS and "." in name:
         return lookup.find("evals", name)()

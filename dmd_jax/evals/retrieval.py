@@ -1,14 +1,13 @@
-"""Whether images show what their captions say: the gallery's vector nearest to each image should
-carry the same caption.
+"""The recall of captions, which measures if images show what their captions say.
 
-The gallery is of real images, in the space of some features, or of the captions themselves, in
-CLIP's.
+An image should be nearest to the vector of a gallery that has the same caption. The gallery has
+features of real images, or CLIP's vectors of the captions themselves.
 """
 
 import numpy as np
 
-BLOCK = 256  # images whose cosines with the whole gallery are held at once
-DIGITS = 12  # of a cosine: equal vectors tie, in whatever order their products were added up
+BLOCK = 256  # images in a batch, for each of which the cosines with the whole gallery are kept
+DIGITS = 12  # of a cosine; so equal vectors are equally near, whatever the order of their sums
 
 
 def recall(
@@ -18,26 +17,23 @@ def recall(
     gallery_captions: list[str],
     ks=(1, 10),
 ) -> dict[str, float]:
-    """R@k: the fraction of images that have their own caption among those of the k nearest in the
-    gallery, by cosine; of ties the first.
+    """Returns R@k, the fraction of images whose caption is among those of the k nearest vectors.
+
+    Nearness is by cosine; of equally near vectors the first counts.
 
     Args:
-      features: of the images, [N, D].
-      captions: of the images, N.
+      features: features of the images, [N, D].
+      captions: captions of the images, N.
       gallery: features of real images, or of captions in the same space, [M, D].
-      gallery_captions: of the gallery, M.
+      gallery_captions: captions of the gallery, M.
       ks: numbers of neighbours.
     """
-    features, gallery = (np.asarray(a, np.float64) for a in (features, gallery))
-    features, gallery = (
-        a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12) for a in (features, gallery)
-    )
-    numbers = {
-        caption: i for i, caption in enumerate(dict.fromkeys([*captions, *gallery_captions]))
-    }
-    own, theirs = (
-        np.array([numbers[caption] for caption in texts]) for texts in (captions, gallery_captions)
-    )
+    features = _unit(features)
+    gallery = _unit(gallery)
+    different = dict.fromkeys([*captions, *gallery_captions])
+    numbers = {caption: i for i, caption in enumerate(different)}
+    own = np.array([numbers[caption] for caption in captions])
+    theirs = np.array([numbers[caption] for caption in gallery_captions])
     blocks = [
         _nearest(features[i : i + BLOCK], gallery, max(ks)) for i in range(0, len(features), BLOCK)
     ]
@@ -45,16 +41,18 @@ def recall(
     return {f"R@{k}": float(hits[:, :k].any(axis=1).mean()) for k in ks}
 
 
+def _unit(vectors):
+    vectors = np.asarray(vectors, np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
 def _nearest(features, gallery, k):
-    """The rows of the gallery that are nearest, [N, min(k, M)], the nearest first."""
-    distances, k = np.round(-features @ gallery.T, DIGITS), min(k, len(gallery))
+    """Returns the indices of the nearest rows of the gallery, [N, min(k, M)], nearest first."""
+    distances = np.round(-features @ gallery.T, DIGITS)
+    k = min(k, len(gallery))
     furthest = np.partition(distances, k - 1, axis=1)[:, k - 1]
-    candidates = (
-        np.flatnonzero(row <= limit) for row, limit in zip(distances, furthest, strict=True)
-    )
-    return np.stack(
-        [
-            c[np.argsort(row[c], kind="stable")[:k]]
-            for row, c in zip(distances, candidates, strict=True)
-        ]
-    )
+    nearest = []
+    for row, limit in zip(distances, furthest, strict=True):
+        candidates = np.flatnonzero(row <= limit)
+        nearest.append(candidates[np.argsort(row[candidates], kind="stable")[:k]])
+    return np.stack(nearest)

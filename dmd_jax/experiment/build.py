@@ -162,7 +162,7 @@ def _build(model, run, name):
 
 
 def make_network(settings: dict) -> layers.Network:
-    """Builds the network that settings describe by `name` and arguments, once for equal settings."""
+    """Builds the network that settings describe by `name` and arguments; equal ones share it."""
     settings = dict(settings)
     make = lookup.find("models", settings.pop("name"))
     key = make, json.dumps(settings, sort_keys=True)

@@ -1,5 +1,6 @@
-"""A small classifier of the training images, by scikit-learn: its last hidden layer is the feature
-space of datasets that have no other.
+"""A small classifier of the training images, made with scikit-learn.
+
+Its last hidden layer gives the features of datasets for which there is no other network.
 """
 
 import os
@@ -19,80 +20,85 @@ class Classifier(NamedTuple):
     """A multilayer perceptron with ReLU.
 
     Attributes:
-      weights: of each layer, [in, out].
-      biases: of each layer, [out].
+      weights: those of each layer, [in, out].
+      biases: those of each layer, [out].
     """
 
     weights: tuple[np.ndarray, ...]
     biases: tuple[np.ndarray, ...]
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """[N, H, W, C] to [N, D], the last hidden layer."""
+        """Maps images [N, H, W, C] to the last hidden layer [N, D]."""
         h = np.asarray(images, np.float64).reshape(len(images), -1)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             h = np.maximum(h @ weight + bias, 0)
         return h
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """[N, H, W, C] to the most likely labels [N]."""
+        """Maps images [N, H, W, C] to the most likely labels [N]."""
         return (self.features(images) @ self.weights[-1] + self.biases[-1]).argmax(axis=-1)
 
 
 def make(parallel, *, images, path: str) -> features.Features:
-    """The features of a classifier of the data source `images`, kept in the file `path`; runs on
-    the host.
+    """Returns the features of a classifier that is trained on the host.
+
+    Args:
+      parallel: the devices, which are not used.
+      images: the data source on which it is trained.
+      path: the file in which it is kept.
     """
     rows = [images[i] for i in range(len(images))]
-    classifier = cached(
-        path, np.stack([row["image"] for row in rows]), np.stack([row["cond"] for row in rows])
-    )
-    arrays = {
-        f"{kind}{i}": a
-        for kind, values in classifier._asdict().items()
-        for i, a in enumerate(values)
-    }
-    return features.Features(
-        f"mlp@{len(rows[0]['image'])}",
-        digests.of_params(arrays),
-        classifier.features,
-        classifier.predict,
-    )
+    pixels = np.stack([row["image"] for row in rows])
+    labels = np.stack([row["cond"] for row in rows])
+    classifier = cached(path, pixels, labels)
+    name = f"mlp@{len(rows[0]['image'])}"
+    digest = digests.of_params(_arrays(classifier))
+    return features.Features(name, digest, classifier.features, classifier.predict)
 
 
 def fit(images: np.ndarray, labels: np.ndarray, hidden: tuple[int, ...] = (256, 64)) -> Classifier:
-    """Trained on images [N, H, W, C] with integer labels 0, 1, ... [N]; the same every time."""
+    """Trains a classifier, which is the same every time.
+
+    Args:
+      images: [N, H, W, C].
+      labels: integers 0, 1, ..., [N].
+      hidden: widths of the hidden layers.
+    """
     from sklearn import exceptions, neural_network
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        mlp = neural_network.MLPClassifier(hidden, max_iter=60, random_state=0).fit(
-            images.reshape(len(images), -1), labels
-        )
+        mlp = neural_network.MLPClassifier(hidden, max_iter=60, random_state=0)
+        mlp.fit(images.reshape(len(images), -1), labels)
     return Classifier(tuple(mlp.coefs_), tuple(mlp.intercepts_))
 
 
 def cached(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> Classifier:
-    """As `fit`, or as a former call left it in the file `path`."""
+    """Reads the classifier from the file `path`; if there is none, calls `fit` and writes it.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     path = storage.path(path)
     if not path.exists() and jax.process_index() == 0:
         classifier = fit(images, labels)
         with storage.writing(path) as file:
-            np.savez(
-                file,
-                **{
-                    f"{kind}{i}": a
-                    for kind, arrays in classifier._asdict().items()
-                    for i, a in enumerate(arrays)
-                },
-            )
+            np.savez(file, **_arrays(classifier))
     distributed.barrier(f"{path} is there")
     try:
         with np.load(storage.local(path)) as file:
-            return Classifier(
-                *(
-                    tuple(file[f"{kind}{i}"] for i in range(len(file) // 2))
-                    for kind in Classifier._fields
-                )
-            )
+            layers = range(len(file) // 2)
+            weights = tuple(file[f"weights{i}"] for i in layers)
+            biases = tuple(file[f"biases{i}"] for i in layers)
+            return Classifier(weights, biases)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged; delete it and run again.") from error
+
+
+def _arrays(classifier):
+    """Returns the arrays by name: {"weights0": [in, out], ..., "biases0": [out], ...}."""
+    return {
+        f"{kind}{i}": array
+        for kind, arrays in classifier._asdict().items()
+        for i, array in enumerate(arrays)
+    }

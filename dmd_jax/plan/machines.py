@@ -176,8 +176,8 @@ def _gpu(count, name):
     ):
         version = jax.__version__
         raise ValueError(
-            'the compiler for GPUs is not installed; run: pip install "dmd_jax[cuda13]", or, enough '
-            "to compile, "
+            'the compiler for GPUs is not installed; run: pip install "dmd_jax[cuda13]", or, '
+            "enough to compile, "
             f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
         )
     # Which wants all of CUDA's libraries.

@@ -1,7 +1,8 @@
 """A training step for a machine that need not be there: what it takes, and how fast it can be.
 
 The program is the one that the stage trains with, compiled ahead of time for the machine's devices.
-Figures are compiled (the compiler's), counted (from shapes or from the program's text) or derived from such; a step takes at least
+Figures are compiled (the compiler's), counted (from shapes or from the program's text) or derived
+from such; a step takes at least
 
     max(operations / peak, bytes accessed / memory bandwidth, bytes sent / link bandwidth)
 

@@ -1,5 +1,6 @@
-"""A bucket of Google Cloud Storage in memory: as much of the JSON API as gcsfs, TensorStore and Orbax ask for.
+"""A bucket of Google Cloud Storage in memory.
 
+It has as much of the JSON API as gcsfs, TensorStore and Orbax use:
 https://cloud.google.com/storage/docs/json_api/v1
 """
 
@@ -177,7 +178,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served():
-    """A server: its `objects` {name: (content, generation)}, its `requests`, and the `environment` that leads clients to it."""
+    """Yields a server.
+
+    It has `objects` {name: (content, generation)}, `requests`, and the `environment` that leads
+    clients to it.
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.objects, server.uploads, server.requests = {}, {}, []
     server.handle_error = lambda *_: None  # clients hang up on answers that they need no more

@@ -63,14 +63,17 @@ def build(
     prediction="epsilon",
     **unet,
 ):
-    """Writes the directory `path`: latents 8x8x4, images 16x16 (64x64 if `tiny`), texts of 77 tokens of width 32.
+    """Writes a Stable Diffusion with latents 8x8x4, images 16x16 (64x64 if `tiny`), and 77 tokens.
+
+    The embeddings of tokens have the width 32.
 
     Args:
       path: a directory to be made.
       seed: of all weights.
       variant: such as "fp16", which also halves the weights.
       shards: whether the UNet comes in several files.
-      old_names: of the VAE's attention, and with `prefix` of the text encoder's tensors, as files of 2022 have them.
+      old_names: whether the VAE's attention, and with `prefix` the text encoder's tensors, have the
+        names that files of 2022 have.
       prefix: see above.
       tiny: whether the VAE is a TAESD.
       prediction: of the scheduler's config.
@@ -120,7 +123,10 @@ def build(
 
 
 def build_controlnet(path, *, seed=0, **settings):
-    """Writes a ControlNet for such a UNet to the directory `path`, whose images are 16x16; `settings` are others than those above."""
+    """Writes a ControlNet for such a UNet, with images of 16x16, to the directory `path`.
+
+    `settings` replace those above.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = diffusers.ControlNetModel(

@@ -17,7 +17,10 @@ def flags(devices: int) -> str:
 
 
 def _known(flag):
-    """The flag, if this jaxlib knows it: an unknown one aborts the process, so another one tries."""
+    """Returns the flag if this jaxlib knows it.
+
+    Another process tries it, because an unknown flag aborts the process.
+    """
     verdict = os.environ.get("DMD_TEST_FLAG")  # one process tries for all that it starts
     if verdict is None:
         trial = [sys.executable, "-c", "import jax; jax.devices()"]
