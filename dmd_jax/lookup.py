@@ -91,7 +91,8 @@ def _outside(name: str, error: str) -> Callable:
     if package not in _plugins:
         raise ValueError(
             f"{name} is of no package that a config may name, and {error} "
-            f"If {package} is your own, admit it: plugins=({package!r},) in the config, --plugins={package} of a command."
+            f"If {package} is your own, admit it: plugins=({package!r},) in the config, "
+            f"--plugins={package} of a command."
         )
     module = _import(name)
     if module:
