@@ -19,6 +19,7 @@ TORCH = [
 TORCH += ["peft==0.21.2", "open_clip_torch==3.3.0", "clean-fid==0.1.35"]
 GCS = ["gcsfs>=2026.4"]
 TEST = [
+    "mypy>=1.19",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -63,7 +64,7 @@ setup(
         "hub": ["huggingface_hub>=1.0"],  # teachers by their names on the Hugging Face hub
         "quantize": QUANTIZE,  # networks in eight bits
         "torch": TORCH,  # what tests and benchmarks compare with
-        "dev": ["pre-commit>=4", "pyright>=1.1.400"],  # see CONTRIBUTING.md
+        "dev": ["pre-commit>=4"],  # see CONTRIBUTING.md
         "test": TEST + DIGITS + EVAL + EMOJI + GCS + TORCH,
         "test_without_torch": TEST + DIGITS + EVAL + EMOJI + GCS,
         "tpu": ["jax[tpu]"],

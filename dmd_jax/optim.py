@@ -1,5 +1,6 @@
 """The optimizer, and the update of a network by its gradient."""
 
+import dataclasses
 import re
 
 import jax
@@ -87,4 +88,4 @@ def apply_gradients(
     finite = jnp.isfinite(norm)
     updated = state.Net(params, opt_state, ema, net.skipped)
     net = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, net)
-    return net.replace(skipped=net.skipped + ~finite), norm
+    return dataclasses.replace(net, skipped=net.skipped + ~finite), norm

@@ -20,7 +20,9 @@ CHOICES = ("EDM", "VP", "RectifiedFlow")  # what a config may name
 class Process(Protocol):
     """The interface of a noise process. Times have shape [B], and so have the results."""
 
-    t_max: float  # the time at which a one-step generator is called
+    @property
+    def t_max(self) -> float:
+        """The time at which a one-step generator is called."""
 
     def alpha(self, t: jax.Array) -> jax.Array: ...
 

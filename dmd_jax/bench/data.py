@@ -121,9 +121,9 @@ def write_captions(directory: pathlib.Path, count: int) -> dict:
       The arguments of `captions.coco`.
     """
     rng = np.random.default_rng(0)
-    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(count)]
+    names = [f"{i:012d}.jpg" for i in range(count)]
     (directory / "images").mkdir()
-    for i, image in enumerate(images):
+    for i, name in enumerate(names):
         width, height = (640, 480) if i % 2 else (480, 640)
         coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8))
         coarse = coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -131,8 +131,9 @@ def write_captions(directory: pathlib.Path, count: int) -> dict:
         pixels = (np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
-        (directory / "images" / image["file_name"]).write_bytes(file.getvalue())
+        (directory / "images" / name).write_bytes(file.getvalue())
     annotations = [{"id": i, "image_id": i, "caption": f"photograph {i}"} for i in range(count)]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
     content = {"images": images, "annotations": annotations}
     path = directory / "captions.json"
     path.write_text(json.dumps(content))

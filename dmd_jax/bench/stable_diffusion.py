@@ -140,7 +140,8 @@ def sample(
         lambda: sample_teacher(params, inputs),
         decode,
     )
-    return Sampled(*_in_turn(parts, repeats), calls=teacher.nfe, nfe=nfe)
+    text, one_step, steps, decoder = _in_turn(parts, repeats)
+    return Sampled(text, one_step, steps, decoder, teacher.nfe, nfe)
 
 
 class Stacked(NamedTuple):
@@ -199,7 +200,8 @@ def stack(
         return lambda: sample(params, inputs)
 
     parts = (encode, step(networks[0], one), step(networks[1], two), decode)
-    return Stacked(*_in_turn(parts, repeats), parameters=(_count(one), _count(two)))
+    text, seconds_one, seconds_two, decoded = _in_turn(parts, repeats)
+    return Stacked(text, seconds_one, seconds_two, decoded, (_count(one), _count(two)))
 
 
 def _around(stage, encoder, decoder, parallel, batch_size):

@@ -4,6 +4,8 @@ It is plain eager PyTorch as in a good implementation: channels last, one batche
 step has one, fused AdamW.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -46,7 +48,7 @@ class Step:
             _adamw(self.generator, self.settings["optimizer"]),
             _adamw(self.fake_score, self.settings["fake_score_optimizer"]),
         ]
-        process = stage.denoiser.process
+        process: Any = stage.denoiser.process
         self.levels = self._tensor(process.level(slice(None)))
         self.sigma_max = process.sigma_max
         pairs = batch["pairs"]

@@ -6,6 +6,7 @@ python -m dmd_jax export --workdir=/data/coco --stage=dmd --out=student
 import argparse
 import dataclasses
 import os
+from typing import Any
 
 from dmd_jax import commands
 from dmd_jax.experiment import build
@@ -54,7 +55,7 @@ def export(
                 f"{stage.name!r} was trained by {stage.settings.recipe['name']}, which makes no "
                 "one-step generator; export a student."
             )
-        process = stage.denoiser.process
+        process: Any = stage.denoiser.process
         trained_for = {
             "process": {"name": type(process).__name__} | dataclasses.asdict(process),
             "prediction": stage.model.prediction,

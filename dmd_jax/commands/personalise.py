@@ -11,6 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from dmd_jax import commands
 from dmd_jax.runtime import storage
@@ -85,7 +86,7 @@ def personalise(
         _check_kin(custom, model, KIN)
         _check_kin(base, model, ("unet",))
         others = {name: custom / name for name in OF_CUSTOM}
-    networks = {
+    networks: dict[str, Any] = {
         "unet": diffusers.unet(model)[1],
         "text_encoder": diffusers.text_encoder(custom or model)[1],
     }
@@ -94,13 +95,11 @@ def personalise(
         for network, tensors in networks.items()
     }
     factors = [(lora.read(file, shapes), multiplier) for file, multiplier in loras]
-    networks["unet"], changed = _turned(model, networks["unet"]), {}
+    networks["unet"] = _turned(model, networks["unet"])
+    changed = {}
     if custom is not None:
-        changed["unet"] = lora.transfer(
-            networks["unet"],
-            *(_turned(path, diffusers.unet(path)[1]) for path in (custom, base)),
-            alpha,
-        )
+        theirs, before = (_turned(path, diffusers.unet(path)[1]) for path in (custom, base))
+        changed["unet"] = lora.transfer(networks["unet"], theirs, before, alpha)
     for by_network, multiplier in factors:
         for network, parts in by_network.items():
             changed[network] = lora.merge(

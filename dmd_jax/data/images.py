@@ -175,7 +175,7 @@ def _digest(records, *settings):
 class Flipped:
     """A source of twice the length: item i + N is item i with a mirrored image, as in EDM."""
 
-    source: object
+    source: data.Source
 
     def __len__(self):
         return 2 * len(self.source)

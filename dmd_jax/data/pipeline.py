@@ -11,16 +11,18 @@ import grain
 import jax
 import numpy as np
 
+from dmd_jax import data
+
 
 class Stream(NamedTuple):
     """A source and the number of its items in a global batch.
 
     Attributes:
-      source: anything with `__len__` and `__getitem__`.
+      source: the source.
       batch_size: items of a batch, over all devices and processes.
     """
 
-    source: object
+    source: data.Source
     batch_size: int
 
 

@@ -82,7 +82,7 @@ def make(
     network = lookup.find("models", settings["name"])(**arguments)
     params = state_dict.from_torch(tensors, network.abstract)
     digest = features.digest(params, sorted(settings.items()), mean, std, tokens.digest, crop_to)
-    mean, std = (np.float32(a)[None, None, None] for a in (mean, std))
+    mean, std = (np.array(a, np.float32)[None, None, None] for a in (mean, std))
 
     def images(params, images):
         images = images.astype(jnp.float32)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LUMA = np.float32([0.2126, 0.7152, 0.0722])
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 
 class Sums(NamedTuple):

@@ -37,8 +37,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, parallel: sharding.Parallel) -
         raise ValueError(
             f"a kernel distance needs at least 2 images of each set, got {len(a)} and {len(b)}."
         )
-    a = np.float64(a)
-    b = np.float64(b)
+    a, b = (x.astype(np.float64) for x in (a, b))
     across = pairwise.by_rows(_sums, b, a, parallel).sum() / (len(a) * len(b))
     return float(_mean_of_different(a, parallel) + _mean_of_different(b, parallel) - 2 * across)
 

@@ -38,7 +38,7 @@ def scores_table(result: result_lib.Result) -> str:
     return aligned(list(zip(*columns, strict=True)))
 
 
-def value_of(scores: dict[str, float], name: str) -> float | None:
+def value_of(scores: Mapping[str, float], name: str) -> float | None:
     """Returns the score of that name; names of real images' scores have no number of images."""
     return scores.get(name, scores.get(re.sub(r"-\d+$", "", name)))
 

@@ -41,7 +41,7 @@ class Suite(NamedTuple):
     features: features_lib.Features
     parallel: sharding.Parallel
     clip: clip_score.ClipScore | None
-    diversity: Callable | None
+    diversity: diversity_lib.Diversity | None
     digests: dict[str, str]
 
 

@@ -4,9 +4,11 @@ Nothing outside of this folder and `main` sees a config: a stage's program gets 
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -35,7 +37,6 @@ FITS = {
 RECTIFIED = "rectified"
 FILE_SUFFIXES = (".pkl", ".safetensors", ".npz", ".pth", ".ckpt", ".gz", ".json")
 EVALUATION_SEED = 2**32  # far from the seeds of runs
-_networks = {}  # by their functions and arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Stage:
 
     name: str
     run: settings_lib.Run
-    settings: settings_lib.Stage
+    settings: Any  # of the class that its program has in `settings.PROGRAMS`
     model: Model
     network: layers.Network
     denoiser: denoiser_lib.Denoiser
@@ -144,7 +145,8 @@ def from_settings(run: settings_lib.Run, settings: Mapping) -> dict[str, Stage]:
         key = json.dumps(dataclasses.asdict(model))
         if key not in models:
             models[key] = _build(model, run, name)
-        found[name] = Stage(name, run, own, model, *models[key], stages=found)
+        network, denoiser = models[key]
+        found[name] = Stage(name, run, own, model, network, denoiser, found)
     return found
 
 
@@ -165,10 +167,12 @@ def make_network(settings: dict) -> layers.Network:
     """Builds the network that settings describe by `name` and arguments; equal ones share it."""
     settings = dict(settings)
     make = lookup.find("models", settings.pop("name"))
-    key = make, json.dumps(settings, sort_keys=True)
-    if key not in _networks:
-        _networks[key] = make(**settings)
-    return _networks[key]
+    return _network(make, json.dumps(settings))
+
+
+@functools.cache
+def _network(make, arguments):
+    return make(**json.loads(arguments))
 
 
 def make_process(settings: dict):
@@ -327,7 +331,8 @@ def straightness(stage: Stage, workdir: storage.Path, num_steps: int) -> Callabl
     denoiser = flow(stage)
     null = null_for(stage.settings.sampler, stage.run, workdir)
     denoise = denoiser_lib.guided(denoiser, stage.guidance_scale, null)
-    return samplers.straightness(denoise, denoiser.process, num_steps=num_steps)
+    process: Any = denoiser.process
+    return samplers.straightness(denoise, process, num_steps=num_steps)
 
 
 def guided_sampler(

@@ -343,7 +343,7 @@ def of_arguments(arguments: Mapping) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def sources(tree, name: str = "") -> Iterator[tuple[str, dict]]:
+def sources(tree, name: str = "") -> Iterator[tuple[str, Mapping]]:
     """Yields the data sources in nested settings, with the keys under which they stand."""
     if isinstance(tree, Mapping):
         if "source" in tree:

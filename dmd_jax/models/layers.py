@@ -45,7 +45,7 @@ class Network(NamedTuple):
 
 
 def functional(
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Callable[[Any], nnx.Module],
     initializers: tuple[tuple[str, Callable], ...],
     float_layers: tuple[str, ...] = (),
 ) -> Network:
@@ -256,8 +256,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = Fal
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
     )
-    implementation = "cudnn" if flash else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=is_causal, implementation="cudnn" if flash else "xla"
+    )
 
 
 def gelu(x: jax.Array) -> jax.Array:

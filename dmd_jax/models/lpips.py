@@ -12,8 +12,8 @@ from flax import nnx
 from dmd_jax.models import layers
 
 CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-MEAN = np.float32([0.485, 0.456, 0.406])  # of ImageNet's channels
-STD = np.float32([0.229, 0.224, 0.225])
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's channels
+STD = np.array([0.229, 0.224, 0.225], np.float32)
 INITIALIZERS = (
     (r"features\..*kernel$", layers.xavier_uniform(2**0.5)),
     (r"bias$", layers.zeros),

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -97,7 +98,11 @@ def find(name: str) -> Target:
     Raises:
       ValueError: there is no such machine, or what compiles for it is not installed.
     """
-    patterns = {r"(v\d\w)-(\d+)": _tpu, r"gpu:(\d+)x(\w+)": _gpu, r"cpu:([1-9]\d*)": _cpu}
+    patterns: dict[str, Callable] = {
+        r"(v\d\w)-(\d+)": _tpu,
+        r"gpu:(\d+)x(\w+)": _gpu,
+        r"cpu:([1-9]\d*)": _cpu,
+    }
     for pattern, make in patterns.items():
         if (found := re.fullmatch(pattern, name.replace("v5litepod", "v5e"))) and (
             target := make(*found.groups())

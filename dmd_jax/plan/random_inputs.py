@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,7 +84,8 @@ def write_files(stage: build.Stage, directory: pathlib.Path) -> build.Stage:
     distance = dict(recipe.get("distance", {}))
     if "weights" in distance:
         distance["weights"] = str(directory / "lpips.npz")
-        np.savez(distance["weights"], **state_dict.to_torch(lpips.make().init(0)))
+        tensors: Any = state_dict.to_torch(lpips.make().init(0))
+        np.savez(distance["weights"], **tensors)
     if "checkpoint" in (distance.get("decoder") or {}):
         tiny = distance["decoder"]["checkpoint"] == stage.run.variables.get("taesd")
         distance["decoder"] = distance["decoder"] | {"checkpoint": str(directory)}

@@ -4,6 +4,7 @@ Each has the fingerprint of the data and the parameters with which it was traine
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 
@@ -65,7 +66,7 @@ def save(
     Raises:
       ValueError: the disk has no room for it, or an earlier write failed.
     """
-    train_state = train_state.replace(frozen=None)
+    train_state = dataclasses.replace(train_state, frozen=None)
     size = sum(a.nbytes for a in jax.tree.leaves(train_state))
     size += 2**20  # for Orbax's own files
     free = storage.free(manager.directory) if jax.process_index() == 0 else 0

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -23,7 +24,7 @@ class Trace:
     def __init__(self, steps: str | None, directory: str | os.PathLike):
         self._first, self._last = (0, 0) if steps is None else parse(steps)
         self._directory = directory
-        self._files = None
+        self._files: Any = None
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Returns a context for the dispatch of step `number`; starts the trace at the first."""

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import fsspec
 import jax
@@ -29,7 +30,10 @@ from etils import epath
 
 GCS = "gs://"
 EVERY = 10.0  # seconds between two copies of one file; Google allows one a second
-Path = pathlib.Path | epath.Path
+if TYPE_CHECKING:
+    Path = pathlib.Path  # epath's has the same methods
+else:
+    Path = pathlib.Path | epath.Path
 
 # Otherwise epath would use TensorFlow if it is installed.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -78,7 +82,7 @@ def remove(name: str | os.PathLike):
     """Removes a file, or a directory with all that is in it, if it exists."""
     target = path(name)
     if is_remote(target):
-        target.rmtree(missing_ok=True)
+        epath.Path(target).rmtree(missing_ok=True)
     elif target.is_dir():
         shutil.rmtree(target)
     else:

@@ -1,6 +1,7 @@
 """The one training loop: it never asks which method it runs."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def first_state(
     frozen = jax.jit(lambda *args: recipe.init(*args).frozen, out_shardings=shardings.frozen)(
         params, recipe.others
     )
-    return restored.replace(frozen=frozen)
+    return dataclasses.replace(restored, frozen=frozen)
 
 
 def compile_step(train_step: Callable, train_state, batch, shardings) -> Step:

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -145,6 +146,7 @@ def read(directory: str | os.PathLike) -> tuple[dict, Mapping[str, np.ndarray]]:
     """
     directory, config, weights = _layout(directory)
     path = directory / weights
+    tensors: Any
     if path.suffix == ".bin":
         tensors = pickles.read(published.find(path))
     else:
@@ -186,7 +188,8 @@ def normalisation(directory: str | os.PathLike) -> tuple[tuple, tuple]:
         if len(preparation.get(key) or ()) != 3:
             problems.append(f"{key} of its images is missing")
     _refuse(directory, problems)
-    return tuple(tuple(preparation[key]) for key in names)
+    mean, std = (tuple(preparation[key]) for key in names)
+    return mean, std
 
 
 def _differences(content, expected):

@@ -1,13 +1,14 @@
 """Fingerprints of parameters."""
 
 import hashlib
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 
-def of_params(params: dict) -> str:
+def of_params(params: Any) -> str:
     """Returns a fingerprint of parameters. All processes must call it."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -11,6 +11,8 @@ import os
 import pickle
 import pickletools
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,14 +54,14 @@ class Stub:
 
     __slots__ = ("class_name", "state")
 
-    def __init__(self, class_name: str, state: object):
+    def __init__(self, class_name: str, state: Any):
         self.class_name, self.state = class_name, state
 
     def __setstate__(self, state):
         self.state = state[0] if isinstance(state, tuple) and len(state) == 2 else state
 
 
-def read(path: str | os.PathLike) -> object:
+def read(path: str | os.PathLike) -> Any:
     """Reads a pickle or a file of torch.save.
 
     Returns:
@@ -278,7 +280,9 @@ def _count(n):
     return n
 
 
-CALLS = {f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")}
+CALLS: dict[str, Callable] = {
+    f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")
+}
 CALLS |= {
     f"numpy.{core}.multiarray.scalar": lambda d, b: np.frombuffer(b, d.dtype)[0].item()
     for core in ("core", "_core")
