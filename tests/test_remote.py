@@ -23,8 +23,8 @@ from dmd_jax.weights import (
     published,
     state_dict,
 )
-from tests import test_images, test_lora
-from tests.helpers import runs, sd
+from tests import test_fashion_mnist, test_lora, test_tfds
+from tests.helpers import runs, sd, sources
 from tests.helpers.runs import stage_of
 
 
@@ -50,9 +50,9 @@ def below(directory):
 
 @pytest.mark.parametrize("name", ["photos", "photos.zip"])
 def test_folder(bucket, tmp_path, name):
-    remote = upload(test_images.write(tmp_path / name, test_images.photos()), name)
-    test_images.check(
-        folder.read(path=remote, size=4, num_classes=4), test_images.PIXELS, test_images.LABELS
+    remote = upload(sources.write(tmp_path / name, sources.photos()), name)
+    sources.check(
+        folder.read(path=remote, size=4, num_classes=4), sources.PIXELS, sources.LABELS
     )
     with pytest.raises(
         ValueError,
@@ -62,22 +62,22 @@ def test_folder(bucket, tmp_path, name):
         folder.read(path="gs://bucket/others", size=4)
 
 
-def test_fashion_mnist(bucket, tmp_path):
-    test_images.write_idx(tmp_path)
+def test_fashion_mnist_in_a_bucket(bucket, tmp_path):
+    test_fashion_mnist.write_idx(tmp_path)
     remote = upload(tmp_path, "mnist")
-    test_images.check(
+    sources.check(
         fashion_mnist.make(split="test", path=remote, size=28),
-        test_images.GREY[..., None],
-        test_images.CLASSES,
+        test_fashion_mnist.GREY[..., None],
+        test_fashion_mnist.CLASSES,
     )
     with pytest.raises(ValueError, match="no Fashion-MNIST in gs://bucket/others"):
         fashion_mnist.make(split="test", path="gs://bucket/others")
 
 
-def test_tfds(bucket, tmp_path):
-    test_images.prepare(tmp_path / "tfds")
+def test_tfds_in_a_bucket(bucket, tmp_path):
+    test_tfds.prepare(tmp_path / "tfds")
     remote = upload(tmp_path / "tfds", "tfds")
-    test_images.check(test_images.read(remote, size=4), test_images.PIXELS, test_images.LABELS)
+    sources.check(test_tfds.read(remote, size=4), sources.PIXELS, sources.LABELS)
     with pytest.raises(
         ValueError,
         match=r"no another in gs://bucket/tfds: expected "
@@ -94,11 +94,11 @@ def test_captions(bucket, tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(content))
     annotations, images = (
         upload(tmp_path / "captions.json", "captions.json"),
-        upload(test_images.write(tmp_path / "photos", test_images.photos()), "photos"),
+        upload(sources.write(tmp_path / "photos", sources.photos()), "photos"),
     )
     row = captions.coco(annotations=annotations, images=images)[0]
     assert row["text"] == "A cat." and np.array_equal(
-        row["image"], pixels.to_float(test_images.PIXELS[0])
+        row["image"], pixels.to_float(sources.PIXELS[0])
     )
     (tmp_path / "prompts.txt").write_text("a cat\nthe dog\n")
     assert (
