@@ -16,10 +16,12 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers would wait for one another's threads
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
 from dmd_jax import main
+from dmd_jax.experiment import build
 from dmd_jax.models import unet_edm
 from tests.helpers import gcs, runs
 
@@ -42,6 +44,25 @@ def pytest_collection_modifyitems(items):
 def fresh_caches():
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def recipes_once():
+    """Stages of equal settings have one recipe, whose step is traced and compiled once."""
+    recipes = {}
+    make = build.recipe
+
+    def recipe(stage, parallel, workdir):
+        null = np.asarray(build.null_cond(stage.run, workdir)).tolist()
+        settings = stage.settings.recipe, stage.model, stage.run.seed, null
+        key = repr((settings, parallel.mesh, parallel.accumulation))
+        if key not in recipes:
+            recipes[key] = make(stage, parallel, workdir)
+        return recipes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "recipe", recipe)
+        yield
 
 
 @pytest.fixture

@@ -51,9 +51,7 @@ def below(directory):
 @pytest.mark.parametrize("name", ["photos", "photos.zip"])
 def test_folder(bucket, tmp_path, name):
     remote = upload(sources.write(tmp_path / name, sources.photos()), name)
-    sources.check(
-        folder.read(path=remote, size=4, num_classes=4), sources.PIXELS, sources.LABELS
-    )
+    sources.check(folder.read(path=remote, size=4, num_classes=4), sources.PIXELS, sources.LABELS)
     with pytest.raises(
         ValueError,
         match=r"gs://bucket/others: expected a directory or a .zip of images, "

@@ -32,6 +32,8 @@ from tests.helpers.runs import (
     values_of,
 )
 
+pytestmark = pytest.mark.usefixtures("recipes_once")
+
 
 def test_a_finished_workdir_holds_everything(finished):
     assert {
