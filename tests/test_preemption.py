@@ -15,6 +15,8 @@ from dmd_jax.runtime import checkpoint, log, preemption
 from tests.helpers import processes, small
 from tests.helpers.runs import params_of
 
+pytestmark = pytest.mark.usefixtures("recipes_once")
+
 ENDLESS = "--config.teacher.num_steps=1000000"
 LONG = (
     "--config.pairs.count=1000000",

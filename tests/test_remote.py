@@ -27,6 +27,8 @@ from tests import test_fashion_mnist, test_lora, test_tfds
 from tests.helpers import runs, sd, sources
 from tests.helpers.runs import stage_of
 
+pytestmark = pytest.mark.usefixtures("recipes_once")
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
