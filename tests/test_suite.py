@@ -13,7 +13,8 @@ from dmd_jax import features as features_lib
 from dmd_jax import main, sharding
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import pixels
-from dmd_jax.evals import frechet, protocols, references, suite
+from dmd_jax.evals import frechet, protocols, references
+from dmd_jax.evals import suite as suite_lib
 from dmd_jax.experiment import evaluation
 from dmd_jax.features import efficientnet, inception
 from dmd_jax.runtime import log
@@ -32,17 +33,17 @@ def linear(devices=8, batch_size=8, protocol=PROTOCOL):
     parallel = sharding.Parallel(sharding.make_mesh(data=devices))
     apply = lambda params, x: jnp.tanh(x.reshape(len(x), -1) @ params["w"])
     features = features_lib.of_network("linear", apply, WEIGHTS, parallel, batch_size)
-    return suite.Suite(protocol, features, parallel, None, None, {"linear": features.digest})
+    return suite_lib.Suite(protocol, features, parallel, None, None, {"linear": features.digest})
 
 
 def source(images=BYTES):
     return images_lib.Images(images, np.zeros(len(images), np.int32))
 
 
-def collect(measuring, sizes, images=BYTES):
+def collect(suite, sizes, images=BYTES):
     starts = np.cumsum([0, *sizes[:-1]])
-    batches = (suite.Batch(images[a : a + n]) for a, n in zip(starts, sizes, strict=True))
-    return suite.collect(measuring, batches, sum(sizes), with_floor=True)
+    batches = (suite_lib.Batch(images[a : a + n]) for a, n in zip(starts, sizes, strict=True))
+    return suite_lib.collect(suite, batches, sum(sizes), with_floor=True)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_statistics_do_not_depend_on_batches_and_devices():
     """2,048 images, in pieces of 7 and 64, on 1 and 8 devices: within 1e-6."""
     whole = linear(1, 2048)
     reference = collect(whole, [COUNT])
-    expected = suite.compare(whole, reference, collect(whole, [1000], BYTES[::2]))
+    expected = suite_lib.compare(whole, reference, collect(whole, [1000], BYTES[::2]))
     sevens = [7] * (COUNT // 7) + [COUNT % 7]
     for devices, batch_size, sizes in (
         (1, 7, sevens),
@@ -84,8 +85,8 @@ def test_statistics_do_not_depend_on_batches_and_devices():
         (8, 8, sevens),
         (8, 64, [1, 29, COUNT - 30]),
     ):
-        measuring = linear(devices, batch_size)
-        other = collect(measuring, sizes)
+        suite = linear(devices, batch_size)
+        other = collect(suite, sizes)
         assert other.count == COUNT and other.features.shape == (500, 5)
         np.testing.assert_allclose(
             other.moments.covariance, reference.moments.covariance, rtol=1e-6, atol=1e-8
@@ -93,10 +94,10 @@ def test_statistics_do_not_depend_on_batches_and_devices():
         np.testing.assert_allclose(other.features, reference.features, atol=5e-6)
         assert other.colours == pytest.approx(reference.colours, rel=1e-9)
         assert other.floor == pytest.approx(reference.floor, rel=1e-6, abs=1e-8)
-        assert suite.compare(
-            measuring, other, collect(measuring, [1000], BYTES[::2])
-        ) == pytest.approx(expected, rel=1e-6, abs=1e-8)
-        assert suite.compare(measuring, reference, other)["FD-linear"] == pytest.approx(0, abs=1e-6)
+        assert suite_lib.compare(suite, other, collect(suite, [1000], BYTES[::2])) == pytest.approx(
+            expected, rel=1e-6, abs=1e-8
+        )
+        assert suite_lib.compare(suite, reference, other)["FD-linear"] == pytest.approx(0, abs=1e-6)
 
 
 def test_features_that_are_kept_are_spread_evenly():
@@ -107,15 +108,15 @@ def test_features_that_are_kept_are_spread_evenly():
 
 
 def test_the_floor_is_one_half_against_the_other():
-    measuring = linear()
-    halves = [collect(measuring, [COUNT // 2], BYTES[i::2]) for i in (0, 1)]
-    floor = collect(measuring, [COUNT]).floor
+    suite = linear()
+    halves = [collect(suite, [COUNT // 2], BYTES[i::2]) for i in (0, 1)]
+    floor = collect(suite, [COUNT]).floor
     assert floor["FD-linear"] == pytest.approx(
         frechet.frechet_distance(*(half.moments for half in halves)), rel=1e-6
     )
-    different = suite.compare(
-        measuring,
-        *(collect(measuring, [1000], images) for images in (BYTES[:1000], BYTES[1000:2000])),
+    different = suite_lib.compare(
+        suite,
+        *(collect(suite, [1000], images) for images in (BYTES[:1000], BYTES[1000:2000])),
     )
     assert (
         floor["FD-linear"] < 0.1 * different["FD-linear"]
@@ -124,23 +125,21 @@ def test_the_floor_is_one_half_against_the_other():
 
 
 def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
-    measuring = linear()
-    first = references.collect_source(measuring, source(), tmp_path, with_floor=True)
+    suite = linear()
+    first = references.collect_source(suite, source(), tmp_path, with_floor=True)
     (path,) = tmp_path.glob("reference-*.npz")
     written = path.stat().st_mtime_ns
-    again = references.collect_source(measuring, source(BYTES.copy()), tmp_path, with_floor=True)
+    again = references.collect_source(suite, source(BYTES.copy()), tmp_path, with_floor=True)
     assert path.stat().st_mtime_ns == written
     for real in (first, again):
         np.testing.assert_allclose(
-            real.moments.covariance, collect(measuring, [COUNT]).moments.covariance, rtol=1e-9
+            real.moments.covariance, collect(suite, [COUNT]).moments.covariance, rtol=1e-9
         )
-        assert (
-            real.floor == pytest.approx(collect(measuring, [COUNT]).floor) and real.count == COUNT
-        )
-    assert suite.compare(measuring, first, again)["FD-linear"] == pytest.approx(0, abs=1e-6)
+        assert real.floor == pytest.approx(collect(suite, [COUNT]).floor) and real.count == COUNT
+    assert suite_lib.compare(suite, first, again)["FD-linear"] == pytest.approx(0, abs=1e-6)
     changed = BYTES.copy()
     changed[1234, 3, 3, 1] ^= 1
-    references.collect_source(measuring, source(changed), tmp_path)
+    references.collect_source(suite, source(changed), tmp_path)
     references.collect_source(
         linear(protocol=dataclasses.replace(PROTOCOL, neighbours=10)), source(), tmp_path
     )
@@ -149,13 +148,13 @@ def test_statistics_of_a_source_are_kept_by_its_content(tmp_path):
 
 def test_foreign_statistics_have_no_single_images(tmp_path):
     """EDM's and pytorch-fid's; ours can be read as theirs."""
-    measuring = linear()
-    fake = collect(measuring, [COUNT])
+    suite = linear()
+    fake = collect(suite, [COUNT])
     np.savez(tmp_path / "ref.npz", mu=fake.moments.mean, sigma=fake.moments.covariance)
-    references.write(tmp_path / "ours.npz", measuring, fake)
+    references.write(tmp_path / "ours.npz", suite, fake)
     for name, more in (("ref", set()), ("ours", {"KD-linear", "precision"})):
-        scores = suite.compare(
-            measuring, references.read(tmp_path / f"{name}.npz", measuring.features), fake
+        scores = suite_lib.compare(
+            suite, references.read(tmp_path / f"{name}.npz", suite.features), fake
         )
         assert scores["FD-linear"] == pytest.approx(0, abs=1e-6) and more <= scores.keys()
         assert more or len(scores) == 1
@@ -164,47 +163,47 @@ def test_foreign_statistics_have_no_single_images(tmp_path):
 
 
 def test_statistics_that_do_not_fit(tmp_path):
-    measuring, path = linear(), tmp_path / "ref.npz"
-    fake = collect(measuring, [COUNT])
+    suite, path = linear(), tmp_path / "ref.npz"
+    fake = collect(suite, [COUNT])
     np.savez(path, mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(
         ValueError,
         match="reference statistics have 7 dimensions, linear has 5: "
         "they are of another feature network",
     ):
-        suite.compare(measuring, references.read(path, measuring.features), fake)
-    references.write(path, measuring, fake)
+        suite_lib.compare(suite, references.read(path, suite.features), fake)
+    references.write(path, suite, fake)
     with pytest.raises(
         ValueError,
         match=r"was made with the features linear \(\w+\), expected other \(1234\); "
         "make it again, or choose",
     ):
-        references.read(path, measuring.features._replace(name="other", digest="1234"))
+        references.read(path, suite.features._replace(name="other", digest="1234"))
     np.savez(path, mu=np.zeros(5), sigma=np.eye(4))
     with pytest.raises(
         ValueError, match=r"holds no statistics \(mu has shape \(5,\) and sigma \(4, 4\)\)"
     ):
-        references.read(path, measuring.features)
+        references.read(path, suite.features)
     for content in (b"", b"PK\x03\x04 cut"):
         path.write_bytes(content)
         with pytest.raises(
             ValueError, match=r"holds no statistics .*expected arrays mu \[D\] and sigma \[D, D\]"
         ):
-            references.read(path, measuring.features)
+            references.read(path, suite.features)
 
 
 def test_a_reference_of_another_size_than_the_protocols(tmp_path):
-    measuring = linear(protocol=dataclasses.replace(PROTOCOL, reference_count=40_504))
+    suite = linear(protocol=dataclasses.replace(PROTOCOL, reference_count=40_504))
     with pytest.raises(
         ValueError,
         match="the reference has 2048 images, that of the protocol test has 40504; "
         "give it all of them",
     ):
-        references.reference(measuring, source(), "", tmp_path)
+        references.reference(suite, source(), "", tmp_path)
     with pytest.raises(
         ValueError, match="the protocol test needs a reference; name real images, or a file"
     ):
-        references.reference(measuring, None, "", tmp_path)
+        references.reference(suite, None, "", tmp_path)
 
 
 def test_only_the_network_of_2015_makes_a_fid():
@@ -277,7 +276,7 @@ def test_efficientnet_from_its_package():
             "protocol",
             "edm50k",
             "features of the protocol edm50k does not fit: "
-            "missing a required argument: 'batch_size'",
+            "missing a required (keyword-only )?argument: 'batch_size'",
         ),
         ("protocol", "fashion_mnist", "features of the protocol fashion_mnist does not fit"),
     ],
@@ -343,8 +342,8 @@ def test_statistics_as_a_reference(workdir, monkeypatch):
     config.evaluate.update(protocol="open", reference=pinned)
     stage = stage_of(config, "evaluate")
     parallel = sharding.Parallel(sharding.make_mesh())
-    measuring = evaluation.make_suite(stage, "open", workdir, parallel)
-    real = evaluation.reference(stage, measuring, workdir)
+    suite = evaluation.make_suite(stage, "open", workdir, parallel)
+    real = evaluation.reference(stage, suite, workdir)
     np.savez(workdir / "ref.npz", mu=real.moments.mean, sigma=real.moments.covariance)
     before = result_of(workdir).row("dmd").scores
     config.evaluate.statistics = str(workdir / "ref.npz")

@@ -231,9 +231,9 @@ def collect(
     features = np.concatenate(total.features)
     floor = {}
     if with_floor and count > 2 * precision_recall.K_DENSITY + 1:
-        halves = (total.even, features[::2], total.even_colours)
-        others = (total.odd, features[1::2], total.odd_colours)
-        floor = compare(suite, *(_half(*half) for half in (halves, others)))
+        even = _half(total.even, features[::2], total.even_colours)
+        odd = _half(total.odd, features[1::2], total.odd_colours)
+        floor = compare(suite, even, odd)
     diversity = None
     if len(total.pictures) > 1:
         diversity = suite.diversity(np.stack(total.pictures), suite.protocol.diversity[1], 0)

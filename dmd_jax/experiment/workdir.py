@@ -22,7 +22,6 @@ from dmd_jax.weights import diffusers, edm, state_dict
 WEIGHTS = "weights.safetensors"
 SOURCE = "source.json"
 LOCK = "lock"  # in the workdir
-LOCK = "lock"  # in the workdir
 
 
 def read_run(workdir: storage.Path, stage: str = "", *, dtype: str = "") -> build.Stage:
