@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 _plugins = set()
 
 
-def admit(packages: Iterable[str]):
+def admit(packages: str | Iterable[str]):
     """Lets configs name functions of these packages of the user's own, as long as Python runs."""
-    _plugins.update(packages)
+    _plugins.update([packages] if isinstance(packages, str) else packages)
 
 
 def find(package: str, name: str) -> Callable:

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import itertools
+import json
 import pathlib
 import re
 import shlex
@@ -10,12 +11,14 @@ import shlex
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 
 import dmd_jax
 from dmd_jax import __main__ as command_line
 from dmd_jax import main
 from dmd_jax.bench import __main__ as bench
 from dmd_jax.evals import protocols
+from dmd_jax.experiment import build, check, configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {
@@ -42,6 +45,14 @@ def commands(page):
 
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+# The config for images of one's own.
+PHOTOS = next(
+    block
+    for block in re.findall(r"```python\n(.*?)```", PAGES["docs/config.md"], re.DOTALL)
+    if "def get_config" in block
+)
 
 
 def called(words):
@@ -86,8 +97,10 @@ def test_tables_have_headers(page):
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[called(words) for _, words in COMMANDS])
-def test_commands_exist_with_their_flags(page, words, monkeypatch, capsys):
+def test_commands_exist_with_their_flags(page, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
+    (tmp_path / "photos.py").write_text(PHOTOS)
+    words = [word.replace("=photos.py", f"={tmp_path / 'photos.py'}") for word in words]
     module, *arguments = words
     assert importlib.util.find_spec(module), module
     if not arguments or "..." in arguments or arguments[0].isupper():
@@ -140,6 +153,32 @@ def test_python_is_valid_and_uses_what_the_package_has(page):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert node.value.id != "dmd_jax" or hasattr(dmd_jax, node.attr), node.attr
+
+
+@pytest.mark.parametrize("classes", [2, 0])
+def test_the_config_for_ones_own_images_finds_them(tmp_path, classes):
+    rows = {f"{name}/{i}.png": label for label, name in enumerate(("a", "b")) for i in range(3)}
+    for name in rows:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos/dataset.json").write_text(json.dumps({"labels": list(rows.items())}))
+    text = PHOTOS.replace("/data/photos", str(tmp_path / "photos"))
+    if not classes:  # as the page says
+        text = text.replace(", size=64, num_classes=2)", ", size=64)")
+        text = text.replace('"labels.every", num_classes=2', '"labels.every", num_classes=1')
+        text = text.replace("conditions=dict(num_classes=2)", "conditions=dict(num_classes=1)")
+        text = text.replace("channels=3, num_classes=2", "channels=3, num_classes=0")
+    (tmp_path / "photos.py").write_text(text)
+    stages = build.stages(configs.load(str(tmp_path / "photos.py")))
+    check.stages(stages)
+    assert stages["teacher"].num_classes == classes
+    check.files([stages[name] for name in stages["dmd"].run.stages], tmp_path / "run")
+    row = build.checked_source(
+        stages["teacher"], stages["teacher"].settings.data["images"], tmp_path
+    )
+    assert [int(row[i]["cond"]) for i in range(6)] == [
+        bool(classes) * l for l in (0, 0, 0, 1, 1, 1)
+    ]
 
 
 def test_every_protocol_is_on_its_page():
