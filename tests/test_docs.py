@@ -173,12 +173,9 @@ def test_the_config_for_ones_own_images_finds_them(tmp_path, classes):
     check.stages(stages)
     assert stages["teacher"].num_classes == classes
     check.files([stages[name] for name in stages["dmd"].run.stages], tmp_path / "run")
-    row = build.checked_source(
-        stages["teacher"], stages["teacher"].settings.data["images"], tmp_path
-    )
-    assert [int(row[i]["cond"]) for i in range(6)] == [
-        bool(classes) * l for l in (0, 0, 0, 1, 1, 1)
-    ]
+    teacher = stages["teacher"]
+    rows = build.checked_source(teacher, teacher.settings.data["images"], tmp_path)
+    assert [int(rows[i]["cond"]) for i in range(6)] == ([0, 0, 0, 1, 1, 1] if classes else [0] * 6)
 
 
 def test_every_protocol_is_on_its_page():
