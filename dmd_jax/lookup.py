@@ -91,7 +91,7 @@ def _outside(name: str, error: str) -> Callable:
     if package not in _plugins:
         raise ValueError(
             f"{name} is of no package that a config may name, and {error} "
-            f"If {package} is your own, admit it: plugins=({package!r},) in the config, "
+            f"If {package} is your own, admit it: plugins=({package!r},) in your config, "
             f"--plugins={package} of a command."
         )
     module = _import(name)

@@ -132,7 +132,7 @@ def test_a_package_that_nobody_has_admitted_is_not_even_imported(package, tmp_pa
             f"{name} is of no package that a config may name, and dmd_jax/data has no file {own!r}"
         )
         assert error_of("data", name).endswith(
-            f"If {own} is your own, admit it: plugins=({own!r},) in the config, "
+            f"If {own} is your own, admit it: plugins=({own!r},) in your config, "
             f"--plugins={own} of a command."
         )
     assert not (tmp_path / "imported").exists()

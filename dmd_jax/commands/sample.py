@@ -95,6 +95,11 @@ def run(arguments: argparse.Namespace):
             "--repeats of at least 0."
         )
     prompts = prompts or arguments.label
+    if arguments.workdir and not (storage.absolute(arguments.workdir) / "config.json").exists():
+        raise ValueError(
+            f"--workdir={arguments.workdir} is no run's directory: it has no config.json; a "
+            "directory in the layout of diffusers is --model."
+        )
     changes = {
         key: getattr(arguments, key)
         for key in ("name", "num_steps", "guidance_scale")
