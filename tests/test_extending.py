@@ -1,5 +1,7 @@
 """A package of the user's own has a method, a network, a sampler, data, a protocol and a metric."""
 
+import sys
+
 import pytest
 
 from dmd_jax import __main__, lookup, main
@@ -156,7 +158,9 @@ def config(tmp_path, monkeypatch):
     (tmp_path / "my_config.py").write_text(CONFIG)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(lookup, "_plugins", set())
-    return configs.load(str(tmp_path / "my_config.py"))
+    yield configs.load(str(tmp_path / "my_config.py"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
+        del sys.modules[name]
 
 
 def test_a_config_runs_to_its_report_with_nothing_but_the_users_own_package(
