@@ -178,6 +178,19 @@ def test_directories_that_are_no_runs(tmp_path):
     storage.write_json(file, values | {"rows": values["rows"][:1]})
     with pytest.raises(ValueError, match=r"has no dmd, which the config asks for; evaluate the"):
         cells(run)
+    for changes in ({"nfe": None}, {"seconds_per_image": None}, {"scores": {}}):
+        teacher, student = values["rows"]
+        rows = [teacher, student | changes]
+        storage.write_json(file, values | {"rows": rows})
+        with pytest.raises(ValueError, match=r"has no dmd, which the config asks for"):
+            cells(run)
+    storage.write_json(file, values | {"asked": {}})
+    with pytest.raises(ValueError, match=r"has no versions, which the config asks for"):
+        cells(run)
+    for key in ("asked", "real", "reference"):
+        storage.write_json(file, values | {key: "x"})
+        with pytest.raises(ValueError, match=rf"json: this is no result .*{key} is 'x'"):
+            cells(run)
     storage.write_json(file, {"protocol": {}, "nfe": {}})
     with pytest.raises(
         ValueError, match=r"json: this is no result of an evaluation by this version"

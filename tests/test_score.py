@@ -216,6 +216,7 @@ def test_one_bad_image_in_the_middle(real, tmp_path, change, message):
             "choose another one",
         ),
         (dict(count="5"), r"--count is 5; expected at least 6"),
+        (dict(protocol="suite.make"), r"the protocol suite\.make does not fit: missing"),
         (dict(protocol="fid"), r"no protocol 'fid'; there are: edm50k, edm50k:dmd2"),
         (dict(reference=""), r"the protocol small needs a reference; give --reference"),
         (

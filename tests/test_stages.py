@@ -19,7 +19,7 @@ from dmd_jax.data import labels as labels_lib
 from dmd_jax.experiment import build
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
-from dmd_jax.runtime import checkpoint, log
+from dmd_jax.runtime import checkpoint, log, storage
 from dmd_jax.stages import evaluate, pairs, train
 from tests.helpers.runs import (
     check_of,
@@ -86,6 +86,13 @@ def test_one_stage(workdir):
     assert (workdir / "dmd/checkpoints/20").exists() and not (
         workdir / "evaluate/evaluation.json"
     ).exists()
+
+
+def test_a_stage_without_a_key(tmp_path):
+    config = smoke()
+    config.stages = ("teacher", "nope")
+    with pytest.raises(ValueError, match=r"^stage 'nope' needs a key of that name with a program"):
+        main.run(config, tmp_path)
 
 
 def test_unknown_stage(tmp_path):
@@ -314,6 +321,15 @@ def test_lookup_names_what_exists():
         ValueError, match=r"dmd_jax/data/labels.py has no 'evry' \(did you mean 'every'\?\)"
     ):
         lookup.find("data", "labels.evry")
+
+
+def test_a_result_of_another_version_is_made_again(workdir):
+    path = workdir / "evaluate/evaluation.json"
+    values = storage.read_json(path)
+    del values["networks"]
+    assert evaluate.done(stage_of(smoke(), "evaluate"), workdir)
+    storage.write_json(path, values)
+    assert not evaluate.done(stage_of(smoke(), "evaluate"), workdir)
 
 
 def test_an_evaluation_of_older_checkpoints_is_made_again(workdir):

@@ -106,9 +106,11 @@ def open_run(path: storage.Path) -> Run:
         raise ValueError(f"{file} does not exist; let the run come to its evaluation first.")
     result = result_lib.read(file)
     roles = {evaluation.settings.teacher, evaluation.settings.student}
-    if missing := roles - {row.name for row in result.rows}:
+    whole = {row.name for row in result.rows if row.scores and row.nfe and row.seconds_per_image}
+    missing = sorted(roles - whole) + ([] if "versions" in result.asked else ["versions"])
+    if missing:
         raise ValueError(
-            f"{file} has no {', '.join(sorted(missing))}, which the config asks for; evaluate the "
+            f"{file} has no {', '.join(missing)}, which the config asks for; evaluate the "
             "run again."
         )
     return Run(path, evaluation, result)
@@ -355,8 +357,11 @@ def _short(value):
 def _mean(values, digits):
     """With the standard deviation, if there are several; minus nothing is nothing."""
     values = [value for value in values if value is not None]
+    if not values:
+        return ""
     spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
-    return f"{np.mean(values).round(digits) + 0.0:.{digits}f}{spread}" if values else ""
+    mean = f"{np.mean(values):.{digits}f}"
+    return (mean if float(mean) else mean.lstrip("-")) + spread
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

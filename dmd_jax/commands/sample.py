@@ -95,9 +95,10 @@ def run(arguments: argparse.Namespace):
             "--repeats of at least 0."
         )
     prompts = prompts or arguments.label
-    if arguments.workdir and not (storage.absolute(arguments.workdir) / "config.json").exists():
+    path = arguments.model if arguments.workdir is None else arguments.workdir
+    if arguments.model is None and not (storage.absolute(path) / "config.json").exists():
         raise ValueError(
-            f"--workdir={arguments.workdir} is no run's directory: it has no config.json; a "
+            f"--workdir={path} is no run's directory: it has no config.json; a "
             "directory in the layout of diffusers is --model."
         )
     changes = {
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace):
     control = [image for path in paths for image in [_read_control(path)] * copies] or None
     names = ("stage", "batch_size", "dtype", "controlnet", "quantize")
     model = model_lib.load(
-        arguments.workdir or arguments.model,
+        path,
         sampler=changes,
         **{name: getattr(arguments, name) for name in names},
     )

@@ -119,7 +119,9 @@ def find(name: str) -> Protocol:
       ValueError: there is no such protocol.
     """
     if name not in PROTOCOLS and "." in name:
-        return lookup.find("evals", name)()
+        make = lookup.find("evals", name)
+        lookup.check_arguments(make, {}, f"the protocol {name}")
+        return make()
     if name not in PROTOCOLS:
         raise ValueError(
             f"no protocol {name!r}{lookup.nearest(name, list(PROTOCOLS))}; there are: "

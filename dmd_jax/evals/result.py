@@ -84,11 +84,15 @@ class Result:
           ValueError: something is missing or unknown, as in the result of another version.
         """
         try:
+            for dicts in (values, *values["rows"]):
+                for key in ("asked", "scores", "real", "reference"):
+                    if not isinstance(dicts.get(key, {}), dict):
+                        raise TypeError(f"{key} is {dicts[key]!r}")
             rows = tuple(
                 Row(**row | {"seed_ranges": tuple(row["seed_ranges"])}) for row in values["rows"]
             )
             return cls(**values | {"rows": rows})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"this is no result of an evaluation by this version ({error}); evaluate again."
             ) from error

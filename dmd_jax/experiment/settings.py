@@ -227,7 +227,8 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     with config.unlocked():
         _fill(config, Run)
         for name in stage_names(config):
-            _fill(config[name], program_of(config, name))
+            program = program_of(config, name)
+            _fill(config[name], program)
     return config
 
 

@@ -48,7 +48,13 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
     """Returns whether the result is of the checkpoints that are there, by the same protocol."""
     path = workdir / stage.name / RESULT
     written = path.exists() and (workdir / stage.name / REPORT).exists()
-    return written and storage.read_json(path).get("asked") == _asked(stage, workdir)
+    if not written:
+        return False
+    values = storage.read_json(path)
+    try:
+        return result_lib.Result.from_json(values).asked == _asked(stage, workdir)
+    except ValueError:  # another version wrote it, so it is made again
+        return False
 
 
 def run(stage: build.Stage, workdir: storage.Path):
