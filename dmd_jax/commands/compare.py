@@ -174,12 +174,17 @@ def refuse_unlike(runs: Sequence[Run]):
     Raises:
       ValueError: those of some runs do not compare with those of the first one; says why.
     """
-    told, first = [], runs[0]
+    told = []
+    first = _meaning(runs[0])
     for run in runs[1:]:
-        differing = [keys for keys in SAME if _get(run, keys) != _get(first, keys)]
-        if differing:
-            values = ", ".join(_difference(first, run, keys) for keys in differing)
-            told.append(f"{first.path} and {run.path} differ in {values}")
+        other = _meaning(run)
+        values = [
+            f"{name} ({_short(first[name])}, {_short(other[name])})"
+            for name in first
+            if first[name] != other[name]
+        ]
+        if values:
+            told.append(f"{runs[0].path} and {run.path} differ in {', '.join(values)}")
     if told:
         raise ValueError(
             f"scores that do not mean the same: {'; '.join(told)}. Compare runs of one protocol, "
@@ -336,18 +341,16 @@ def _identity(run):
     return json.dumps(identity, sort_keys=True)
 
 
-def _get(run, keys):
-    """None if it is not there."""
+def _meaning(run):
+    """Returns what the scores of a run depend on, by names; None for what the run lacks."""
+    result = run.result.to_json()
+    return {" ".join(keys).removeprefix("asked "): _get(result, keys) for keys in SAME}
+
+
+def _get(values, keys):
     return functools.reduce(
-        lambda found, key: found.get(key) if isinstance(found, dict) else None,
-        keys,
-        run.result.to_json(),
+        lambda found, key: found.get(key) if isinstance(found, dict) else None, keys, values
     )
-
-
-def _difference(first, run, keys):
-    name = " ".join(keys).removeprefix("asked ")
-    return f"{name} ({_short(_get(first, keys))}, {_short(_get(run, keys))})"
 
 
 def _short(value):

@@ -52,9 +52,10 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
         return False
     values = storage.read_json(path)
     try:
-        return result_lib.Result.from_json(values).asked == _asked(stage, workdir)
+        result = result_lib.Result.from_json(values)
     except ValueError:  # another version wrote it, so it is made again
         return False
+    return result.asked == _asked(stage, workdir)
 
 
 def run(stage: build.Stage, workdir: storage.Path):
