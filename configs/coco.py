@@ -346,10 +346,13 @@ def _tiny(config):
 
 
 def _tiny_instaflow(config):
-    """Has all of InstaFlow-1.7B with UNets of one level and steps that can be seen."""
+    """Has all of InstaFlow-1.7B with UNets of one level and steps that can be seen.
+
+    Their one transformer is in the middle block.
+    """
     config = _tiny(_instaflow_1_7b(config))
     for settings in (config, config.distil_1, config.distil_2):
-        settings.network.update(block_out_channels=(32,), attention=(True,))
+        settings.network.update(block_out_channels=(32,), attention=(False,))
     config.reflow_2.num_steps = config.distil_2.num_steps = 6
     for stage in (config.reflow_1, config.reflow_2, config.distil_1, config.distil_2):
         stage.recipe.optimizer.update(learning_rate=1e-4, warmup_steps=1)

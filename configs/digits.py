@@ -127,7 +127,7 @@ def _no_regression(config):
 
 
 def _smoke(config):
-    config.network.update(width=8, num_blocks=0)
+    config.network.update(width=8, multipliers=(1,), num_blocks=0, attention=())
     for settings in (config[stage] for stage in config.stages):
         if settings.program == "train":
             settings.update(num_steps=20, checkpoint_every=10, log_every=5, batch_size=16)

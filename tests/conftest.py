@@ -54,7 +54,7 @@ def recipes_once():
 
     def recipe(stage, parallel, workdir):
         null = np.asarray(build.null_cond(stage.run, workdir)).tolist()
-        settings = stage.settings.recipe, stage.model, stage.run.seed, null
+        settings = stage.settings.recipe, stage.model, stage.seed("steps"), null
         key = repr((settings, parallel.mesh, parallel.accumulation))
         if key not in recipes:
             recipes[key] = make(stage, parallel, workdir)

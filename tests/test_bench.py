@@ -23,8 +23,8 @@ from tests.helpers.runs import smoke, stage_of
 torch = pytest.importorskip("torch")
 
 NETWORKS = {
-    "unet_edm.ddpmpp": dict(width=8, multipliers=(1, 2), attention=(4,)),
-    "unet_edm.adm": dict(width=64, multipliers=(1, 1), attention=(4,)),
+    "unet_edm.ddpmpp": dict(width=8, attention=(8,)),
+    "unet_edm.adm": dict(width=64, attention=(8,)),
 }
 
 TEXT_ENCODER = clip_text.clip(

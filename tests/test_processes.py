@@ -96,22 +96,30 @@ def test_another_number_of_processes_goes_on(killed, one, tmp_path):
     np.testing.assert_allclose(losses(workdir, "teacher"), losses(one, "teacher"), rtol=1e-5)
 
 
-def test_a_stopped_process_ends_the_others(tmp_path):
-    for stopped in (0, 1):
-        workdir = tmp_path / f"{stopped}"
-        started = processes.start(workdir, "--stage=teacher", ENDLESS, processes=2, heartbeat=5)
-        processes.wait_for((workdir / "teacher/checkpoints/10").exists, started)
-        started[stopped].send_signal(signal.SIGSTOP)
-        try:
-            assert started[1 - stopped].wait(60) == distributed.LOST
-        finally:
-            processes.codes(started[stopped:], 0) if started[stopped].kill() else None
-        said = started[1 - stopped].output.read_text()
-        assert (
-            "process 1: process 0 has not answered for 5 s"
-            if stopped == 0
-            else "process 1 is silent for 5 s"
-        ) in said
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_others(tmp_path, stopped):
+    """Also where they wait for it inside C++ code."""
+    script = (
+        "import sys\n"
+        "from dmd_jax.runtime import distributed\n"
+        "where = sys.argv[1], 2, int(sys.argv[2])\n"
+        "with distributed.started(*where, heartbeat_timeout=5):\n"
+        "    while True:\n"
+        "        print(distributed.gather(1), flush=True)\n"
+    )
+    started = processes.start_script(script, tmp_path, processes=2)
+    processes.wait_for(lambda: "[1 1]" in started[0].output.read_text(), started)
+    started[stopped].send_signal(signal.SIGSTOP)
+    try:
+        assert started[1 - stopped].wait(60) == distributed.LOST
+    finally:
+        started[stopped].kill()
+    said = started[1 - stopped].output.read_text()
+    assert (
+        "process 1: process 0 has not answered for 5 s"
+        if stopped == 0
+        else "process 1 is silent for 5 s"
+    ) in said
 
 
 def test_an_error_of_one_ends_all(tmp_path):

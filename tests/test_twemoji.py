@@ -15,7 +15,7 @@ def toy():
     config = configs.load("twemoji:small")
     config.mesh.data = 1
     config.network.update(
-        block_out_channels=(8,), attention=(True,), norm_num_groups=4, num_heads=2
+        block_out_channels=(8,), attention=(False,), norm_num_groups=4, num_heads=2
     )
     config.teacher.update(batch_size=8, num_steps=2, preview_every=0, checkpoint_every=2)
     config.teacher.sampler.num_steps = 2

@@ -5,6 +5,8 @@ Settings are {"checkpoint": a diffusers directory, ...} for the autoencoder in t
 autoencoder: latents are images.
 """
 
+import functools
+import json
 from collections.abc import Callable
 
 import jax
@@ -46,7 +48,12 @@ def image_shape(settings: dict | None, shape: tuple[int, int, int]) -> tuple[int
     """Returns [H, W, C] of the images of latents of `shape`."""
     if settings is None:
         return shape
-    network, _ = _open(settings)
+    return _image_shape(json.dumps(settings), shape)
+
+
+@functools.cache
+def _image_shape(settings, shape):
+    network, _ = _open(json.loads(settings))
     latents = jax.ShapeDtypeStruct((1, *shape), np.float32)
     return jax.eval_shape(network.apply, network.abstract, latents).shape[1:]
 

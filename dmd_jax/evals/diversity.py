@@ -99,9 +99,10 @@ def draw_pairs(count: int, pairs: int, seed: int) -> np.ndarray:
             f"diversity needs at least 2 images and 1 pair, got {count} images and {pairs} pairs."
         )
     there = count * (count - 1) // 2
-    numbers = np.arange(there)
     if there > pairs:
         numbers = np.sort(np.random.default_rng(seed).choice(there, pairs, replace=False))
+    else:
+        numbers = np.arange(there)
     # The pairs have the numbers 0, 1, ... in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
     second = ((1 + np.sqrt(1 + 8 * numbers)) / 2).astype(np.int64)
     return np.stack([numbers - second * (second - 1) // 2, second], axis=1)

@@ -27,37 +27,38 @@ def environment(devices=1):
 
 
 def start(workdir, *arguments, processes=1, devices=1, heartbeat=10, extra=((),), **env):
-    """The processes, each with `output`, a file; `extra` are arguments of single ones."""
+    """Processes of main, each with `output`, a file; `extra` are arguments of single ones."""
+    address = free_address()
+    command = [sys.executable, "-m", "dmd_jax.main", "--config=tests/helpers/small.py"]
+    command += [f"--workdir={workdir}", *arguments, f"--heartbeat_timeout={heartbeat}"]
+    commands = []
+    for i in range(processes):
+        where = [f"--coordinator_address={address}", f"--num_processes={processes}"]
+        where = [*where, f"--process_id={i}"] if processes > 1 else []
+        commands.append([*command, *where, *(extra[i] if i < len(extra) else ())])
+    return _start(commands, workdir, environment(devices) | env)
+
+
+def start_script(script, directory, *, processes):
+    """Processes of a script, which gets the address of process 0 and its own number."""
+    address = free_address()
+    commands = [[sys.executable, "-c", script, address, str(i)] for i in range(processes)]
+    return _start(commands, directory / "script", environment())
+
+
+def free_address():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    workdir.parent.mkdir(exist_ok=True, parents=True)
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+def _start(commands, place, env):
+    place.parent.mkdir(exist_ok=True, parents=True)
     started = []
-    for i in range(processes):
-        where = (
-            [
-                f"--coordinator_address={address}",
-                f"--num_processes={processes}",
-                f"--process_id={i}",
-            ]
-            if processes > 1
-            else []
-        )
-        command = [
-            sys.executable,
-            "-m",
-            "dmd_jax.main",
-            "--config=tests/helpers/small.py",
-            f"--workdir={workdir}",
-            *arguments,
-            *where,
-        ]
-        command += [f"--heartbeat_timeout={heartbeat}", *(extra[i] if i < len(extra) else ())]
-        output = workdir.parent / f"{workdir.name}-{time.time_ns()}-{i}.txt"
+    for i, command in enumerate(commands):
+        output = place.parent / f"{place.name}-{time.time_ns()}-{i}.txt"
         with output.open("w") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(devices) | env, stdout=file, stderr=file
-            )
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
         process.output = output
         started.append(process)
     return started
