@@ -1,6 +1,7 @@
 """Moves batches from sources to the devices.
 
-Their order is a function of (seed, step), so the step alone is the position in the data.
+Their order is a function of (seed, name of the stream, step), so the step alone is the position in
+the data, and streams of one length are shuffled differently.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import grain
 import jax
 import numpy as np
 
-from dmd_jax import data
+from dmd_jax import data, rng
 
 
 class Stream(NamedTuple):
@@ -34,7 +35,10 @@ def batches(
     A batch is {name of the stream: tree of arrays [batch_size, ...]}, split as `sharding` says. The
     batch of a step is the same for any number of processes; each process reads its own rows.
     """
-    iterators = {name: _local_batches(stream, seed, start) for name, stream in streams.items()}
+    iterators = {
+        name: _local_batches(stream, rng.seed(seed, name), start)
+        for name, stream in streams.items()
+    }
     while True:
         local = {name: next(iterator) for name, iterator in iterators.items()}
         yield jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), local)

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import encoders, generate, lookup, recipes, samplers, sharding
+from dmd_jax import encoders, generate, lookup, recipes, rng, samplers, sharding
 from dmd_jax import process as process_lib
 from dmd_jax.data import captions, pipeline
 from dmd_jax.encoders import autoencoder as autoencoder_lib
@@ -102,6 +102,10 @@ class Stage:
             if stage.settings.program == "evaluate" and named in ("", stage.name)
         ]
         return evaluations[0] if evaluations else None
+
+    def seed(self, use: str) -> int:
+        """Returns the seed of one use of random numbers in this stage."""
+        return rng.seed(self.run.seed, self.name, use)
 
     def changed(self, **settings) -> "Stage":
         """Returns the stage with other settings of its own; its network stays."""
@@ -248,7 +252,7 @@ def recipe(stage: Stage, parallel: sharding.Parallel, workdir: storage.Path) -> 
     if "distance" in settings:
         settings["distance"], settings["distance_params"] = distance(**settings["distance"])
     null = null_cond(stage.run, workdir)
-    return make(stage.denoiser, parallel, seed=stage.run.seed, null_cond=null, **settings)
+    return make(stage.denoiser, parallel, seed=stage.seed("steps"), null_cond=null, **settings)
 
 
 def method(stage: Stage):

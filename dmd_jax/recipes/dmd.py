@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, optim, recipes, sharding, state
+from dmd_jax import losses, optim, recipes, rng, sharding, state
 from dmd_jax import process as process_lib
 
 STREAMS = {"fresh": ("cond",), "pairs": ("noise", "image", "cond")}
@@ -119,24 +119,24 @@ def make(
         loss, fake_grads = jax.value_and_grad(fake_score_loss)(fake_score, x, batch)
         return (generator_grads, fake_grads), metrics | {"fake_score": loss}
 
-    def draw_noised(keys, shape):
+    def draw_noised(key, shape):
         """Draws times and noise for one stream, for both losses."""
-        k_t, k_eps, k_fake_t, k_fake_eps = keys
-        return {
-            "t": process_lib.sample_levels(process, k_t, shape[:1], *matching_levels),
-            "eps": jax.random.normal(k_eps, shape),
-            "fake_t": process_lib.sample_levels(process, k_fake_t, shape[:1], *fake_score_levels),
-            "fake_eps": jax.random.normal(k_fake_eps, shape),
+        keys = rng.keys(key, ("t", "eps", "fake_t", "fake_eps"))
+        levels = {"t": matching_levels, "fake_t": fake_score_levels}
+        times = {
+            name: process_lib.sample_levels(process, keys[name], shape[:1], *levels[name])
+            for name in levels
         }
+        noise = {name: jax.random.normal(keys[name], shape) for name in ("eps", "fake_eps")}
+        return times | noise
 
     def draw(key, batch):
         cond, pairs = batch["fresh"]["cond"], batch["pairs"]
         shape = pairs["noise"].shape
         shapes = {"fresh": (len(cond), *shape[1:]), "pairs": shape}
-        k_z, *k_fresh = jax.random.split(key, 5)
-        keys = {"fresh": k_fresh, "pairs": jax.random.split(jax.random.fold_in(key, 1), 4)}
+        keys = rng.keys(key, ("z", *matched))
         return {
-            "fresh": {"z": jax.random.normal(k_z, shapes["fresh"]), "cond": cond},
+            "fresh": {"z": jax.random.normal(keys["z"], shapes["fresh"]), "cond": cond},
             "pairs": pairs,
             "noised": {stream: draw_noised(keys[stream], shapes[stream]) for stream in matched},
         }

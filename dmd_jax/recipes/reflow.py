@@ -7,10 +7,8 @@ The pairs (eps, x) come from the ODE of the teacher or of another flow. Reflow c
 pairs of the flow that it has trained.
 """
 
-import jax
-
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, recipes, sharding
+from dmd_jax import losses, recipes, rng, sharding
 from dmd_jax import process as process_lib
 
 STREAMS = {"pairs": ("noise", "image", "cond")}
@@ -56,9 +54,9 @@ def make(
 
     def draw(key, batch):
         pairs = batch["pairs"]
-        k_t, k_drop = jax.random.split(key)
-        t = process.sample_t(k_t, pairs["image"].shape[:1])
-        cond = recipes.drop(k_drop, pairs["cond"], null_cond, cond_dropout)
+        keys = rng.keys(key, ("t", "drop"))
+        t = process.sample_t(keys["t"], pairs["image"].shape[:1])
+        cond = recipes.drop(keys["drop"], pairs["cond"], null_cond, cond_dropout)
         return pairs | {"cond": cond, "t": t}
 
     def loss(params, _, arrays):

@@ -10,7 +10,7 @@ serves every process and prediction.
 import jax
 
 from dmd_jax import denoiser as denoiser_lib
-from dmd_jax import losses, recipes, sharding
+from dmd_jax import losses, recipes, rng, sharding
 
 STREAMS = {"images": ("image", "cond")}
 PLOTTED = ("loss",)
@@ -43,12 +43,12 @@ def make(
 
     def draw(key, batch):
         image, cond = batch["images"]["image"], batch["images"]["cond"]
-        k_t, k_eps, k_drop = jax.random.split(key, 3)
+        keys = rng.keys(key, ("t", "eps", "drop"))
         return {
             "image": image,
-            "cond": recipes.drop(k_drop, cond, null_cond, cond_dropout),
-            "t": denoiser.process.sample_t(k_t, image.shape[:1]),
-            "eps": jax.random.normal(k_eps, image.shape),
+            "cond": recipes.drop(keys["drop"], cond, null_cond, cond_dropout),
+            "t": denoiser.process.sample_t(keys["t"], image.shape[:1]),
+            "eps": jax.random.normal(keys["eps"], image.shape),
         }
 
     def loss(params, _, arrays):

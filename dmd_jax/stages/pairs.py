@@ -50,7 +50,7 @@ def run(stage: build.Stage, workdir: storage.Path):
         if path.exists():
             continue
         indices = range(i * settings.shard_size, min((i + 1) * settings.shard_size, settings.count))
-        inputs = generate.inputs(stage.run.seed, indices, stage.image_shape, conditions)
+        inputs = generate.inputs(stage.seed("noise"), indices, stage.image_shape, conditions)
         records.write_shard(
             path, {"noise": inputs["z"], "image": sample(params, inputs), "cond": inputs["cond"]}
         )
@@ -71,7 +71,7 @@ def _manifest(stage, workdir, params):
         "count": settings.count,
         "shards": math.ceil(settings.count / settings.shard_size),
         "shard_size": settings.shard_size,
-        "seed": stage.run.seed,
+        "seed": stage.seed("noise"),
         "teacher": digests.of_params(params),
         "sampler": dict(stage.stages[settings.teacher].settings.sampler),
         "features": {

@@ -49,7 +49,7 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
     except (ValueError, OSError):  # gone, perhaps to make room
         return True
     fingerprint = checkpoint.read_fingerprint(directory)
-    now = pipeline.fingerprint(streams, seed=stage.run.seed)
+    now = pipeline.fingerprint(streams, seed=stage.seed("order"))
     if fingerprint and not fingerprint.startswith(now):
         raise ValueError(
             f"{directory} was trained on other data than its sources have now; use another "
@@ -75,7 +75,7 @@ def run(stage: build.Stage, workdir: storage.Path):
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
     recipe = build.recipe(stage, parallel, workdir)
     params = _first_params(stage, parallel, workdir)
-    of_data = pipeline.fingerprint(streams, seed=stage.run.seed)
+    of_data = pipeline.fingerprint(streams, seed=stage.seed("order"))
     fingerprint = f"{of_data}-{digests.of_params((params, recipe.others))}"
     manager = checkpoint.open_manager(
         directory, keep=settings.keep_checkpoints, best=settings.best_metric
@@ -89,7 +89,7 @@ def run(stage: build.Stage, workdir: storage.Path):
     del params  # the state has copies of its own
     start = int(train_state.step)
     loader = pipeline.batches(
-        streams, seed=stage.run.seed, start=start, sharding=parallel.batch_sharding
+        streams, seed=stage.seed("order"), start=start, sharding=parallel.batch_sharding
     )
     preview = _previews(stage, workdir, parallel)
     score = _scorer(stage, workdir, parallel)
@@ -193,7 +193,7 @@ def _first_params(stage, parallel, workdir):
     network = stage.network
     start = stage.settings.init_from
     if not start:
-        params = network.init(stage.run.seed)
+        params = network.init(stage.seed("weights"))
         return sharding.place(params, parallel.state_shardings(params))
     before = stage.stages[start]
     params = workdir_lib.load_params(before, workdir, shardings=parallel.state_shardings)
