@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dmd_jax import lookup
-from dmd_jax.experiment import build, check, configs
+from dmd_jax.experiment import build, check, configs, made
 from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.plan import machines
@@ -176,13 +176,31 @@ def run(
         if jax.process_index() == 0:
             print(_summary(chosen, workdir))
         for stage in chosen:
-            program = PROGRAMS[stage.settings.program]
-            if distributed.gather(program.done(stage, workdir)).all():
+            if _is_done(stage, workdir):
                 if jax.process_index() == 0:
                     print(f"{stage.name}: done already")
             else:
-                program.run(stage, workdir)
+                PROGRAMS[stage.settings.program].run(stage, workdir)
                 distributed.barrier(stage.name)
+
+
+def _is_done(stage, workdir):
+    """Whether a stage has nothing to do, as process 0 sees it, and can do it if it has.
+
+    Raises:
+      ValueError: a stage that it reads from is not done.
+    """
+    is_done = lambda stage: PROGRAMS[stage.settings.program].done(stage, workdir)
+    answer = False
+    if jax.process_index() == 0:
+        answer = is_done(stage)
+        for name in [] if answer else dict.fromkeys(made.reads(stage)):
+            if not is_done(stage.stages[name]):
+                raise ValueError(
+                    f"{stage.name} reads what {name} makes, which is not done: run the same "
+                    f"command with --stage={name}, or give it fewer steps, first."
+                )
+    return bool(distributed.first(answer))
 
 
 def _summary(stages, workdir):

@@ -15,7 +15,6 @@ def save(manager, step, **scores):
         manager,
         state.TrainState(step=jnp.int32(step), generator=net),
         step,
-        fingerprint="test",
         metrics=scores,
     )
 

@@ -15,7 +15,7 @@ LAYERS = (  # a module imports of lower lines and of its own folder, and of noth
     {"data"},
     {"samplers", "weights"},
     {"denoiser", "ode", "optim", "runtime"},
-    {"process", "models", "losses", "state", "sharding", "lookup"},
+    {"process", "models", "losses", "state", "sharding", "lookup", "rng"},
 )
 SEE_CONFIGS = {"main", "bench", "plan", "stages", "commands", "experiment"}
 MATHEMATICS = {"process", "ode", "denoiser", "samplers", "losses"}

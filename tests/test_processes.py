@@ -92,7 +92,7 @@ def test_another_number_of_processes_goes_on(killed, one, tmp_path):
     config = small.get_config()
     config.teacher.num_steps = 15
     train.run(stage_of(config, "teacher"), workdir)
-    processes.run(workdir, "--stage=teacher", processes=4, devices=2)
+    processes.run(workdir, "--stage=teacher", processes=2, devices=4)
     np.testing.assert_allclose(losses(workdir, "teacher"), losses(one, "teacher"), rtol=1e-5)
 
 

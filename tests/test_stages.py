@@ -16,7 +16,7 @@ from dmd_jax import generate, lookup, main, sharding
 from dmd_jax.data import digits, records
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import labels as labels_lib
-from dmd_jax.experiment import build
+from dmd_jax.experiment import build, made
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import checkpoint, log, storage
@@ -111,8 +111,8 @@ def test_more_steps_go_on_from_the_last(workdir):
     assert [row["step"] for row in log.read(workdir / "teacher")] == [10, 20, 30, 35]
     with pytest.raises(
         ValueError,
-        match=r"pairs holds other records than the config asks for: "
-        r"teacher is .*use another workdir",
+        match=r"pairs was made from other things than there are now: "
+        r"content of teacher is 'step 35, .*use another workdir",
     ):
         pairs.run(stage_of(config, "pairs"), workdir)
 
@@ -131,7 +131,10 @@ def test_another_config_is_refused(finished):
 def test_other_data_is_refused(workdir):
     config = smoke()
     config.teacher.update(num_steps=40, batch_size=32)
-    with pytest.raises(ValueError, match=r"was trained on other data.*use another workdir"):
+    with pytest.raises(
+        ValueError,
+        match=r"was made from other things than there are now: batch_size is 32, there 64",
+    ):
         train.run(stage_of(config, "teacher"), workdir)
 
 
@@ -152,11 +155,19 @@ def test_batch_that_the_devices_cannot_share(tmp_path):
 
 
 def test_missing_dataset_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r'the digits need scikit-learn; run: pip install "dmd_jax\[digits\]"'
     ):
         digits.make(split="train")
+
+
+def test_the_digits_are_scikit_learns():
+    pixels, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))[500:]
+    source = digits.make(split="train")
+    np.testing.assert_array_equal(source.image.reshape(-1, 64), np.float32(pixels[order] / 8 - 1))
+    np.testing.assert_array_equal(source.cond, labels[order])
 
 
 def test_not_images():
@@ -195,7 +206,8 @@ def test_pairs_are_the_teachers_images_of_their_noise(finished):
         build.sampler_for_stage(stage_of(config, "teacher"), finished), parallel, 8
     )
     rows = [source[i] for i in (3, 17, 40)]
-    inputs = generate.inputs(config.seed, (3, 17, 40), (8, 8, 1), labels_lib.every(num_classes=10))
+    seed = stage_of(config, "pairs").seed("noise")
+    inputs = generate.inputs(seed, (3, 17, 40), (8, 8, 1), labels_lib.every(num_classes=10))
     np.testing.assert_array_equal(inputs["z"], np.stack([r["noise"] for r in rows]))
     np.testing.assert_array_equal(inputs["cond"], np.stack([r["cond"] for r in rows]))
     images = sample(params_of(config, finished, "teacher"), inputs)
@@ -211,13 +223,11 @@ def test_corrupt_checkpoint(workdir, finished, damage, caplog):
         )
     with pytest.raises(
         ValueError,
-        match=r"checkpoint 20 in .* is damaged .*delete .*checkpoints/20 and run the stage again",
+        match=r"checkpoint 20 in .* is damaged .*move .*20 away and run the stage again",
     ):
         params_of(smoke(), workdir, "dmd")
     train.run(stage_of(smoke(), "dmd"), workdir)
-    assert (
-        "checkpoint 20 cannot be read" in caplog.text and (workdir / "dmd/unreadable_20").exists()
-    )
+    assert "checkpoint 20 is damaged" in caplog.text and (workdir / "dmd/unreadable_20").exists()
     chex.assert_trees_all_equal(
         params_of(smoke(), workdir, "dmd"), params_of(smoke(), finished, "dmd")
     )
@@ -230,8 +240,8 @@ def test_no_whole_checkpoint(workdir):
     config.teacher.num_steps = 40
     with pytest.raises(
         ValueError,
-        match=r"no checkpoint in .* can be read \(steps \[30, 20\]\); "
-        "delete the directory to start again",
+        match=r"all checkpoints in .* are damaged \(steps \[30, 20\]\); "
+        "move the directory away to start again",
     ):
         train.run(stage_of(config, "teacher"), workdir)
 
@@ -393,7 +403,7 @@ def test_another_teacher_is_refused(workdir):
     config.dmd.num_steps = 30
     with pytest.raises(
         ValueError,
-        match=r"was trained on other data, in another order or from another teacher than now",
+        match=r"dmd was made from other things than there are now: content of teacher is 'step 35",
     ):
         train.run(stage_of(config, "dmd"), workdir)
 
@@ -409,7 +419,8 @@ def test_damaged_files_are_named(workdir, name):
         main.run(smoke(), workdir)
 
 
-def test_a_best_metric_that_is_not_measured(finished):
+def test_a_best_metric_that_is_not_measured(workdir):
+    shutil.rmtree(workdir / "dmd")
     config = smoke()
     config.dmd.update(best_metric="FD-mlp@8", num_steps=30)
     with pytest.raises(
@@ -417,7 +428,7 @@ def test_a_best_metric_that_is_not_measured(finished):
         match=r"^no distance 'FD-mlp@8' for best_metric, which keeps the lowest "
         r"\(did you mean 'FD-mlp@8-64'\?\); there are",
     ):
-        train.run(stage_of(config, "dmd"), finished)
+        train.run(stage_of(config, "dmd"), workdir)
 
 
 def test_without_a_running_mean(workdir):
@@ -477,11 +488,9 @@ def test_a_stage_that_continues_another(workdir):
     config.more.num_steps = config.dmd.num_steps + 1
     train.run(stage_of(config, "more"), workdir)
     assert {row["step"] for row in log.read(workdir / "more")} == {config.more.num_steps}
-    config.more.continues = "absent"
     shutil.rmtree(workdir / "more")
-    with pytest.raises(
-        ValueError, match=r"no checkpoint in .*absent; run the stage 'absent' first"
-    ):
+    shutil.rmtree(workdir / "dmd")
+    with pytest.raises(ValueError, match=r"no checkpoint in .*dmd; run the stage 'dmd' first"):
         train.run(stage_of(config, "more"), workdir)
 
 
@@ -527,6 +536,8 @@ def test_further_rows_of_an_evaluation(workdir, capsys):
     """Rows of another sampler, eight bits or free steps are in the order of stages and steps."""
     config = smoke()
     as_flow(config, workdir)
+    flow = stage_of(config, "flow")
+    made.claim(flow, workdir, made.of(flow, workdir), begun=False)
     rows = {
         "adaptive": dict(name="rk45", rtol=1e-2, atol=1e-2),
         "eight": dict(name="euler", num_steps=8),
@@ -617,8 +628,7 @@ def test_a_stage_trained_on_other_pairs_is_not_done(workdir):
     main.run(config, workdir, "pairs")
     with pytest.raises(
         ValueError,
-        match="dmd was trained on other data than its sources have now; "
-        "use another workdir, or delete it",
+        match=r"dmd was made from other things .*content of data.pairs is .*use another workdir",
     ):
         main.run(config, workdir, "dmd")
 

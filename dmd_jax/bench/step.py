@@ -149,7 +149,7 @@ def _time_checkpoint(state, directory):
     )
 
     def save():
-        checkpoint.save(manager, state, int(state.step), fingerprint="bench", metrics={})
+        checkpoint.save(manager, state, int(state.step), metrics={})
         manager.wait_until_finished()
 
     def sum_of_last(state):
@@ -159,7 +159,7 @@ def _time_checkpoint(state, directory):
     number = int(state.step)
     expected = sum_of_last(state)
     jax.tree.map(lambda a: a.delete(), state)
-    restored = checkpoint.restore(manager, abstract, fingerprint="bench")
+    restored = checkpoint.restore(manager, abstract)
     if sum_of_last(restored) != expected:
         raise ValueError(f"the checkpoint in {directory} differs from what was saved.")
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

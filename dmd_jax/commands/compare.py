@@ -10,7 +10,6 @@ mean the same.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
@@ -28,7 +27,6 @@ from dmd_jax.evals import result as result_lib
 from dmd_jax.experiment import build, workdir
 from dmd_jax.experiment import evaluation as evaluation_lib
 from dmd_jax.experiment import model as model_lib
-from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.runtime import storage
 
 WILD = "*?["  # in a pattern
@@ -297,7 +295,7 @@ def _find(row):
     run = row.runs[0]
     stage = row.stage(run)
     then = run.result.asked["versions"].get(stage)
-    now = workdir.version(run.path / stage)
+    now = workdir.content(run.path / stage)
     if then != now:
         raise ValueError(
             f"the evaluation of {run.path} is of {stage} at {then}, which is now at {now}; "
@@ -328,17 +326,10 @@ def _distils(run):
 
 
 def _identity(run):
-    """What tells one teacher from another.
-
-    Of an imported one it is its file, of a trained one everything that it follows from.
-    """
+    """What tells one teacher from another."""
     teacher = run.evaluation.stages[run.evaluation.settings.teacher]
-    version = run.result.asked["versions"].get(teacher.name)
-    identity = [version, dict(teacher.settings.sampler)]
-    if not isinstance(version, str):
-        settings = settings_lib.to_dict(teacher.settings)
-        identity += [dataclasses.asdict(teacher.model), settings, teacher.run.seed]
-    return json.dumps(identity, sort_keys=True)
+    version = run.result.asked["versions"].get(teacher.name) or str(run.path)
+    return json.dumps([version, dict(teacher.settings.sampler)], sort_keys=True)
 
 
 def _meaning(run):

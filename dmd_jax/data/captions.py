@@ -410,7 +410,8 @@ def _first(rows, limit, origin):
 
 
 def _checked(rows, origin, size):
-    """Returns the source if one of its first images can be read."""
+    """Returns the source if its images are where they should be, and one of the first is there."""
+    folder_lib.check_inside(rows.names if rows.files else (), origin)
     first = range(min(FIRST, len(rows)))
     problems = []
     for index in first:

@@ -1,5 +1,6 @@
 """Image files in a directory or a .zip, with labels as EDM's dataset.json has them."""
 
+import errno
 import json
 import os
 import pathlib
@@ -34,7 +35,12 @@ class Directory:
         return [path.relative_to(self._path).as_posix() for path in found]
 
     def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+        try:
+            return (self._path / name).read_bytes()
+        except FileNotFoundError as error:
+            if self._path.is_dir() and any(self._path.iterdir()):
+                raise  # this file alone is missing
+            raise OSError(errno.ENODEV, f"{self._path} is gone or empty; is it mounted?") from error
 
 
 class Archive:
@@ -153,6 +159,24 @@ def open_files(path: str | os.PathLike) -> Directory | Archive:
     raise ValueError(
         f"{path}: expected a directory or a .zip of images, got {what}; check the path."
     )
+
+
+def check_inside(names: Iterable[str], origin: str):
+    """Checks that the names of files, which others have written, lead nowhere else.
+
+    Raises:
+      ValueError: some do.
+    """
+    outside = [
+        name
+        for name in names
+        if pathlib.PureWindowsPath(name).anchor or ".." in pathlib.PureWindowsPath(name).parts
+    ]
+    if outside:
+        raise ValueError(
+            f"{origin}: {len(outside)} names lead out of the directory of the images: "
+            f"{_some(outside)}; expected names below it, such as folder/9.jpg."
+        )
 
 
 def image_names(names: Iterable[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """Rows of arrays that a stage has made, in ArrayRecord shards with a manifest.
 
 A record is the bytes of its arrays one after another, in the order of the manifest's "features".
-The manifest also has the number of "shards", the "count" of rows once all are written, and the
-settings that the rows were made with: see dmd_jax/stages/pairs.py and dmd_jax/stages/embed.py.
+The manifest also has the number of "shards", the "count" of rows once all are written, and a digest
+of what the rows were "made" from, see dmd_jax/experiment/made.py.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -56,28 +57,9 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     return storage.read_json(path)
 
 
-def claim(directory: storage.Path, manifest: dict):
-    """Writes `manifest` if there is none, else compares it with the one that exists.
-
-    Keys that only the existing manifest has are not compared.
-
-    Raises:
-      ValueError: the records in `directory` were made with other settings.
-    """
-    manifest = json.loads(json.dumps(manifest))
-    if (directory / MANIFEST).exists():
-        found = read_manifest(directory)
-        differing = [
-            f"{key} is {found.get(key)}, expected {manifest[key]}"
-            for key in manifest
-            if found.get(key) != manifest[key]
-        ]
-        if differing:
-            raise ValueError(
-                f"{directory} holds other records than the config asks for: "
-                f"{'; '.join(differing)}; use another workdir."
-            )
-    else:
+def write_manifest(directory: storage.Path, manifest: dict):
+    """Writes the manifest if there is none."""
+    if not (directory / MANIFEST).exists():
         directory.mkdir(parents=True, exist_ok=True)
         storage.write_json(directory / MANIFEST, manifest)
 
@@ -123,6 +105,11 @@ class Records:
                 f"for all, got {limit}."
             )
         self._count = limit or count
+
+    @property
+    def digest(self) -> str:
+        """Of what the records were made from, and of the fields and rows that are read."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     @property
     def texts(self) -> list[str]:

@@ -122,9 +122,15 @@ def floor(
     return references.floor(suite, real, source, workdir)
 
 
-def conditions(stage: build.Stage, workdir: storage.Path) -> data.Source:
-    """Opens the data source of what generated images are to show."""
-    settings = filled(stage, protocols.find(stage.settings.protocol), "conditions")
+def conditions(stage: build.Stage, workdir: storage.Path, protocol: str = "") -> data.Source:
+    """Opens the data source of what generated images are to show.
+
+    Args:
+      stage: the evaluation.
+      workdir: of the run.
+      protocol: by whose name; the evaluation's own if not given.
+    """
+    settings = filled(stage, protocols.find(protocol or stage.settings.protocol), "conditions")
     return build.checked_source(stage, settings, workdir)
 
 

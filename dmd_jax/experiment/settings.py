@@ -23,7 +23,9 @@ LOCATIONS = ("checkpoint", "weights", "annotations", "images", "path", "data_dir
 COSTS = ("remat",)  # arguments of a network that change its memory and its speed, and no result
 
 
-def setting(default=dataclasses.MISSING, *, least=None, may_change=False, file=False) -> Any:
+def setting(
+    default=dataclasses.MISSING, *, least=None, may_change=False, file=False, stage=False
+) -> Any:
     """A field of settings.
 
     Args:
@@ -31,8 +33,9 @@ def setting(default=dataclasses.MISSING, *, least=None, may_change=False, file=F
       least: the lowest number that is allowed.
       may_change: whether a later run in the same workdir may have another value.
       file: whether it names a file or a directory of others, which is looked for at the start.
+      stage: whether it names a stage, or several, whose results are read.
     """
-    metadata = {"least": least, "may_change": may_change, "file": file}
+    metadata = {"least": least, "may_change": may_change, "file": file, "stage": stage}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -106,7 +109,7 @@ class Embed(Stage):
 class Pairs(Stage):
     """The settings of dmd_jax/stages/pairs.py."""
 
-    teacher: str = setting()  # the stage whose sampler makes the images
+    teacher: str = setting(stage=True)  # the stage whose sampler makes the images
     conditions: dict = setting()  # a data source
     count: int = setting(least=1)  # pairs
     shard_size: int = setting(1000, least=1)  # pairs
@@ -132,9 +135,10 @@ class Train(Stage):
     data: dict = setting()  # a data source for each stream; `batch_size` in one is its own
     batch_size: int = setting(least=1)  # of each stream, over all devices
     num_steps: int = setting(least=1, may_change=True)  # the last step
-    init_from: str = setting("")  # the stage whose weights it starts from; "" = random weights
+    # The stage whose weights it starts from; "" = random weights.
+    init_from: str = setting("", stage=True)
     # The stage whose optimizers and critic it takes, and whose steps it counts on; "" = none.
-    continues: str = setting("")
+    continues: str = setting("", stage=True)
     # Pieces that each device cuts its share of the batch into.
     accumulation: int = setting(1, least=1, may_change=True)
     log_every: int = setting(100, least=1, may_change=True)  # steps
@@ -154,7 +158,7 @@ class Train(Stage):
 class Row:
     """Another model of an evaluation."""
 
-    stage: str = setting()
+    stage: str = setting(stage=True)
     sampler: dict = setting()
     quantize: str = setting("")  # "int8" for eight bits
 
@@ -163,7 +167,7 @@ class Row:
 class Straightness:
     """Which flows an evaluation measures; see `samplers.straightness`."""
 
-    stages: tuple = setting()
+    stages: tuple = setting(stage=True)
     num_steps: int = setting(least=1)
     count: int = setting(least=1)  # images
 
@@ -182,8 +186,8 @@ class Retrieval:
 class Evaluate(Stage):
     """The settings of dmd_jax/stages/evaluate.py; a later run may change all of them."""
 
-    teacher: str = setting(may_change=True)  # a stage
-    student: str = setting(may_change=True)  # a stage
+    teacher: str = setting(may_change=True, stage=True)
+    student: str = setting(may_change=True, stage=True)
     protocol: str = setting(may_change=True)  # of dmd_jax/evals/protocols.py
     count: int | None = setting(None, least=1, may_change=True)  # images; None = the protocol's
     # What the protocol leaves open of the real images, of those that are measured as if they were
@@ -317,6 +321,33 @@ def may_change(config: Mapping, key: str) -> bool:
     if first == "text" and rest == ["batch_size"]:
         return True
     return bool(rest) and rest[-1] in LOCATIONS
+
+
+def shaping(settings) -> dict:
+    """Returns the settings that shape a result: a later run may not have other ones."""
+    fields = [f for f in dataclasses.fields(settings) if not f.metadata.get("may_change")]
+    return {field.name: _without_places(to_dict(getattr(settings, field.name))) for field in fields}
+
+
+def _without_places(tree):
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {key: value for key, value in tree.items() if key not in (*LOCATIONS, *COSTS)}
+    return {key: _without_places(value) for key, value in kept.items()}
+
+
+def names_of_stages(settings) -> Iterator[str]:
+    """Yields the names of the stages whose results a stage with these settings reads."""
+    if dataclasses.is_dataclass(settings):
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if field.metadata["stage"]:
+                yield from [value] * bool(value) if isinstance(value, str) else value
+            else:
+                yield from names_of_stages(value)
+    elif isinstance(settings, Mapping):
+        for value in settings.values():
+            yield from names_of_stages(value)
 
 
 def files(settings, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:

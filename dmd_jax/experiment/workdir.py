@@ -122,14 +122,15 @@ def load_directory(
     return state_dict.from_torch(tensors, network.abstract, place=place)
 
 
-def version(directory: storage.Path) -> int | str | None:
-    """Returns what tells one state of a stage from another.
+def content(directory: storage.Path) -> str | None:
+    """Returns what tells one result of a stage from another; None if there is none yet.
 
-    It is the last step, or the hash of the file that the stage has imported.
+    It is the hash of the file that the stage has imported, or the last step with the checksum of
+    its weights.
     """
     if source := read_source(directory):
         return source.get("sha256")
-    return max(checkpoint.all_steps(directory), default=None)
+    return checkpoint.content(directory)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """Checkpoints by Orbax, asynchronous and atomic: the last few and the best.
 
-Each has the fingerprint of the data and the parameters with which it was trained.
+Each has a checksum of its state, because Orbax and TensorStore do not notice all damage, and the
+checksum of its weights, which tells one result from another.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -15,11 +18,13 @@ from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dmd_jax import state
-from dmd_jax.runtime import distributed, storage
+from dmd_jax.runtime import checksum, distributed, storage
 
 # Devices that have copies of an array share the work of saving it. For small arrays the cutting
 # takes longer than the rest: 600 of 16 kB on 8 devices stopped a run for 0.9 s in place of 0.1.
 LEAST_SHARE = 2**22  # bytes
+# What TensorStore and Orbax say where a file's content is wrong, too short or gone.
+DAMAGE = re.compile(r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION|INVALID_ARGUMENT)\b")
 
 
 def open_manager(
@@ -64,7 +69,6 @@ def save(
     train_state: state.TrainState,
     step: int,
     *,
-    fingerprint: str,
     metrics: dict[str, float],
 ):
     """Starts to write a checkpoint, without the frozen parameters.
@@ -73,7 +77,6 @@ def save(
       manager: from `open_manager`.
       train_state: the state.
       step: its number.
-      fingerprint: of the data and the parameters with which it was trained.
       metrics: scores at this step, for the metric `best` of the manager.
 
     Raises:
@@ -90,8 +93,9 @@ def save(
             f"has {free / 1e6:.1f} MB free; make room and run the same command again."
         )
     meta = {
-        "fingerprint": fingerprint,
         "weights": "params" if train_state.generator.ema is None else "ema",
+        "content": checksum.of(train_state.generator.weights),
+        "checksum": checksum.of(train_state),
     }
     arguments = ocp.args.Composite(
         state=ocp.args.PyTreeSave(train_state), meta=ocp.args.JsonSave(meta)
@@ -140,66 +144,115 @@ def _clear_errors(manager):
         ) from error
 
 
-def restore(
-    manager: ocp.CheckpointManager, abstract: state.TrainState, *, fingerprint: str | None
-) -> state.TrainState | None:
-    """Reads the newest checkpoint that is complete; returns None if there is no checkpoint.
+def restore(manager: ocp.CheckpointManager, abstract: state.TrainState) -> state.TrainState | None:
+    """Reads the newest checkpoint that is whole; returns None if there is no checkpoint.
 
-    Unreadable checkpoints are moved aside, with a warning.
+    Damaged checkpoints are moved aside, with a warning. Process 0 says which one is the newest.
 
     Args:
       manager: from `open_manager`.
       abstract: the state's shapes, dtypes and shardings, without `frozen`.
-      fingerprint: of the data and the parameters that the run will use; None accepts any.
 
     Raises:
-      ValueError: there are checkpoints, but none can be read; or it was trained on other data or
-        from another teacher.
+      ValueError: there are checkpoints, but all are damaged.
+      OSError: one cannot be read now; all stay as they are.
     """
     steps = sorted(manager.all_steps(), reverse=True)
+    if jax.process_count() > 1:
+        newest = _newest(manager.directory, steps)
+        steps = [newest, *(step for step in steps if step < newest)] if newest >= 0 else []
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     for step in steps:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(abstract, restore_args=restore_args),
             meta=ocp.args.JsonRestore(),
         )
         try:
             restored = manager.restore(step, args=arguments)
-        except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
-            reason = str(error).split("\n")[0][:200]
+            _check(restored["state"], restored["meta"].get("checksum"))
+        except Exception as error:  # Orbax and TensorStore raise all kinds
+            reason = _reason(error)
+            path = manager.directory / str(step)
+            if not _is_damage(error, path):
+                raise OSError(
+                    f"checkpoint {step} in {manager.directory} cannot be read ({reason}); it is "
+                    "not known to be damaged, and stays. Run the same command again."
+                ) from error
             if jax.process_count() > 1:  # other processes may have read it, and wait for this one
                 _move_aside(manager, [step] if step != steps[-1] else [])
                 raise ValueError(
-                    f"checkpoint {step} in {manager.directory} cannot be read ({reason}); "
+                    f"checkpoint {step} in {manager.directory} is damaged ({reason}); "
                     "run the same command again."
                 ) from error
-            logging.warning(
-                "checkpoint %d cannot be read (%s); trying the one before it.", step, reason
-            )
+            logging.warning("checkpoint %d is damaged (%s); trying the one before.", step, reason)
             continue
-        if fingerprint not in (None, restored["meta"]["fingerprint"]):
-            raise ValueError(
-                f"{manager.directory} was trained on other data, in another order or from another "
-                f"teacher than now (fingerprint {restored['meta']['fingerprint']}, expected "
-                f"{fingerprint}); use another workdir."
-            )
         _move_aside(manager, [s for s in steps if s > step])
         return restored["state"]
     if steps:
         raise ValueError(
-            f"no checkpoint in {manager.directory} can be read (steps {steps}); "
-            "delete the directory to start again."
+            f"all checkpoints in {manager.directory} are damaged (steps {steps}); "
+            "move the directory away to start again."
         )
     return None
 
 
-def read_fingerprint(directory: str | os.PathLike) -> str | None:
-    """Reads the fingerprint of the newest checkpoint, see `restore`; None if it is damaged."""
+class _Damaged(Exception):
+    """What was read is not what was written."""
+
+
+def _check(tree, expected):
+    if expected is None:
+        raise ValueError("another version of dmd_jax wrote it, without a checksum")
+    if checksum.of(tree) != expected:
+        raise _Damaged("its checksum is wrong")
+
+
+def _is_damage(error, path):
+    """Whether an error says that files are not what was written, and not that reading failed."""
+    if not (path / "state" / "_METADATA").exists():
+        return True
+    while error is not None:
+        if isinstance(error, _Damaged | FileNotFoundError | json.JSONDecodeError):
+            return True
+        if DAMAGE.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _reason(error):
+    """The innermost error, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).split("\n")[0][:200]
+
+
+def _newest(path, steps):
+    """The newest step as process 0 sees it; -1 for none. Listings may be late elsewhere."""
+    newest = distributed.first(max(steps, default=-1))
+    if newest >= 0:
+        storage.wait_for(path / str(newest))
+    return newest
+
+
+def content(directory: str | os.PathLike) -> str | None:
+    """Returns what tells the newest weights of a stage from others; None if there are none.
+
+    It is the step and the checksum of the weights.
+
+    Raises:
+      ValueError: the checkpoint is damaged.
+    """
+    steps = all_steps(directory)
+    if not steps:
+        return None
     path = storage.path(directory) / "checkpoints"
     try:
-        return _meta(path, max(all_steps(directory)))["fingerprint"]
-    except (OSError, ValueError, KeyError):  # the code that reads the state raises an error
-        return None
+        return f"step {steps[-1]}, {_meta(path, steps[-1])['content']}"
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint {steps[-1]} in {path} is damaged ({_reason(error)}); run its stage again."
+        ) from error
 
 
 def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> state.TrainState:
@@ -213,7 +266,7 @@ def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> stat
             f"no checkpoint in {directory}; run the stage {storage.path(directory).name!r} first."
         )
     with open_manager(directory, keep=1000) as manager:
-        return restore(manager, abstract, fingerprint=None)
+        return restore(manager, abstract)
 
 
 def all_steps(directory: str | os.PathLike) -> list[int]:
@@ -234,24 +287,33 @@ def load_weights(directory: str | os.PathLike, abstract: dict, step: int | None 
     """
     steps = all_steps(directory)
     path = storage.absolute(directory) / "checkpoints"
+    if step is None and jax.process_count() > 1:
+        step = _newest(path, steps)
+        steps = [step] if step >= 0 else []
     if not steps or step not in (None, *steps):
         which = f"checkpoint of step {step}" if steps else "checkpoint"
         raise ValueError(f"no {which} in {path}; run the stage {path.parent.name!r} first.")
     if step is None:
         step = max(steps)
     try:
-        name = _meta(path, step)["weights"]
-        target = {"generator": {name: abstract}}
+        meta = _meta(path, step)
+        target = {"generator": {meta["weights"]: abstract}}
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         restored = ocp.PyTreeCheckpointer().restore(path / str(step) / "state", args=arguments)
-    except Exception as error:  # Orbax and TensorStore raise all kinds for damaged files
-        reason = str(error).split("\n")[0][:200]
+        weights = restored["generator"][meta["weights"]]
+        _check(weights, meta.get("content"))
+        return weights
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+        if not _is_damage(error, path / str(step)) and isinstance(error, OSError):
+            raise OSError(
+                f"checkpoint {step} in {path} cannot be read ({_reason(error)}); "
+                "run the same command again."
+            ) from error
         raise ValueError(
-            f"checkpoint {step} in {path} is damaged or of another network ({reason}); "
-            f"delete {path / str(step)} and run the stage again."
+            f"checkpoint {step} in {path} is damaged or of another network ({_reason(error)}); "
+            f"move {path / str(step)} away and run the stage again."
         ) from error
-    return restored["generator"][name]
 
 
 def _meta(path, step):
@@ -259,10 +321,16 @@ def _meta(path, step):
 
 
 def _move_aside(manager, steps):
+    """Renames damaged checkpoints to names that nothing has yet."""
     for step in steps:
         path = storage.path(manager.directory)
+        target = path.parent / f"unreadable_{step}"
+        for i in itertools.count(2):
+            if not target.exists():
+                break
+            target = path.parent / f"unreadable_{step}_{i}"
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            path.joinpath(str(step)).rename(path.parent / f"unreadable_{step}")
-        logging.warning("checkpoint %d was moved to %s.", step, path.parent / f"unreadable_{step}")
+            path.joinpath(str(step)).rename(target)
+        logging.warning("checkpoint %d was moved to %s.", step, target)
     if steps and jax.process_count() == 1:
         manager.reload()

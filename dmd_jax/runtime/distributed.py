@@ -112,6 +112,11 @@ def gather(value) -> np.ndarray:
     return np.reshape(multihost_utils.process_allgather(np.asarray(value)), [jax.process_count()])
 
 
+def first(value: int) -> int:
+    """Returns the number `value` of process 0 to every process: it decides, the others follow."""
+    return int(gather(np.int32(value))[0])
+
+
 def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     """Makes a mesh of the devices of `mesh` that belong to this process."""
     index = jax.process_index()

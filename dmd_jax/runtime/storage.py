@@ -288,6 +288,22 @@ def _readable(size):
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+def wait_for(path: Path, seconds: float = 60.0):
+    """Waits until a path appears that another host has made: a network's file system may be late.
+
+    Raises:
+      OSError: it does not.
+    """
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"{path} has not appeared for {seconds:.0f} s, though another process has it; "
+                "give all processes one --workdir, on a file system that they share."
+            )
+        time.sleep(0.2)
+
+
 def read_json(path: Path) -> dict:
     """Reads a JSON object.
 

@@ -13,7 +13,7 @@ import tqdm
 
 from dmd_jax.data import captions, records
 from dmd_jax.encoders import autoencoder as autoencoder_lib
-from dmd_jax.experiment import build
+from dmd_jax.experiment import build, made
 from dmd_jax.runtime import distributed, storage
 from dmd_jax.weights import digests
 
@@ -21,18 +21,19 @@ NULL = "null.npy"  # the embedding of the empty text
 
 
 def done(stage: build.Stage, workdir: storage.Path) -> bool:
-    """Returns whether everything is there, of the config's captions and by its encoders."""
+    """Returns whether everything is there.
+
+    Raises:
+      ValueError: it was made of other captions or by other encoders than there are now.
+    """
     directory = workdir / stage.name
     if not (directory / records.MANIFEST).exists():
         return False
-    manifest, *_ = _prepare(stage, workdir)
-    records.claim(directory, manifest)
-    whole = (
-        (directory / NULL).exists()
-        and (directory / records.TEXTS).exists()
-        and not records.missing_shards(directory, manifest)
-    )
-    return whole and "count" in records.read_manifest(directory)
+    source, encoder, autoencoder = _prepare(stage, workdir)
+    made.check(stage, workdir, _made(stage, workdir, source, encoder, autoencoder))
+    manifest = records.read_manifest(directory)
+    whole = (directory / NULL).exists() and (directory / records.TEXTS).exists()
+    return whole and "count" in manifest and not records.missing_shards(directory, manifest)
 
 
 def run(stage: build.Stage, workdir: storage.Path):
@@ -42,18 +43,25 @@ def run(stage: build.Stage, workdir: storage.Path):
 
     Raises:
       ValueError: too many rows cannot be read, the images do not fit the network, or the directory
-        holds other captions.
+        holds what was made from other things.
     """
     settings = stage.settings
     directory = workdir / stage.name
-    manifest, source, encoder = _prepare(stage, workdir)
+    source, encoder, autoencoder = _prepare(stage, workdir)
     encode_images = None
     if settings.latents:
         encode_images = autoencoder_lib.make_encode(
             stage.run.autoencoder, build.local_parallel(stage), settings.batch_size
         )
-    if (directory / records.MANIFEST).exists():
-        records.claim(directory, manifest)
+    everything = _made(stage, workdir, source, encoder, autoencoder)
+    begun = (directory / records.MANIFEST).exists()
+    if begun:
+        made.check(stage, workdir, everything)
+    manifest = {
+        "shards": math.ceil(len(source) / settings.shard_size),
+        "made": made.digest(everything),
+        "features": _features(stage, encoder),
+    }
     paths, skipped = records.shard_paths(directory, manifest), []
     for first in tqdm.tqdm(
         range(0, len(paths), jax.process_count()),
@@ -75,7 +83,10 @@ def run(stage: build.Stage, workdir: storage.Path):
             arrays["image"] = _encode_images(
                 encode_images, rows, manifest["features"]["image"]["shape"], stage.name
             )
-        records.claim(directory, manifest)  # not before the first shard is known to fit
+        if not begun:  # not before the first shard is known to fit
+            made.claim(stage, workdir, everything, begun=False)
+            records.write_manifest(directory, manifest)
+            begun = True
         cut = [texts[k] for k in encoder.truncated(texts)]
         storage.write_json(_sidecar(paths[i]), {"texts": texts, "skipped": bad, "truncated": cut})
         records.write_shard(paths[i], arrays)
@@ -92,18 +103,15 @@ def _read(source, path, i, shard_size):
 
 
 def _refuse_if_many(skipped, count, directory):
-    """Refuses too many skipped rows, counted over all processes, and removes the shards.
-
-    They could not be told from shards of the source once it is mended.
-    """
+    """Refuses too many skipped rows, counted over all processes; what is written stays."""
     elsewhere = distributed.gather(len(skipped)).sum() - len(skipped)
     try:
         captions.refuse_if_many([*skipped, *["told by another process"] * elsewhere], count)
-    except ValueError:
-        distributed.barrier("refused")  # none is writing any more
-        if jax.process_index() == 0:
-            storage.remove(directory)
-        raise
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Shards in {directory} stay; remove those whose .json names skipped rows, "
+            "to make them again."
+        ) from error
 
 
 def _encode_images(encode, rows, shape, stage):
@@ -158,31 +166,31 @@ def _finish(directory, manifest, null):
 
 
 def _prepare(stage, workdir):
-    """The manifest, the captions and the encoder of text."""
+    """The captions, the encoder of text, and what tells the autoencoder from others."""
     settings = stage.settings
     source = build.open_source(settings.captions, workdir)
     encoder = build.text_encoder(stage.run, build.local_parallel(stage))
-    features = {"cond": {"shape": list(encoder.shape), "dtype": settings.dtype}}
-    autoencoder = None
-    if settings.latents:
-        if stage.run.autoencoder is None or settings.batch_size is None:
-            raise ValueError(
-                f"{stage.name}: latents need config.autoencoder and {stage.name}.batch_size, the "
-                "images encoded at once; set them, or latents=False."
-            )
-        _, params = autoencoder_lib.load(stage.run.autoencoder)
-        autoencoder = stage.run.autoencoder | {"checkpoint": digests.of_params(params)}
+    if not settings.latents:
+        return source, encoder, None
+    if stage.run.autoencoder is None or settings.batch_size is None:
+        raise ValueError(
+            f"{stage.name}: latents need config.autoencoder and {stage.name}.batch_size, the "
+            "images encoded at once; set them, or latents=False."
+        )
+    _, params = autoencoder_lib.load(stage.run.autoencoder)
+    return source, encoder, stage.run.autoencoder | {"checkpoint": digests.of_params(params)}
+
+
+def _made(stage, workdir, source, encoder, autoencoder):
+    more = {"rows": len(source), "encoder": encoder.digest, "autoencoder": autoencoder}
+    return made.of(stage, workdir, **more)
+
+
+def _features(stage, encoder):
+    features = {"cond": {"shape": list(encoder.shape), "dtype": stage.settings.dtype}}
+    if stage.settings.latents:
         features["image"] = {"shape": list(stage.image_shape), "dtype": "float32"}
-    manifest = {
-        "shards": math.ceil(len(source) / settings.shard_size),
-        "shard_size": settings.shard_size,
-        "captions": source.digest,
-        "rows": len(source),
-        "encoder": encoder.digest,
-        "autoencoder": autoencoder,
-        "features": features,
-    }
-    return manifest, source, encoder
+    return features
 
 
 def _sidecar(path):

@@ -247,12 +247,15 @@ def _asked(stage, workdir):
         "features": evaluation.features_of(stage),
         "conditions": evaluation.digest_of(evaluation.conditions(stage, workdir)),
         "reference": _content(evaluation.filled(stage, protocol, "reference"), workdir),
+        "floor": _content(evaluation.filled(stage, protocol, "floor"), workdir),
+        "teacher": stage.settings.teacher,
+        "student": stage.settings.student,
         "files": _hashes(stage, workdir),
         "extras": {key: settings[key] for key in extras},
         "autoencoder": decoder,
         "seed": build.EVALUATION_SEED,
         "models": {name: model._asdict() for name, model in models.items()},
-        "versions": {name: workdir_lib.version(workdir / name) for name in names},
+        "versions": {name: workdir_lib.content(workdir / name) for name in names},
         "guidance": {name: stage.stages[name].guidance_scale for name in straight},
     }
     return json.loads(json.dumps(asked))

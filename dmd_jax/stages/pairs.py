@@ -11,38 +11,44 @@ import tqdm
 
 from dmd_jax import generate
 from dmd_jax.data import records
-from dmd_jax.experiment import build
+from dmd_jax.experiment import build, made
 from dmd_jax.experiment import workdir as workdir_lib
-from dmd_jax.runtime import storage
-from dmd_jax.weights import digests
+from dmd_jax.runtime import distributed, storage
 
 
 def done(stage: build.Stage, workdir: storage.Path) -> bool:
-    """Returns whether every shard is there, made by the teacher that is there now."""
+    """Returns whether every shard is there.
+
+    Raises:
+      ValueError: they were made from other things than there are now, such as another teacher.
+    """
     directory = workdir / stage.name
     if not (directory / records.MANIFEST).exists():
         return False
-    manifest = _manifest(stage, workdir, _teacher(stage, workdir))
-    records.claim(directory, manifest)
-    return not records.missing_shards(directory, manifest)
+    made.check(stage, workdir, made.of(stage, workdir))
+    return not records.missing_shards(directory, records.read_manifest(directory))
 
 
 def run(stage: build.Stage, workdir: storage.Path):
     """Writes the shards that are missing; every process makes some of them, on its own devices.
 
     Raises:
-      ValueError: the directory holds pairs of another teacher or another sampler.
+      ValueError: the directory holds pairs that were made from other things.
     """
     settings = stage.settings
     directory = workdir / stage.name
     parallel = build.local_parallel(stage)
+    if jax.process_index() == 0:
+        _claim(stage, workdir)
+    distributed.barrier("claim")
+    storage.wait_for(directory / records.MANIFEST)
+    manifest = records.read_manifest(directory)
     params = _teacher(stage, workdir)
-    manifest = _manifest(stage, workdir, params)
-    records.claim(directory, manifest)
     sampler = build.sampler_for_stage(stage.stages[settings.teacher], workdir)
     sample = generate.make_sample(sampler, parallel, settings.batch_size)
     conditions = build.checked_source(stage, settings.conditions, workdir)
 
+    seed = stage.seed("noise")
     paths = list(enumerate(records.shard_paths(directory, manifest)))[
         jax.process_index() :: jax.process_count()
     ]
@@ -50,7 +56,7 @@ def run(stage: build.Stage, workdir: storage.Path):
         if path.exists():
             continue
         indices = range(i * settings.shard_size, min((i + 1) * settings.shard_size, settings.count))
-        inputs = generate.inputs(stage.seed("noise"), indices, stage.image_shape, conditions)
+        inputs = generate.inputs(seed, indices, stage.image_shape, conditions)
         records.write_shard(
             path, {"noise": inputs["z"], "image": sample(params, inputs), "cond": inputs["cond"]}
         )
@@ -63,20 +69,21 @@ def _teacher(stage, workdir):
     return workdir_lib.load_params(teacher, workdir, shardings=shardings)
 
 
-def _manifest(stage, workdir, params):
+def _claim(stage, workdir):
     settings = stage.settings
+    directory = workdir / stage.name
+    begun = (directory / records.MANIFEST).exists()
+    digest = made.claim(stage, workdir, made.of(stage, workdir), begun=begun)
     cond = np.asarray(build.checked_source(stage, settings.conditions, workdir)[0]["cond"])
     image = {"shape": list(stage.image_shape), "dtype": "float32"}
-    return {
+    manifest = {
         "count": settings.count,
         "shards": math.ceil(settings.count / settings.shard_size),
-        "shard_size": settings.shard_size,
-        "seed": stage.seed("noise"),
-        "teacher": digests.of_params(params),
-        "sampler": dict(stage.stages[settings.teacher].settings.sampler),
+        "made": digest,
         "features": {
             "noise": image,
             "image": image,
             "cond": {"shape": list(cond.shape), "dtype": str(cond.dtype)},
         },
     }
+    records.write_manifest(directory, manifest)

@@ -14,9 +14,18 @@ from dmd_jax.data import pipeline, pixels
 from dmd_jax.encoders import autoencoder
 from dmd_jax.evals import result as result_lib
 from dmd_jax.evals import suite as suite_lib
-from dmd_jax.experiment import build, evaluation
+from dmd_jax.experiment import build, evaluation, made
 from dmd_jax.experiment import workdir as workdir_lib
-from dmd_jax.runtime import accelerators, checkpoint, flops, log, preemption, profiling, storage
+from dmd_jax.runtime import (
+    accelerators,
+    checkpoint,
+    distributed,
+    flops,
+    log,
+    preemption,
+    profiling,
+    storage,
+)
 from dmd_jax.weights import digests
 
 
@@ -38,24 +47,12 @@ def done(stage: build.Stage, workdir: storage.Path) -> bool:
     """Returns whether the stage has its last checkpoint.
 
     Raises:
-      ValueError: it was trained on other data than there are now, such as pairs that were made
+      ValueError: it was trained from other things than there are now, such as pairs that were made
         again by another teacher.
     """
-    directory = workdir / stage.name
-    if max(checkpoint.all_steps(directory), default=0) < stage.settings.num_steps:
+    if max(checkpoint.all_steps(workdir / stage.name), default=0) < stage.settings.num_steps:
         return False
-    try:
-        streams = build.streams(stage, workdir)
-    except (ValueError, OSError):  # gone, perhaps to make room
-        return True
-    fingerprint = checkpoint.read_fingerprint(directory)
-    now = pipeline.fingerprint(streams, seed=stage.seed("order"))
-    if fingerprint and not fingerprint.startswith(now):
-        raise ValueError(
-            f"{directory} was trained on other data than its sources have now; use another "
-            "workdir, "
-            "or delete it and what was made from it to train it again."
-        )
+    made.check(stage, workdir, made.of(stage, workdir))
     return True
 
 
@@ -75,14 +72,17 @@ def run(stage: build.Stage, workdir: storage.Path):
         parallel.check_batch(f"{name} batch_size", stream.batch_size)
     recipe = build.recipe(stage, parallel, workdir)
     params = _first_params(stage, parallel, workdir)
-    of_data = pipeline.fingerprint(streams, seed=stage.seed("order"))
-    fingerprint = f"{of_data}-{digests.of_params((params, recipe.others))}"
+    if jax.process_index() == 0:
+        others = digests.of_params(recipe.others)
+        everything = made.of(stage, workdir, others=others)
+        made.claim(stage, workdir, everything, begun=bool(checkpoint.all_steps(directory)))
+    distributed.barrier("claim")
     manager = checkpoint.open_manager(
         directory, keep=settings.keep_checkpoints, best=settings.best_metric
     )
 
     abstract, shardings = abstract_state(recipe, params, parallel)
-    train_state = checkpoint.restore(manager, abstract, fingerprint=fingerprint)
+    train_state = checkpoint.restore(manager, abstract)
     if train_state is None and settings.continues:
         train_state = checkpoint.load_state(workdir / settings.continues, abstract)
     train_state = first_state(recipe, params, shardings, train_state)
@@ -125,9 +125,7 @@ def run(stage: build.Stage, workdir: storage.Path):
                 if step % settings.checkpoint_every == 0 or last or stop:
                     watch.flush()  # a run that is killed has all rows up to its last checkpoint
                     writer.flush()
-                    checkpoint.save(
-                        manager, train_state, step, fingerprint=fingerprint, metrics=scores
-                    )
+                    checkpoint.save(manager, train_state, step, metrics=scores)
                 if stop:
                     break
             watch.flush()
@@ -245,7 +243,7 @@ def _scorer(stage, workdir, parallel):
     parallel = sharding.Parallel(parallel.mesh)
     suite = evaluation.make_suite(measured, scores.protocol, workdir, parallel)
     real = evaluation.reference(measured, suite, workdir)
-    conditions = evaluation.conditions(measured, workdir)
+    conditions = evaluation.conditions(measured, workdir, scores.protocol)
     distances = dict.fromkeys(suite_lib.distances(suite, real), 0.0)
     names = suite.protocol.named(distances, scores.count)
     best = stage.settings.best_metric

@@ -324,12 +324,10 @@ def is_one_step(directory: str | os.PathLike) -> bool:
 
 
 def digest(directory: str | os.PathLike, variant: str | None = None) -> str:
-    """Returns the SHA-256 of the UNet's weight files, one after the other."""
-    sha256 = hashlib.sha256()
-    for file in files.weight_files(files.folder(directory, "unet"), variant)[1]:
-        with storage.local(file).open("rb") as opened:
-            hashlib.file_digest(opened, lambda: sha256)
-    return sha256.hexdigest()
+    """Returns the SHA-256 of those of the UNet's weight files."""
+    weights = files.weight_files(files.folder(directory, "unet"), variant)[1]
+    digests = " ".join(published.sha256(file) for file in weights)
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def _is_instaflow(directory):

@@ -1,5 +1,6 @@
 """Published files: where they are, and whether a file is one of them. Nothing is downloaded."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -107,6 +108,13 @@ def _known(path):
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Returns the SHA-256 of a file's content."""
-    with storage.local(path).open("rb") as file:
+    """Returns the SHA-256 of a file's content, which is read once while the file stays as it is."""
+    local = storage.local(path)
+    state = local.stat()
+    return _sha256(local, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.cache
+def _sha256(path, *_):
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
