@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None):
     compilation_cache.keep()
     try:
         command.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

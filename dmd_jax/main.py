@@ -10,6 +10,7 @@ Cloud TPU they find one another; elsewhere give each --coordinator_address=host:
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ from dmd_jax.experiment import settings as settings_lib
 from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.plan import machines
 from dmd_jax.plan import step as plan
-from dmd_jax.runtime import compilation_cache, distributed, preemption, storage
+from dmd_jax.runtime import compilation_cache, distributed, log, preemption, storage
 from dmd_jax.stages import embed, evaluate, import_weights, pairs, train
 
 PROGRAMS = {  # each has done(stage, workdir) and run(stage, workdir)
@@ -93,12 +94,22 @@ def main(config: ml_collections.ConfigDict):
             try:
                 run(config, storage.absolute(WORKDIR.value), STAGE.value, DRY_RUN.value)
             except preemption.Preempted as notice:  # in all processes
-                code = preemption.EXIT_CODE
+                code = notice.code
                 if jax.process_index() == 0:
-                    print(notice, file=sys.stderr)
+                    log.say(str(notice), error=True)
     except BaseException as error:
         _fail(error)
+    _end_output()
     sys.exit(code)
+
+
+def _end_output():
+    """Without it Python ends with another code where the output cannot be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _plan(config):
@@ -174,11 +185,11 @@ def run(
         )
     with workdir_lib.claimed(values, workdir):
         if jax.process_index() == 0:
-            print(_summary(chosen, workdir))
+            log.say(_summary(chosen, workdir))
         for stage in chosen:
             if _is_done(stage, workdir):
                 if jax.process_index() == 0:
-                    print(f"{stage.name}: done already")
+                    log.say(f"{stage.name}: done already")
             else:
                 PROGRAMS[stage.settings.program].run(stage, workdir)
                 distributed.barrier(stage.name)

@@ -28,7 +28,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
     follow one another, and devices that share parameters are neighbours.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices, or `data` is -1 and some would be idle.
     """
 
     def position(device):
@@ -37,6 +37,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
     devices = sorted(devices or jax.devices(), key=position)
     if data == -1:
         data = max(len(devices) // fsdp, 1)
+        idle = len(devices) - data * fsdp
+        if idle > 0:
+            raise ValueError(
+                f"mesh.fsdp is {fsdp}, which leaves {idle} of {len(devices)} devices idle; give it "
+                f"a number that divides {len(devices)}, or give mesh.data a number, too."
+            )
     if data * fsdp > len(devices):
         raise ValueError(
             f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, "

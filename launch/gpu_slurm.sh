@@ -24,13 +24,22 @@ need_program
 [[ -n ${SLURM_JOB_ID:-}$dry_run ]] || die "not within a job; submit it: sbatch launch/gpu_slurm.sh -- ..."
 trap : TERM # `scancel JOB` sends it to this shell too, which is to wait for the processes
 
+ask() { # the state of this job and the time that is left, again where a call fails
+  local i
+  for ((i = 0; i < 5; i++)); do
+    squeue --noheader --job="$SLURM_JOB_ID" --format="%T %L" && return
+    sleep "$PAUSE"
+  done
+  echo "squeue does not answer; queued again" >&2 && echo "RUNNING 0:00"
+}
+
 attempt() {
   local code=0 state left
   # Not --kill-on-bad-exit: the first to exit with 75 would end the others while they save. srun does not take over --cpus-per-task.
   call srun --wait=120 --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     "$python" -m dmd_jax.main "${program[@]}" || code=$?
   if ((code != 75 && code < 128)); then return "$code"; fi
-  read -r state left < <(squeue --noheader --job="$SLURM_JOB_ID" --format="%T %L")
+  read -r state left < <(ask)
   # Less than five minutes left: one that died while the others saved hides their 75.
   if ((code != 75)) && [[ $left != [0-4]:?? ]]; then return "$code"; fi
   # A job that is being cancelled is COMPLETING; to requeue it would bring it back.

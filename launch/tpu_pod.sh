@@ -35,18 +35,21 @@ create() {
 }
 
 install() {
-  local archive=${TMPDIR:-/tmp}/dmd_jax.tar.gz
+  local archive code=0 && archive=$(mktemp --suffix=.tar.gz)
   call tar -czf "$archive" --exclude=.git --exclude=.venv --exclude=__pycache__ --exclude=./run -C "$(dirname "$0")/.." . &&
     tpus tpu-vm scp "$archive" "$tpu_name:dmd_jax.tar.gz" --worker=all &&
-    on all "mkdir -p dmd_jax && tar -xzf dmd_jax.tar.gz -C dmd_jax && dmd_jax/launch/worker.sh install ${extras:-tpu,gcs}"
+    on all "mkdir -p dmd_jax && tar -xzf dmd_jax.tar.gz -C dmd_jax && dmd_jax/launch/worker.sh install ${extras:-tpu,gcs}" || code=$?
+  rm -f "$archive" && return "$code"
 }
 
 attempt() { # gcloud gives the code of the first worker that failed, and 1 for failures of its own
-  local code=0 node
+  local code=0 node codes
   on all "cd dmd_jax && ${environment:+env $environment }$(quoted launch/worker.sh "$(date +%s)" "${program[@]}")" || code=$?
   if ((code)); then node=$(state tpu-vm state) || return 255; else return 0; fi
   if [[ $node != READY ]]; then if create && install; then return 75; else return 255; fi; fi
-  if ((code < 75)) && on all "cat dmd_jax/run/code" | grep -qE '(^|[^0-9])(75|1[2-9].|2..)$'; then return 137; fi # of another worker
+  if ((code < 75)) && { ! codes=$(on all "cat dmd_jax/run/code || echo 137") || grep -qE '(^|[^0-9])(75|1[2-9].|2..)$' <<<"$codes"; }; then
+    return 137 # of another worker; one that cannot be asked was lost, too
+  fi
   return "$code"
 }
 

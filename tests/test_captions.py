@@ -653,3 +653,21 @@ def test_a_fault_of_the_machine_ends_the_reading():
 
     with pytest.raises(OSError, match="Input/output error 3"):
         captions.readable(Source(), (3, 5, 7))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../b.png", "C:\\b.png"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")
+    coco = {"images": [{"id": 1, "file_name": name}]}
+    coco["annotations"] = [{"id": 1, "image_id": 1, "caption": "a cat"}]
+    (tmp_path / "captions.json").write_text(json.dumps(coco))
+    for source in (
+        lambda: captions.folder(path=str(folder), size=8),
+        lambda: captions.coco(
+            annotations=str(tmp_path / "captions.json"), images=str(folder), size=8
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"1 names lead out of the directory of the images"):
+            source()

@@ -327,14 +327,12 @@ def test_embeddings_are_of_these_captions_wherever_they_lie(files, tmp_path):
         assert embed.done(stage_of(config, "prompts"), tmp_path)
     (tmp_path / "b.txt").write_text("a red flower\nblue skies\n")
     for call in (embed.done, embed.run):
-        with pytest.raises(
-            ValueError, match="holds other records than the config asks for: captions is"
-        ):
+        with pytest.raises(ValueError, match=r"made from other things .*content of captions is"):
             call(stage_of(config, "prompts"), tmp_path)
 
 
 def test_captions_that_are_mended(files, tmp_path):
-    """Too many cannot be read; what was made of them before is not in the way."""
+    """Too many cannot be read; what was made of them before stays."""
     config = tiny(files)
     config.variables.prompts_file = str(tmp_path / "prompts.txt")
     for bad, message in (
@@ -345,10 +343,38 @@ def test_captions_that_are_mended(files, tmp_path):
         (tmp_path / "prompts.txt").write_text("blue sky\n" * good + " \n" * bad)
         with pytest.raises(ValueError, match=message):
             embed.run(stage_of(config, "prompts"), tmp_path)
-        assert not (tmp_path / "prompts").exists()
+        assert len(list((tmp_path / "prompts").glob("*.arrayrecord"))) == (7 if good else 0)
+        shutil.rmtree(tmp_path / "prompts", ignore_errors=True)
     (tmp_path / "prompts.txt").write_text("blue sky\n" * 3)
     embed.run(stage_of(config, "prompts"), tmp_path)
     assert embed.done(stage_of(config, "prompts"), tmp_path)
+
+
+def test_images_that_are_unmounted_cost_nothing(files, tmp_path, monkeypatch):
+    """Shards that were made stay, and are used once the images are there again."""
+    config = tiny(files)
+    whole, gone = tmp_path / "whole", tmp_path / "elsewhere"
+    shutil.copytree(files / "coco/whole", whole)
+    config.captions.captions.update(images=str(whole), size=16)
+    config.captions.update(latents=True, batch_size=8)
+    stage = stage_of(config, "captions")
+    write, written = records.write_shard, []
+
+    def write_and_unmount(path, arrays):
+        write(path, arrays)
+        written.append(path)
+        if len(written) == 4:
+            whole.rename(gone)
+            whole.mkdir()  # where it was mounted
+
+    monkeypatch.setattr(records, "write_shard", write_and_unmount)
+    with pytest.raises(OSError, match=r"whole is gone or empty; is it mounted"):
+        embed.run(stage, tmp_path)
+    assert len(written) == 4 and all(path.exists() for path in written)
+    whole.rmdir()
+    gone.rename(whole)
+    embed.run(stage, tmp_path)
+    assert embed.done(stage, tmp_path) and len(set(written)) == len(written) > 4
 
 
 def test_latents_are_of_this_autoencoder_wherever_it_lies(run, files, tmp_path):
@@ -365,9 +391,7 @@ def test_latents_are_of_this_autoencoder_wherever_it_lies(run, files, tmp_path):
     path = next((tmp_path / "sd/vae").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"1234")
     assert not evaluate.done(stage_of(moved, "evaluate"), workdir)
-    with pytest.raises(
-        ValueError, match="holds other records than the config asks for: autoencoder is"
-    ):
+    with pytest.raises(ValueError, match=r"was made from other things .*autoencoder.checkpoint is"):
         embed.done(stage_of(config, "captions"), tmp_path)
 
 

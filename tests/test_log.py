@@ -62,3 +62,43 @@ def test_a_full_disk_is_heard(writer, monkeypatch):
     monkeypatch.setattr(writer._events._writer._py_recordio_writer, "write", full)
     with pytest.raises(OSError, match="No space left on device"):
         writer.write(3, {"loss": 0.5})
+
+
+def test_a_damaged_line_is_left_out_and_said(tmp_path, caplog):
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([rows[0], "\0" * 30, '{"loss": 2}', "7", rows[1]]) + "\n")
+    assert [row["step"] for row in log.read(tmp_path)] == [1, 2]
+    assert f"{path}: lines [2, 3, 4] are damaged, and left out" in caplog.text
+    log.Writer(tmp_path, name="teacher", start=2, num_steps=4).close()
+    assert path.read_text() == "".join(f"{row}\n" for row in rows)
+
+
+def test_a_start_that_is_killed_loses_no_row(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    def killed(self, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.Writer(tmp_path, name="teacher", start=2, num_steps=4)
+    assert log.read(tmp_path) == [{"step": 1}]
+
+
+def test_a_line_that_nobody_can_read_stops_nothing(writer, monkeypatch, tmp_path):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        flush = close = write
+
+        def isatty(self):
+            return False
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", Closed())
+    log.say("here")
+    writer.note("there")
+    writer.write(3, {"loss": 0.5})
+    assert log.read(tmp_path)[-1] == {"step": 3, "loss": 0.5}

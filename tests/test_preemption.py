@@ -1,6 +1,8 @@
 """SIGTERM and notices of Google Cloud. These start processes."""
 
 import http.server
+import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -86,6 +88,40 @@ def test_processes_agree_on_a_step(tmp_path):
         in started[0].output.read_text()
     )
     assert len(log.read(workdir / "teacher")) in (step, step - 1)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(preemption.distributed, "leave", lambda code, line: left.append(code))
+    with pytest.raises(preemption.Preempted) as raised, preemption.deferred() as notice:
+        signal.raise_signal(signal.SIGINT)
+        assert notice.is_set() and not left
+        signal.raise_signal(signal.SIGTERM)  # as launch/gpu_local.sh sends it besides
+        assert not left
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
+        raise preemption.Preempted("saved")
+    assert raised.value.code == 130
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_code_does_not_depend_on_who_reads(tmp_path, sent):
+    command = [sys.executable, "-m", "dmd_jax.main", "--config=tests/helpers/small.py"]
+    command += [f"--workdir={tmp_path / 'run'}", "--stage=teacher", ENDLESS]
+    process = subprocess.Popen(
+        command,
+        cwd=processes.ROOT,
+        env=processes.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    process.stdout.close()  # nobody reads any more
+    process.output = pathlib.Path(os.devnull)
+    processes.wait_for((tmp_path / "run/teacher/checkpoints/10").exists, [process])
+    process.send_signal(sent)
+    assert process.wait(60) == {signal.SIGTERM: 75, signal.SIGINT: 130}[sent]
+    step = max(checkpoint.all_steps(tmp_path / "run/teacher"))
+    assert step > 10 and log.read(tmp_path / "run/teacher")[-1]["step"] in (step, step - 1)
 
 
 @pytest.mark.parametrize(

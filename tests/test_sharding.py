@@ -145,3 +145,9 @@ def test_make_mesh():
 def test_make_mesh_with_too_many_devices(data, fsdp, needed):
     with pytest.raises(ValueError, match=f"needs {needed} devices, but there are 8"):
         sharding.make_mesh(data, fsdp)
+
+
+def test_no_device_is_idle_in_silence():
+    with pytest.raises(ValueError, match=r"mesh.fsdp is 3, which leaves 2 of 8 devices idle"):
+        sharding.make_mesh(-1, 3)
+    assert sharding.make_mesh(2, 3).size == 6  # as it is asked for

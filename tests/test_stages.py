@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,13 +14,13 @@ from PIL import Image
 
 import dmd_jax
 from dmd_jax import generate, lookup, main, sharding
-from dmd_jax.data import digits, records
+from dmd_jax.data import digits, pipeline, records
 from dmd_jax.data import images as images_lib
 from dmd_jax.data import labels as labels_lib
-from dmd_jax.experiment import build, made
+from dmd_jax.experiment import build, evaluation, made
 from dmd_jax.experiment import model as model_lib
 from dmd_jax.experiment import workdir as workdir_lib
-from dmd_jax.runtime import checkpoint, log, storage
+from dmd_jax.runtime import checkpoint, log, preemption, storage
 from dmd_jax.stages import evaluate, pairs, train
 from tests.helpers.runs import (
     check_of,
@@ -674,3 +675,57 @@ def test_the_speed_of_a_row_is_that_of_its_interval_wherever_rows_are_flushed(
     writer.close()
     first, *speeds = [row.get("steps_per_second") for row in log.read(tmp_path)]
     assert first is None and speeds == pytest.approx([10 / 2.001] * 5)
+
+
+def test_no_row_is_read_that_no_step_needs(tmp_path, monkeypatch):
+    """Such a row could be damaged, and the stage would never end."""
+    batches = pipeline.batches
+
+    def only(streams, **arguments):
+        for i, batch in enumerate(batches(streams, **arguments), 1):
+            assert i <= 30
+            yield batch
+
+    monkeypatch.setattr(pipeline, "batches", only)
+    train.run(stage_of(smoke(), "teacher"), tmp_path)
+    assert checkpoint.all_steps(tmp_path / "teacher")[-1] == 30
+
+
+def test_images_that_are_not_finite_are_named_and_cost_no_checkpoint(workdir, monkeypatch, capsys):
+    """The best checkpoint stays where a later score is no number."""
+    shutil.rmtree(workdir / "dmd")
+    make = generate.make_sample
+    made = []
+
+    def make_sample(*arguments):
+        sample = make(*arguments)
+
+        def broken(params, inputs):
+            made.append(1)
+            return sample(params, inputs) * (np.nan if len(made) > 3 else 1)
+
+        return broken
+
+    monkeypatch.setattr(generate, "make_sample", make_sample)
+    train.run(stage_of(smoke(), "dmd"), workdir)
+    said = capsys.readouterr().err
+    assert "step 20: 64 of 64 images have pixels that are not finite" in said
+    assert [row["step"] for row in log.read(workdir / "dmd") if "FD-mlp@8-64" in row] == [10]
+    assert checkpoint.all_steps(workdir / "dmd") == [10, 20]
+    with pytest.raises(FloatingPointError, match="^teacher: 32 of 32 images have pixels that are"):
+        evaluate.run(stage_of(smoke(), "evaluate"), workdir)
+
+
+def test_a_stage_that_is_to_stop_leaves_its_scores(workdir, monkeypatch):
+    shutil.rmtree(workdir / "dmd")
+    batches = evaluation.batches
+
+    def stopped(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return batches(*arguments)
+
+    monkeypatch.setattr(evaluation, "batches", stopped)
+    with pytest.raises(preemption.Preempted, match="dmd was stopped at step 10, which is saved"):
+        train.run(stage_of(smoke(), "dmd"), workdir)
+    assert checkpoint.all_steps(workdir / "dmd") == [10]
+    assert not [row for row in log.read(workdir / "dmd") if "FD-mlp@8-64" in row]

@@ -3,13 +3,32 @@
 import numpy as np
 
 
+def check_finite(images: np.ndarray):
+    """Checks that images have no number that is none.
+
+    Raises:
+      FloatingPointError: they have.
+    """
+    if images.dtype != np.uint8:
+        finite = np.isfinite(images).reshape(len(images), -1).all(axis=1)
+        if not finite.all():
+            raise FloatingPointError(
+                f"{(~finite).sum()} of {len(images)} images have pixels that are not finite; the "
+                "weights are broken, or their type is too small: try float32."
+            )
+
+
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Converts [-1, 1] to 0..255, as EDM's evaluation does: trunc(127.5 x + 128).
 
     Bytes stay as they are.
+
+    Raises:
+      FloatingPointError: some images are not finite.
     """
     if images.dtype == np.uint8:
         return images
+    check_finite(images)
     return np.clip(127.5 * np.asarray(images, np.float32) + 128, 0, 255).astype(np.uint8)
 
 

@@ -81,7 +81,12 @@ class Protocol:
     diversity: tuple[int, int, int] = (100, 200, 64)
 
     def bytes(self, images: np.ndarray) -> np.ndarray:
-        """Converts images [N, H, W, C] in [-1, 1] to bytes, unless features need floats."""
+        """Converts images [N, H, W, C] in [-1, 1] to bytes, unless features need floats.
+
+        Raises:
+          FloatingPointError: some are not finite.
+        """
+        pixels.check_finite(images)
         quantise = QUANTISATIONS[self.quantisation]
         return quantise(images) if quantise else images
 

@@ -174,13 +174,19 @@ def evaluate(
       floor: the scores of real images.
       asked: what was to be measured.
       keep: a function that gets what was collected of every first range.
+
+    Raises:
+      FloatingPointError: images of a set are not finite.
     """
     rows = []
     for row, images in models:
         scores = []
         for r in range(ranges):
             batches = images(range(r * count, (r + 1) * count))
-            fake = collect(suite, batches, count, name=row.name)
+            try:
+                fake = collect(suite, batches, count, name=row.name)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{row.name}: {error}") from error
             found = compare(suite, real, fake)
             for metric in metrics:
                 found |= metric(real, fake)

@@ -19,6 +19,7 @@ from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import storage
 
 FILE = "made.json"
+WITHOUT_NULL = ("embed", "import_weights")  # programs to which `null_cond` means nothing
 SHOWN = 5  # differences that an error names
 
 
@@ -32,7 +33,7 @@ def of(stage: build.Stage, workdir: storage.Path, **more) -> dict:
     """
     model = settings_lib.shaping(stage.model)
     made = settings_lib.shaping(stage.settings) | model | {"seed": stage.run.seed, **more}
-    if stage.settings.program != "embed":  # which makes it
+    if stage.settings.program not in WITHOUT_NULL:
         made["content of null_cond"] = _read(lambda: _null(stage, workdir))
     for name in settings_lib.names_of_stages(stage.settings):
         made[f"content of {name}"] = workdir_lib.content(workdir / name)
@@ -46,7 +47,7 @@ def reads(stage: build.Stage) -> Iterator[str]:
     """Yields the names of the stages whose results a stage reads."""
     yield from settings_lib.names_of_stages(stage.settings)
     settings = settings_lib.to_dict(stage.settings)
-    if stage.settings.program != "embed":
+    if stage.settings.program not in WITHOUT_NULL:
         settings["null_cond"] = stage.run.null_cond
     for value in settings_lib.flat(settings).values():
         if isinstance(value, str) and value.startswith("{workdir}/"):

@@ -40,7 +40,8 @@ def open_manager(
     policies = [preservation_policy.LatestN(keep)]
     metric = None
     if best:
-        metric = lambda metrics: metrics.get(best, np.inf)
+        # A score that is no number is the worst there is.
+        metric = lambda metrics: np.nan_to_num(metrics.get(best, np.inf), nan=np.inf)
         policies.append(
             preservation_policy.BestN(
                 get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False

@@ -33,7 +33,7 @@ def _integers(a):
 
 @jax.jit
 def _sums(a):
-    """Two sums modulo 2^32 over all bits, one of them weighted by place."""
+    """Two sums modulo 2^32 over all bits, mixed with their places."""
     if a.dtype == bool:
         a = a.astype(jnp.uint8)
     if not jnp.issubdtype(a.dtype, jnp.unsignedinteger) or a.dtype.itemsize > 4:
@@ -43,5 +43,13 @@ def _sums(a):
     for axis, size in enumerate(bits.shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         places = places * np.uint32(size) + index
-    weights = (2 * places + 1) * np.uint32(2654435761)
-    return bits.sum(dtype=jnp.uint32), (bits * (weights ^ (weights >> 15))).sum(dtype=jnp.uint32)
+    first = _mixed(bits ^ _mixed(places + np.uint32(1)))
+    second = _mixed(first + np.uint32(0x9E3779B9))
+    return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)
+
+
+def _mixed(h):
+    """A permutation of 32 bits in which every bit counts (lowbias32 of hash-prospector)."""
+    h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
+    return h ^ (h >> 16)

@@ -3,6 +3,7 @@
 Only the first process writes.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import time
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 from PIL import Image
 
 from dmd_jax.runtime import storage
@@ -27,7 +29,8 @@ class Writer:
             path = self._files.path / "metrics.jsonl"
             # Rows of steps that are about to be redone are dropped.
             kept = [row for row in read(directory) if row["step"] <= start]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            with storage.writing(path) as new:
+                new.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("a")
             self._events = _Events(self._files.path / "events", start + 1)
         self._terminal = sys.stderr.isatty()
@@ -53,7 +56,7 @@ class Writer:
         if self._terminal:
             self._bar.set_postfix_str(text)
         else:
-            print(f"{self._name} {step}/{self._num_steps}: {text}", flush=True)
+            say(f"{self._name} {step}/{self._num_steps}: {text}")
 
     def write_picture(self, step: int, picture: np.ndarray):
         """Writes samples/<step>.png from a picture [H, W, 3] of bytes."""
@@ -71,7 +74,8 @@ class Writer:
     def note(self, text: str):
         """Shows a line."""
         if self._active:
-            tqdm.tqdm.write(f"{self._name}: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                tqdm.tqdm.write(f"{self._name}: {text}", file=sys.stderr)
 
     def flush(self):
         """Puts everything where it is safe."""
@@ -84,6 +88,12 @@ class Writer:
             self._file.close()
             self._events.close()
             self._files.close()
+
+
+def say(text: str, *, error: bool = False):
+    """Prints a line; a run goes on, and ends as it should, where nobody can read it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class _Events:
@@ -118,10 +128,23 @@ class _Events:
 
 
 def read(directory: str | os.PathLike) -> list[dict]:
-    """The rows of a stage's metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a stage's metrics.jsonl.
+
+    A last line cut short by a crash is left out; so are damaged lines, with a warning.
+    """
     path = storage.path(directory) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    rows = []
+    damaged = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": row["step"], **row})
+        except (ValueError, TypeError, KeyError):
+            damaged.append(number)
+    if damaged:
+        logging.warning("%s: lines %s are damaged, and left out.", path, damaged)
+    return rows
 
 
 def seconds(directory: str | os.PathLike) -> float | None:

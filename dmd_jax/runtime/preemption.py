@@ -2,11 +2,13 @@
 
 While a network is trained, all processes agree on a step, save it and end. At any other time there
 is nothing to save, because files are written atomically, and the process ends at once. Either way
-the exit code is EXIT_CODE, and the same command continues the run.
+the exit code is EXIT_CODE, and the same command continues the run. SIGINT (Ctrl-C) does the same,
+but with INTERRUPTED, after which nobody starts the run again; a second one ends it at once.
 """
 
 import collections
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -19,9 +21,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from dmd_jax.runtime import distributed
+from dmd_jax.runtime import distributed, log
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 128 + signal.SIGINT
 LATE = 2  # steps until the flags of a step are read, so that the host does not wait for the devices
 METADATA = "metadata.google.internal"
 # keys of the metadata server, and their values on a notice
@@ -33,7 +36,17 @@ PERIOD = 5.0  # seconds between two requests to the metadata server
 
 
 class Preempted(Exception):
-    """A stage has saved a step and stopped there."""
+    """A stage has saved a step and stopped there.
+
+    Attributes:
+      code: with which the process ends.
+    """
+
+    code = EXIT_CODE
+
+
+class Stopping(Exception):
+    """Something that takes long was left because the run is to stop."""
 
 
 def watch():
@@ -54,18 +67,30 @@ def watch():
 
 @contextlib.contextmanager
 def deferred():
-    """Inside this context SIGTERM only sets the yielded event.
+    """Inside this context SIGTERM and the first SIGINT only set the yielded event.
 
-    If the block ends without raising `Preempted`, SIGTERM is sent again.
+    If the block ends without raising `Preempted`, the signal is sent again.
     """
     notice = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: notice.set())
+    seen = []
+
+    def handle(number, _):
+        if signal.SIGINT in seen and number == signal.SIGINT:
+            _interrupt()
+        seen.append(number)
+        notice.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield notice
+    except Preempted as error:
+        error.code = INTERRUPTED if signal.SIGINT in seen else EXIT_CODE
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if notice.is_set():
-        signal.raise_signal(signal.SIGTERM)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if seen:
+        signal.raise_signal(seen[0])
 
 
 def make_agreement(mesh: jax.sharding.Mesh) -> Callable[[bool], bool]:
@@ -95,13 +120,13 @@ def _leave(*_):
 
 
 def _interrupt(*_):
-    distributed.leave(128 + signal.SIGINT, "interrupted; run the same command again.")
+    distributed.leave(INTERRUPTED, "interrupted; run the same command again.")
 
 
 def _leave_on_signal(reading, writing):
     """Ends the process on a signal; `writing` is an argument so that it stays open."""
     while number := reading.recv(1):
-        if number[0] == signal.SIGINT:
+        if number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) is _interrupt:
             _interrupt()
         if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leave:
             _leave()
@@ -111,14 +136,14 @@ def _watch_google_cloud():
     """Sends SIGTERM on the first new notice; an earlier run has reacted to an older one."""
     try:
         before = {key: _metadata(key, 1.0) for key in NOTICES}
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return  # the machine is not Google Cloud's
     while True:
         time.sleep(PERIOD)
         for key, notice in NOTICES.items():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 if _metadata(key, PERIOD) == notice != before[key]:
-                    print(f"Google Cloud announces {key} {notice}.", flush=True)
+                    log.say(f"Google Cloud announces {key} {notice}.")
                     signal.raise_signal(signal.SIGTERM)
                     return
 

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import fnmatch
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -18,14 +19,15 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import fsspec
-import jax
 from etils import epath
 
 GCS = "gs://"
@@ -159,15 +161,39 @@ def writing(name: str | os.PathLike) -> Iterator[pathlib.Path]:
             for file in sorted(files, key=lambda file: len(file.parts), reverse=True):
                 _send(file, target / file.relative_to(new))
         return
-    # Several processes may write the same file.
-    process = jax.process_index() if jax.distributed.is_initialized() else 0
-    new = target.with_name(f"partial-{process}-{target.name}")
-    remove(new)  # it exists if an earlier process was killed
+    # Several processes may write the same file, also on several hosts.
+    for old in target.parent.glob(f"partial-*-{glob.escape(target.name)}"):
+        if _is_left(old):
+            remove(old)
+    thread = threading.get_ident()
+    new = target.with_name(f"partial-{socket.gethostname()}-{os.getpid()}-{thread}-{target.name}")
     try:
         yield new
+        _to_disk(new)
         new.rename(target)
+        _sync(target.parent)
     finally:
         remove(new)
+
+
+def _is_left(partial):
+    """Whether the process of this host that has begun a file was killed."""
+    found = re.match(rf"partial-{re.escape(socket.gethostname())}-(\d+)-", partial.name)
+    return found is not None and not pathlib.Path(f"/proc/{found[1]}").exists()
+
+
+def _to_disk(new):
+    """Without it a file that is there after a power cut may be empty."""
+    for path in [new, *new.rglob("*")] if new.is_dir() else [new]:
+        _sync(path)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Growing:

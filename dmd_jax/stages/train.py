@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -111,17 +110,23 @@ def run(stage: build.Stage, workdir: storage.Path):
                 if step == start + 1:
                     watch.first(values)
                 stop = agree(notice.is_set())
-                batch = next(loader)
-                writer.advance(step)
                 last = step == settings.num_steps
+                if not (last or stop):
+                    batch = next(loader)
+                writer.advance(step)
                 scores = {}
                 if step % settings.log_every == 0 or last:
                     watch.log(step, values)
-                if preview and (step % settings.preview_every == 0 or last):
-                    writer.write_picture(step, preview(train_state.generator.weights))
-                if score and (step % settings.scores.every == 0 or last):
-                    scores = score(train_state.generator.weights)
-                    writer.write(step, scores)
+                if preview and not stop and (step % settings.preview_every == 0 or last):
+                    with _finite_or_said(writer, step):
+                        writer.write_picture(step, preview(train_state.generator.weights))
+                if score and not stop and (step % settings.scores.every == 0 or last):
+                    try:
+                        with _finite_or_said(writer, step):
+                            scores = score(train_state.generator.weights, notice, agree)
+                            writer.write(step, scores)
+                    except preemption.Stopping:
+                        stop = True
                 if step % settings.checkpoint_every == 0 or last or stop:
                     watch.flush()  # a run that is killed has all rows up to its last checkpoint
                     writer.flush()
@@ -135,6 +140,15 @@ def run(stage: build.Stage, workdir: storage.Path):
                     f"{stage.name} was stopped at step {step}, which is saved; "
                     "run the same command again."
                 )
+
+
+@contextlib.contextmanager
+def _finite_or_said(writer, step):
+    """Looking at images that are not finite is left, with a line that says so."""
+    try:
+        yield
+    except FloatingPointError as error:
+        writer.note(f"step {step}: {error}")
 
 
 def abstract_state(recipe: recipes.Recipe, params: dict, parallel: sharding.Parallel):
@@ -235,7 +249,10 @@ def _make_draw(stage, workdir, parallel, batch_size):
 
 
 def _scorer(stage, workdir, parallel):
-    """`params -> scores` by the protocol of the stage's scores, or None if the stage wants none."""
+    """`(params, notice, agree) -> scores` by the protocol of the stage's scores, or None.
+
+    Between batches the processes agree whether to stop; then it raises `preemption.Stopping`.
+    """
     scores = stage.settings.scores
     if not scores:
         return None
@@ -256,10 +273,13 @@ def _scorer(stage, workdir, parallel):
 
     metrics = evaluation.metrics(measured)
 
-    def score(params):
-        images = evaluation.batches(
-            measured, suite.protocol, functools.partial(draw, params), conditions
-        )
+    def score(params, notice, agree):
+        def draw_unless_stopped(inputs):
+            if agree(notice.is_set()):
+                raise preemption.Stopping
+            return draw(params, inputs)
+
+        images = evaluation.batches(measured, suite.protocol, draw_unless_stopped, conditions)
         models = [(result_lib.Row(name=""), images)]
         result = suite_lib.evaluate(
             suite, real, models, count=scores.count, ranges=1, metrics=metrics
