@@ -122,6 +122,26 @@ def test_a_stopped_process_ends_the_others(tmp_path, stopped):
     ) in said
 
 
+def test_a_process_that_sees_a_directory_late_follows_process_0(one, tmp_path):
+    script = (
+        "import pathlib, sys\n"
+        "from dmd_jax.experiment import build, workdir\n"
+        "from dmd_jax.runtime import checkpoint, checksum, distributed\n"
+        "from tests.helpers import small\n"
+        "all_steps = checkpoint.all_steps\n"
+        "late = sys.argv[2] == '1'\n"
+        "checkpoint.all_steps = lambda directory: all_steps(directory)[: -1 if late else None]\n"
+        "with distributed.started(sys.argv[1], 2, int(sys.argv[2])):\n"
+        "    stage = build.stages(small.get_config())['teacher']\n"
+        f"    run = pathlib.Path({str(one)!r})\n"
+        "    print(checksum.of(workdir.load_params(stage, run)), flush=True)\n"
+    )
+    started = processes.start_script(script, tmp_path, processes=2)
+    assert processes.codes(started) == [0, 0]
+    expected = checkpoint.content(one / "teacher").split()[-1]
+    assert [p.output.read_text().split()[-1] for p in started] == [expected] * 2
+
+
 def test_an_error_of_one_ends_all(tmp_path):
     extra = ((), ("--config.teacher.batch_size=32",))
     started = processes.start(tmp_path / "run", "--stage=teacher", processes=2, extra=extra)

@@ -712,7 +712,7 @@ def test_images_that_are_not_finite_are_named_and_cost_no_checkpoint(workdir, mo
     assert "step 20: 64 of 64 images have pixels that are not finite" in said
     assert [row["step"] for row in log.read(workdir / "dmd") if "FD-mlp@8-64" in row] == [10]
     assert checkpoint.all_steps(workdir / "dmd") == [10, 20]
-    with pytest.raises(FloatingPointError, match="^teacher: 32 of 32 images have pixels that are"):
+    with pytest.raises(FloatingPointError, match=r"^teacher: 32 of 32 images have pixels that are"):
         evaluate.run(stage_of(smoke(), "evaluate"), workdir)
 
 

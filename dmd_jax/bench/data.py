@@ -104,7 +104,7 @@ def write_records(directory: pathlib.Path, count: int):
     rng = np.random.default_rng(0)
     features = {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in PAIR.items()}
     manifest = {"shards": -(-count // SHARD), "count": count, "features": features}
-    records_lib.claim(directory, manifest)
+    records_lib.write_manifest(directory, manifest)
     for i, path in enumerate(records_lib.shard_paths(directory, manifest)):
         n = min(SHARD, count - i * SHARD)
         arrays = {

@@ -10,6 +10,7 @@ import json
 import math
 import os
 
+import jax
 import numpy as np
 from array_record.python import array_record_module
 from grain import sources
@@ -88,6 +89,9 @@ class Records:
                 f"there are: {', '.join(features)}."
             )
         for path in missing_shards(directory, self.manifest):
+            if jax.process_index() > 0:  # process 0 has made it, or has ended the run
+                storage.wait_for(path)
+                continue
             raise ValueError(f"shard {path} is missing; run the stage that makes it again.")
         paths = shard_paths(storage.local(directory, ["*.arrayrecord"]), self.manifest)
         for path in paths:

@@ -71,6 +71,8 @@ class Run:
     variables: dict = setting({}, may_change=True)
     # Packages of the user's own whose functions the config may name; see dmd_jax/lookup.py.
     plugins: tuple = setting((), may_change=True)
+    # Seconds without a step, a preview or a score after which a run that trains ends; 0 = never.
+    step_timeout: int = setting(3600, least=0, may_change=True)
     profile: str = setting("", may_change=True)  # the first and the last step to trace; "" = none
 
 

@@ -262,7 +262,7 @@ def load_state(directory: str | os.PathLike, abstract: state.TrainState) -> stat
     Raises:
       ValueError: the stage has no checkpoint.
     """
-    if not all_steps(directory):
+    if not distributed.first(bool(all_steps(directory))):
         raise ValueError(
             f"no checkpoint in {directory}; run the stage {storage.path(directory).name!r} first."
         )

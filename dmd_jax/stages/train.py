@@ -24,6 +24,7 @@ from dmd_jax.runtime import (
     preemption,
     profiling,
     storage,
+    watchdog,
 )
 from dmd_jax.weights import digests
 
@@ -102,7 +103,8 @@ def run(stage: build.Stage, workdir: storage.Path):
         agree = preemption.make_agreement(parallel.mesh)
         stop = False
         trace = profiling.Trace(stage.run.profile or None, directory / "profile")
-        with preemption.deferred() as notice:
+        watching = watchdog.watching(stage.run.step_timeout, stage.name)
+        with preemption.deferred() as notice, watching as alive:
             for step in range(start + 1, settings.num_steps + 1):
                 with trace.step(step - start):
                     train_state, values = compiled.program(train_state, batch)
@@ -114,6 +116,7 @@ def run(stage: build.Stage, workdir: storage.Path):
                 if not (last or stop):
                     batch = next(loader)
                 writer.advance(step)
+                alive()
                 scores = {}
                 if step % settings.log_every == 0 or last:
                     watch.log(step, values)
@@ -123,7 +126,7 @@ def run(stage: build.Stage, workdir: storage.Path):
                 if score and not stop and (step % settings.scores.every == 0 or last):
                     try:
                         with _finite_or_said(writer, step):
-                            scores = score(train_state.generator.weights, notice, agree)
+                            scores = score(train_state.generator.weights, notice, agree, alive)
                             writer.write(step, scores)
                     except preemption.Stopping:
                         stop = True
@@ -249,7 +252,7 @@ def _make_draw(stage, workdir, parallel, batch_size):
 
 
 def _scorer(stage, workdir, parallel):
-    """`(params, notice, agree) -> scores` by the protocol of the stage's scores, or None.
+    """`(params, notice, agree, alive) -> scores` by the protocol of the stage's scores, or None.
 
     Between batches the processes agree whether to stop; then it raises `preemption.Stopping`.
     """
@@ -273,8 +276,9 @@ def _scorer(stage, workdir, parallel):
 
     metrics = evaluation.metrics(measured)
 
-    def score(params, notice, agree):
+    def score(params, notice, agree, alive):
         def draw_unless_stopped(inputs):
+            alive()
             if agree(notice.is_set()):
                 raise preemption.Stopping
             return draw(params, inputs)
