@@ -6,6 +6,7 @@ and whether it may go on, is the comparison of that file with what there is now.
 the same in its result.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ def of(stage: build.Stage, workdir: storage.Path, **more) -> dict:
         made[f"content of {name}"] = workdir_lib.content(workdir / name)
         made[f"sampler of {name}"] = stage.stages[name].settings.sampler
     for key, source in settings_lib.sources(settings_lib.to_dict(stage.settings)):
-        made[f"content of {key}"] = _read(lambda s=source: _content(s, workdir))
+        made[f"content of {key}"] = _read(functools.partial(_content, source, workdir))
     return json.loads(json.dumps(made))
 
 
