@@ -1,8 +1,10 @@
 """Paths in a bucket: gcsfs and TensorStore talk to the server of tests/helpers/gcs.py."""
 
 import concurrent.futures
+import os
 import pathlib
 import re
+import socket
 import time
 
 import numpy as np
@@ -235,3 +237,44 @@ def test_failing_uploads(bucket, server, monkeypatch):
         storage.writing("gs://bucket/a") as file,
     ):
         file.write_text("a")
+
+
+def test_who_holds_an_object_is_alone(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "BEAT", 0.3)
+    lock = storage.path("gs://bucket/run/lock")
+    with storage.held(lock, b"process 1"):
+        for _ in range(2):
+            with (
+                pytest.raises(ValueError, match=r"run is in use by another run, process 1; wait"),
+                storage.held(lock, b"process 2"),
+            ):
+                pass
+    assert not bucket
+    bucket["run/lock"] = b"process 1, which was killed", 7
+    with storage.held(lock, b"process 2"):
+        assert lock.read_bytes() == b"process 2"
+    assert not bucket and "waiting whether its holder lives" in capsys.readouterr().err
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path):
+    """But not what another process, or one of another host, is writing."""
+    host = socket.gethostname()
+    names = [f"partial-{host}-999999999-1-a.txt", f"partial-{host}-{os.getppid()}-1-a.txt"]
+    names += ["partial-elsewhere-1-1-a.txt"]
+    for name in names:
+        (tmp_path / name).write_text("a part")
+    with storage.writing(tmp_path / "a.txt") as new:
+        new.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", *names[1:]}
+
+
+def test_two_writers_of_one_file_both_end_right(tmp_path):
+    def write(i):
+        with storage.writing(tmp_path / "a.txt") as new:
+            new.write_text(f"{i}" * 1000)
+            time.sleep(0.01)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(20)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert len(set((tmp_path / "a.txt").read_text())) in (1, 2)

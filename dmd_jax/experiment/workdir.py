@@ -159,12 +159,12 @@ def claimed(values: dict, workdir: storage.Path):
 
 @contextlib.contextmanager
 def _lock(workdir):
-    """Yields who holds it, in bytes. A bucket has no locks: nobody is refused there."""
+    """Yields who holds it, in bytes."""
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = f"process {os.getpid()} of {socket.gethostname()} since {began}".encode()
     if storage.is_remote(workdir):
-        (workdir / LOCK).write_bytes(holder)
-        yield holder
+        with storage.held(workdir / LOCK, holder):
+            yield holder
         return
     with (workdir / LOCK).open("ab+") as file:
         try:

@@ -31,6 +31,7 @@ import fsspec
 from etils import epath
 
 GCS = "gs://"
+BEAT = 20.0  # seconds between two signs of life of who holds an object
 EVERY = 10.0  # seconds between two copies of one file; Google allows one a second
 if TYPE_CHECKING:
     Path = pathlib.Path  # epath's has the same methods
@@ -194,6 +195,62 @@ def _sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(name: Path, holder: bytes) -> Iterator[None]:
+    """Holds an object of a bucket, as a lock, within this context.
+
+    Who holds it writes it anew every BEAT seconds. An object that nobody writes is left from a
+    holder that was killed; to know it takes two BEATs.
+
+    Args:
+      name: of the object.
+      holder: its content.
+
+    Raises:
+      ValueError: somebody else holds it.
+    """
+    before = _generation(name)
+    if before is not None:
+        print(f"{name} is there; waiting whether its holder lives.", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + 2 * BEAT
+        while time.monotonic() < deadline and _generation(name) == before:
+            time.sleep(BEAT / 20)
+        if _generation(name) == before:
+            remove(name)
+    try:
+        _storage().pipe_file(str(name), holder, mode="create")
+    except Exception as error:  # gcsfs, aiohttp and google.auth raise all kinds
+        if _generation(name) is None:
+            raise OSError(f"{name} cannot be written ({_reason(error)}).") from error
+        raise ValueError(
+            f"{name.parent} is in use by another run, {name.read_bytes().decode()}; "
+            "wait for its end, or stop it."
+        ) from error
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(BEAT):
+            with contextlib.suppress(Exception):
+                _storage().pipe_file(str(name), holder)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        remove(name)
+
+
+def _generation(name):
+    """The number of an object's content; None if there is no object."""
+    try:
+        return _storage().info(str(name))["generation"]
+    except FileNotFoundError:
+        return None
 
 
 class Growing:
