@@ -6,7 +6,7 @@ python -m dmd_jax COMMAND --help
 import sys
 
 from dmd_jax import lookup
-from dmd_jax.commands import compare, export, latency, personalise, sample, score
+from dmd_jax.commands import cache, compare, export, latency, personalise, sample, score
 from dmd_jax.runtime import compilation_cache
 
 COMMANDS = {  # each has parse(argv) -> arguments, and run(arguments)
@@ -16,6 +16,7 @@ COMMANDS = {  # each has parse(argv) -> arguments, and run(arguments)
     "latency": latency,
     "export": export,
     "personalise": personalise,
+    "cache": cache,
 }
 
 

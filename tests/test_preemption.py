@@ -104,8 +104,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(monkeypatch):
     assert raised.value.code == 130
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_the_code_does_not_depend_on_who_reads(tmp_path, sent):
+def test_ctrl_c_saves_also_where_nobody_reads_the_output(tmp_path):
     command = [sys.executable, "-m", "dmd_jax.main", "--config=tests/helpers/small.py"]
     command += [f"--workdir={tmp_path / 'run'}", "--stage=teacher", ENDLESS]
     process = subprocess.Popen(
@@ -118,8 +117,8 @@ def test_the_code_does_not_depend_on_who_reads(tmp_path, sent):
     process.stdout.close()  # nobody reads any more
     process.output = pathlib.Path(os.devnull)
     processes.wait_for((tmp_path / "run/teacher/checkpoints/10").exists, [process])
-    process.send_signal(sent)
-    assert process.wait(60) == {signal.SIGTERM: 75, signal.SIGINT: 130}[sent]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == preemption.INTERRUPTED
     step = max(checkpoint.all_steps(tmp_path / "run/teacher"))
     assert step > 10 and log.read(tmp_path / "run/teacher")[-1]["step"] in (step, step - 1)
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from dmd_jax.commands import cache
 from dmd_jax.runtime import storage
 from tests.helpers import gcs
 
@@ -278,3 +279,39 @@ def test_two_writers_of_one_file_both_end_right(tmp_path):
         list(pool.map(write, range(20)))
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert len(set((tmp_path / "a.txt").read_text())) in (1, 2)
+
+
+@pytest.fixture
+def copied(bucket, monkeypatch):
+    """Two copies of a megabyte, of which this process uses none any more."""
+    for name in "ab":
+        storage.path(f"gs://bucket/{name}").write_bytes(bytes(10**6))
+        storage.local(f"gs://bucket/{name}")
+    storage._kept_open.cache_clear()
+    return bucket
+
+
+def test_copies_are_listed_and_removed(copied, capsys):
+    cache.run(cache.parse([]))
+    lines = capsys.readouterr().out.splitlines()
+    assert ["gs://bucket/a" in lines[0], "gs://bucket/b" in lines[1], len(lines)] == [True, True, 2]
+    assert "1.0 MB" in lines[0]
+    with pytest.raises(ValueError, match="no copy of gs://bucket/c; there are: gs://bucket/a, gs"):
+        cache.run(cache.parse(["--remove=gs://bucket/c"]))
+    storage.local("gs://bucket/b")
+    with pytest.raises(ValueError, match="in use by a process, and kept: gs://bucket/b"):
+        cache.run(cache.parse(["--remove=all"]))
+    assert [copy.source for copy in storage.copies()] == ["gs://bucket/b"]
+
+
+def test_copies_are_bounded(copied, monkeypatch):
+    """Those that were not used for longest go, but none that a process uses."""
+    monkeypatch.setenv("DMD_CACHE_GB", "0.0025")
+    storage.local("gs://bucket/a")
+    storage.path("gs://bucket/c").write_bytes(bytes(10**6))
+    storage.local("gs://bucket/c")
+    assert [copy.source for copy in storage.copies()] == ["gs://bucket/a", "gs://bucket/c"]
+    monkeypatch.setenv("DMD_CACHE_GB", "0.0001")
+    storage.path("gs://bucket/d").write_bytes(bytes(10**6))
+    assert storage.local("gs://bucket/d").exists()
+    assert len(storage.copies()) == 3

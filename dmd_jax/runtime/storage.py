@@ -25,12 +25,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import fsspec
 from etils import epath
 
 GCS = "gs://"
+CACHE_GB = 500  # of copies, if DMD_CACHE_GB says nothing else
+ORIGIN = "origin.txt"  # in a copy: of what
 BEAT = 20.0  # seconds between two signs of life of who holds an object
 EVERY = 10.0  # seconds between two copies of one file; Google allows one a second
 if TYPE_CHECKING:
@@ -115,25 +117,100 @@ def local(name: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> Path:
     state = json.dumps([str(source), sorted(sizes.items())])
     key = hashlib.sha256(state.encode()).hexdigest()[:24]
     copy = directory / key
-    partial = directory / f"{key}.partial"
-    total = sum(size for size, _ in sizes.values())
-    with (directory / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not copy.exists():
-            remove(partial)
-            if total > free(directory):
-                raise ValueError(
-                    f"a copy of {source} needs {_readable(total)}, but {directory} has "
-                    f"{_readable(free(directory))} free; make room, or set DMD_CACHE to another "
-                    "directory."
-                )
-            _storage().get(
-                [str(source / file) for file in sizes],
-                [str(partial / source.name / file) for file in sizes],
-            )
-            partial.rename(copy)
-            print(f"copied {source} ({_readable(total)}) to {copy}", file=sys.stderr, flush=True)
+    while not _use(copy):
+        with _lock_of(copy).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not copy.exists():
+                _make_copy(source, list(sizes), copy, sum(size for size, _ in sizes.values()))
     return copy / source.name
+
+
+def _make_copy(source, files, copy, total):
+    partial = copy.with_suffix(".partial")
+    remove(partial)
+    make_room(total)
+    if total > free(copy.parent):
+        raise ValueError(
+            f"a copy of {source} needs {_readable(total)}, but {copy.parent} has "
+            f"{_readable(free(copy.parent))} free; make room, or set DMD_CACHE to another "
+            "directory."
+        )
+    _storage().get(
+        [str(source / file) for file in files],
+        [str(partial / source.name / file) for file in files],
+    )
+    (partial / ORIGIN).write_text(str(source))
+    partial.rename(copy)
+    print(f"copied {source} ({_readable(total)}) to {copy}", file=sys.stderr, flush=True)
+
+
+def _use(copy):
+    """Whether a copy is there; nobody removes it as long as this process lives."""
+    if not copy.exists():
+        return False
+    fcntl.flock(_kept_open(_lock_of(copy)), fcntl.LOCK_SH)
+    if not copy.exists():
+        _kept_open.cache_clear()
+        return False
+    os.utime(copy)
+    return True
+
+
+def _lock_of(copy):
+    return copy.with_suffix(".lock")
+
+
+@functools.cache
+def _kept_open(path):
+    return path.open("w")
+
+
+class Copy(NamedTuple):
+    """A copy of what is in a bucket.
+
+    Attributes:
+      path: of its directory.
+      source: of which it is a copy.
+      size: in bytes.
+      used: when it was last asked for, in seconds since 1970.
+    """
+
+    path: pathlib.Path
+    source: str
+    size: int
+    used: float
+
+
+def copies() -> list[Copy]:
+    """Lists the copies in the cache, those that were used last at the end."""
+    found = []
+    for origin in cache("files").glob(f"*/{ORIGIN}"):
+        path = origin.parent
+        if path.suffix != ".partial":
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            found.append(Copy(path, origin.read_text(), size, path.stat().st_mtime))
+    return sorted(found, key=lambda copy: copy.used)
+
+
+def remove_copy(copy: Copy) -> bool:
+    """Removes a copy; returns whether it could, as no process uses it."""
+    with _lock_of(copy.path).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        remove(copy.path)
+    return True
+
+
+def make_room(size: float):
+    """Removes copies that no process uses until `size` more bytes are within DMD_CACHE_GB."""
+    limit = 1e9 * float(os.environ.get("DMD_CACHE_GB", CACHE_GB))
+    there = copies()
+    excess = sum(copy.size for copy in there) + size - limit
+    for copy in there:
+        if excess > 0 and remove_copy(copy):
+            excess -= copy.size
 
 
 def cache(name: str) -> pathlib.Path:
