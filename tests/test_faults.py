@@ -27,24 +27,25 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-def moments(monkeypatch, act):
-    """Calls `act` with the number of every moment."""
+WRITES = ((storage, "writing"), (storage, "_to_disk"), (storage, "_sync"), (checkpoint, "save"))
+READS = ((storage, "read_json"), (records.Records, "__getitem__"), (checkpoint, "_meta"))
+
+
+def moments(monkeypatch, functions, act):
+    """Calls `act` with the number of every moment, before and after each call of the functions."""
     count = itertools.count()
 
-    def around(function, *, after=True):
+    def around(function):
         def call(*args, **kwargs):
             act(next(count))
             result = function(*args, **kwargs)
-            if after:
-                act(next(count))
+            act(next(count))
             return result
 
         return call
 
-    monkeypatch.setattr(storage, "writing", around(storage.writing, after=False))
-    monkeypatch.setattr(storage, "_to_disk", around(storage._to_disk))
-    monkeypatch.setattr(storage, "_sync", around(storage._sync))
-    monkeypatch.setattr(checkpoint, "save", around(checkpoint.save))
+    for where, name in functions:
+        monkeypatch.setattr(where, name, around(getattr(where, name)))
     return count
 
 
@@ -60,9 +61,9 @@ def number_of_moments(finished, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("counted") / "run"
     runs.put_classifier(finished, workdir)
     with pytest.MonkeyPatch.context() as patch:
-        count = moments(patch, lambda number: None)
+        counts = {kind: moments(patch, kind, lambda number: None) for kind in (WRITES, READS)}
         main.run(runs.smoke(), workdir)
-        return next(count)
+        return {kind: next(count) for kind, count in counts.items()}
 
 
 def chosen(number):
@@ -72,7 +73,7 @@ def chosen(number):
 
 @pytest.mark.timeout(3600)
 def test_killed_between_any_two_writes(finished, number_of_moments, tmp_path, monkeypatch):
-    for moment in chosen(number_of_moments):
+    for moment in chosen(number_of_moments[WRITES]):
         workdir = tmp_path / f"{moment}"
         runs.put_classifier(finished, workdir)
 
@@ -81,7 +82,7 @@ def test_killed_between_any_two_writes(finished, number_of_moments, tmp_path, mo
                 raise Killed
 
         with monkeypatch.context() as patch:
-            moments(patch, kill)
+            moments(patch, WRITES, kill)
             with pytest.raises(Killed):
                 main.run(runs.smoke(), workdir)
         main.run(runs.smoke(), workdir)
@@ -89,10 +90,14 @@ def test_killed_between_any_two_writes(finished, number_of_moments, tmp_path, mo
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_write_that_fails(finished, number_of_moments, tmp_path, monkeypatch, number):
-    """One error, and after it the same command goes on."""
-    for moment in chosen(number_of_moments):
+@pytest.mark.parametrize(
+    ("functions", "number"),
+    [(WRITES, errno.ENOSPC), (READS, errno.EIO)],
+    ids=["the disk is full", "reading fails"],
+)
+def test_one_fault(finished, number_of_moments, tmp_path, monkeypatch, functions, number):
+    """It is an error, and after it the same command goes on."""
+    for moment in chosen(number_of_moments[functions]):
         workdir = tmp_path / f"{moment}"
         runs.put_classifier(finished, workdir)
 
@@ -101,7 +106,7 @@ def test_a_write_that_fails(finished, number_of_moments, tmp_path, monkeypatch, 
                 raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            moments(patch, fail)
+            moments(patch, functions, fail)
             with pytest.raises((OSError, ValueError)):
                 main.run(runs.smoke(), workdir)
         main.run(runs.smoke(), workdir)

@@ -90,6 +90,18 @@ def test_processes_agree_on_a_step(tmp_path):
     assert len(log.read(workdir / "teacher")) in (step, step - 1)
 
 
+def test_a_process_that_waits_for_ever_ends_after_its_deadline(monkeypatch):
+    left = threading.Event()
+    monkeypatch.setattr(preemption.distributed, "leave", lambda code, line: left.set())
+    monkeypatch.setattr(preemption, "DEADLINE", 0.1)
+    with pytest.raises(preemption.Preempted), preemption.deferred():
+        time.sleep(0.3)
+        assert not left.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert left.wait(5)
+        raise preemption.Preempted
+
+
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(preemption.distributed, "leave", lambda code, line: left.append(code))

@@ -26,6 +26,7 @@ from dmd_jax.runtime import distributed, log
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT
 LATE = 2  # steps until the flags of a step are read, so that the host does not wait for the devices
+DEADLINE = 600.0  # seconds from a notice to the end, whatever the process waits for
 METADATA = "metadata.google.internal"
 # keys of the metadata server, and their values on a notice
 NOTICES = {
@@ -69,14 +70,19 @@ def watch():
 def deferred():
     """Inside this context SIGTERM and the first SIGINT only set the yielded event.
 
-    If the block ends without raising `Preempted`, the signal is sent again.
+    If the block ends without raising `Preempted`, the signal is sent again. If it does not end
+    within DEADLINE, such as where it waits for a process that is gone, this process ends.
     """
     notice = threading.Event()
     seen = []
+    deadline = threading.Timer(DEADLINE, _leave)
+    deadline.daemon = True
 
     def handle(number, _):
         if signal.SIGINT in seen and number == signal.SIGINT:
             _interrupt()
+        if not seen:
+            deadline.start()
         seen.append(number)
         notice.set()
 
@@ -87,6 +93,7 @@ def deferred():
         error.code = INTERRUPTED if signal.SIGINT in seen else EXIT_CODE
         raise
     finally:
+        deadline.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
     if seen:
