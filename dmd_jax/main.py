@@ -281,7 +281,7 @@ def _config_name(argv):
 
 
 def _line_of(error):
-    text = str(error.args[0]) if error.args else str(error)
+    text = (str(error.args[0]) if error.args else str(error)).replace("\\n", " ")
     if isinstance(error, AttributeError | KeyError):
         return f"the config has no key {' '.join(text.split())}"
     return text.strip().splitlines()[-1].strip()

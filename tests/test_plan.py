@@ -177,10 +177,12 @@ def test_a_gpu_has_what_jax_takes_of_it(monkeypatch):
 
 
 def test_what_cannot_be_planned():
+    with pytest.raises(ValueError, match=r"mesh\.fsdp is 3, which leaves 2 of 8 devices idle"):
+        step.run(build.stages(toy(fsdp=3)), machines.find("cpu:8"), "teacher")
     with pytest.raises(
         ValueError, match=r"config\.mesh has 6 devices, cpu:8 has 8; set mesh\.data=-1"
     ):
-        step.run(build.stages(toy(fsdp=3)), machines.find("cpu:8"), "teacher")
+        step.run(build.stages(toy(data=2, fsdp=3)), machines.find("cpu:8"), "teacher")
     with pytest.raises(
         ValueError, match="the config trains no stage 'pairs'; there are: teacher, dmd"
     ):

@@ -21,6 +21,12 @@ def stages(stages: Mapping[str, build.Stage]):
       ValueError: something does not fit.
     """
     run = next(iter(stages.values())).run
+    classes = run.network.get("num_classes", 0)
+    if classes and isinstance(run.null_cond, int) and not 0 <= run.null_cond <= classes:
+        raise ValueError(
+            f"null_cond is {run.null_cond}; expected {classes}, which is network.num_classes and no "
+            "label, or a label below it."
+        )
     for stage in (stages[name] for name in run.stages):
         for name, source in settings_lib.sources(settings_lib.to_dict(stage.settings)):
             try:

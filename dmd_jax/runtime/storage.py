@@ -119,7 +119,11 @@ def local(name: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> Path:
     copy = directory / key
     while not _use(copy):
         with _lock_of(copy).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:  # not to wait in it for those who use the copy once it is there
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+                continue
             if not copy.exists():
                 _make_copy(source, list(sizes), copy, sum(size for size, _ in sizes.values()))
     return copy / source.name
