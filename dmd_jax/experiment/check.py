@@ -24,7 +24,7 @@ def stages(stages: Mapping[str, build.Stage]):
     classes = run.network.get("num_classes", 0)
     if classes and isinstance(run.null_cond, int) and not 0 <= run.null_cond <= classes:
         raise ValueError(
-            f"null_cond is {run.null_cond}; expected {classes}, which is network.num_classes and no "
+            f"null_cond is {run.null_cond}; expected {classes}, as network.num_classes, for no "
             "label, or a label below it."
         )
     for stage in (stages[name] for name in run.stages):
