@@ -120,7 +120,7 @@ def _read(content: Callable[[], str]) -> str | None:
     """The content, or None where its files are gone, perhaps to make room."""
     try:
         return content()
-    except (ValueError, OSError):  # the code that needs it raises its own error
+    except (ValueError, FileNotFoundError):  # the code that needs it raises its own error
         return None
 
 

@@ -250,7 +250,7 @@ def content(directory: str | os.PathLike) -> str | None:
     path = storage.path(directory) / "checkpoints"
     try:
         return f"step {steps[-1]}, {_meta(path, steps[-1])['content']}"
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(
             f"checkpoint {steps[-1]} in {path} is damaged ({_reason(error)}); "
             f"move {path / str(steps[-1])} away and run the stage again."
