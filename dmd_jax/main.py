@@ -186,16 +186,18 @@ def run(
     with workdir_lib.claimed(values, workdir):
         if jax.process_index() == 0:
             log.say(_summary(chosen, workdir))
+        seen = set()  # the stages that are known to be done
         for stage in chosen:
-            if _is_done(stage, workdir):
+            if _is_done(stage, workdir, seen):
                 if jax.process_index() == 0:
                     log.say(f"{stage.name}: done already")
             else:
                 PROGRAMS[stage.settings.program].run(stage, workdir)
                 distributed.barrier(stage.name)
+            seen.add(stage.name)
 
 
-def _is_done(stage, workdir):
+def _is_done(stage, workdir, seen):
     """Whether a stage has nothing to do, as process 0 sees it, and can do it if it has.
 
     Raises:
@@ -206,7 +208,7 @@ def _is_done(stage, workdir):
     if jax.process_index() == 0:
         answer = is_done(stage)
         for name in [] if answer else dict.fromkeys(made.reads(stage)):
-            if not is_done(stage.stages[name]):
+            if name not in seen and not is_done(stage.stages[name]):
                 raise ValueError(
                     f"{stage.name} reads what {name} makes, which is not done: run the same "
                     f"command with --stage={name}, or give it fewer steps, first."

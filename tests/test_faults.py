@@ -16,6 +16,7 @@ import pytest
 
 from dmd_jax import main
 from dmd_jax.data import records
+from dmd_jax.experiment import workdir as workdir_lib
 from dmd_jax.runtime import checkpoint, storage
 from tests.helpers import runs
 
@@ -130,8 +131,6 @@ def test_a_damaged_shard_is_noticed(workdir, damage):
 
 def test_two_starters_at_once(finished, tmp_path):
     """The second one is refused, and the first is not disturbed."""
-    from dmd_jax.experiment import workdir as workdir_lib
-
     runs.put_classifier(finished, tmp_path / "run")
     config = runs.smoke()
     claimed = workdir_lib.claimed(runs.values_of(config), tmp_path / "run")

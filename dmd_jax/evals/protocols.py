@@ -19,7 +19,11 @@ def truncated(images: np.ndarray) -> np.ndarray:
     """Converts [-1, 1] to 0..255 as DMD2's evaluators do: trunc(127.5 (x + 1)).
 
     The result is half a grey level darker than that of `pixels.to_uint8`.
+
+    Raises:
+      FloatingPointError: some images are not finite.
     """
+    pixels.check_finite(images)
     return np.clip(127.5 * (np.asarray(images, np.float32) + 1), 0, 255).astype(np.uint8)
 
 
@@ -84,9 +88,8 @@ class Protocol:
         """Converts images [N, H, W, C] in [-1, 1] to bytes, unless features need floats.
 
         Raises:
-          FloatingPointError: some are not finite.
+          FloatingPointError: some are to be bytes, and are not finite.
         """
-        pixels.check_finite(images)
         quantise = QUANTISATIONS[self.quantisation]
         return quantise(images) if quantise else images
 

@@ -57,7 +57,7 @@ def reads(stage: build.Stage) -> Iterator[str]:
                 yield name
 
 
-def claim(stage: build.Stage, workdir: storage.Path, made: dict, *, begun: bool) -> str:
+def claim(stage: build.Stage, workdir: storage.Path, made: dict, *, begun: bool):
     """Writes what a stage is made from, or compares it with what is written; by process 0.
 
     Args:
@@ -66,19 +66,15 @@ def claim(stage: build.Stage, workdir: storage.Path, made: dict, *, begun: bool)
       made: see `of`.
       begun: whether the stage has made something already.
 
-    Returns:
-      What tells this result from others.
-
     Raises:
       ValueError: what is there was made from other things.
     """
-    path = workdir / stage.name / FILE
     if begun:
         check(stage, workdir, made)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(path, made)
-    return digest(storage.read_json(path))
+        return
+    path = workdir / stage.name / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_json(path, made)
 
 
 def check(stage: build.Stage, workdir: storage.Path, made: dict):

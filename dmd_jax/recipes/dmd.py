@@ -122,13 +122,13 @@ def make(
     def draw_noised(key, shape):
         """Draws times and noise for one stream, for both losses."""
         keys = rng.keys(key, ("t", "eps", "fake_t", "fake_eps"))
-        levels = {"t": matching_levels, "fake_t": fake_score_levels}
-        times = {
-            name: process_lib.sample_levels(process, keys[name], shape[:1], *levels[name])
-            for name in levels
+        count = shape[:1]
+        return {
+            "t": process_lib.sample_levels(process, keys["t"], count, *matching_levels),
+            "eps": jax.random.normal(keys["eps"], shape),
+            "fake_t": process_lib.sample_levels(process, keys["fake_t"], count, *fake_score_levels),
+            "fake_eps": jax.random.normal(keys["fake_eps"], shape),
         }
-        noise = {name: jax.random.normal(keys[name], shape) for name in ("eps", "fake_eps")}
-        return times | noise
 
     def draw(key, batch):
         cond, pairs = batch["fresh"]["cond"], batch["pairs"]

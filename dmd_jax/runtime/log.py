@@ -139,8 +139,11 @@ def read(directory: str | os.PathLike) -> list[dict]:
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             row = json.loads(line)
-            rows.append({"step": row["step"], **row})
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        else:
             damaged.append(number)
     if damaged:
         logging.warning("%s: lines %s are damaged, and left out.", path, damaged)

@@ -239,7 +239,7 @@ def _asked(stage, workdir):
     protocol = protocols.find(stage.settings.protocol)
     models = _models(stage)
     straight = stage.settings.straightness.stages if stage.settings.straightness else ()
-    names = dict.fromkeys((*(model.stage for model in models.values()), *straight))
+    names = dict.fromkeys(settings_lib.names_of_stages(stage.settings))
     extras = ("clip", "lpips", "metrics", "retrieval", "straightness")
     decoder = digests.of_params(autoencoder_lib.load(autoencoder)[1]) if autoencoder else None
     asked = {

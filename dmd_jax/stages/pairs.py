@@ -73,13 +73,14 @@ def _claim(stage, workdir):
     settings = stage.settings
     directory = workdir / stage.name
     begun = (directory / records.MANIFEST).exists()
-    digest = made.claim(stage, workdir, made.of(stage, workdir), begun=begun)
+    everything = made.of(stage, workdir)
+    made.claim(stage, workdir, everything, begun=begun)
     cond = np.asarray(build.checked_source(stage, settings.conditions, workdir)[0]["cond"])
     image = {"shape": list(stage.image_shape), "dtype": "float32"}
     manifest = {
         "count": settings.count,
         "shards": math.ceil(settings.count / settings.shard_size),
-        "made": digest,
+        "made": made.digest(everything),
         "features": {
             "noise": image,
             "image": image,
